@@ -1,0 +1,579 @@
+"""The networks of the paper, built by name: ``build_model("lenet300-100")``.
+
+All forwards return logits. The networks are those of the official code (e19ff16,
+``sparselearning/models.py``), which takes the CIFAR-10 ones from the SNIP paper (Lee et al. 2019).
+Every weight a method may mask is a parameter with more than one dimension; biases and batch-norm
+are not (paper, section 3).
+
+Two families are parametric: ``mlp-<width>x<hidden layers>`` on MNIST (``mlp-100x3``) and
+``wrn-<depth>-<width>`` on CIFAR-10, depth 6n + 4 (``wrn-22-4``).
+
+Shapes are written [samples, channels, height, width] or [samples, features].
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+MNIST_SHAPE = (1, 28, 28)
+CIFAR_SHAPE = (3, 32, 32)
+IMAGENET_SHAPE = (3, 224, 224)
+
+# The official code constructs every WRN with this rate, not only WRN-22-8.
+WRN_DROPOUT = 0.3
+
+SCALE_STEPS = 10_000  # width multipliers are searched in steps of 1 / SCALE_STEPS
+
+
+def scaled(width: int, scale: float) -> int:
+    """A hidden width times the multiplier, rounded half up, at least 1."""
+    return max(1, int(width * scale + 0.5))
+
+
+# ------------------------------------------------------------------------------------- MNIST
+
+
+class MLP(nn.Sequential):
+    """Linear layers fc1, fc2, ... with ReLU between: [N, 1, 28, 28] or [N, 784] -> [N, classes]."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        widths = [inputs, *hidden, num_classes]
+        for i in range(1, len(widths)):
+            self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
+            if i < len(widths) - 1:
+                self.add_module(f"relu{i}", nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))  # [N, 784] -> [N, classes]
+
+
+class LeNet5(nn.Module):
+    """Caffe's LeNet-5, convolutions unpadded: [N, 1, 28, 28] -> [N, classes]."""
+
+    def __init__(self, channels: Sequence[int], hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels[0], 5)
+        self.pool1 = nn.MaxPool2d(2)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], 5)
+        self.pool2 = nn.MaxPool2d(2)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.fc3 = nn.Linear(channels[1] * 4 * 4, hidden)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.fc4 = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Max-pooling and ReLU commute; pooling first leaves a quarter of the ReLU's work.
+        x = self.relu1(self.pool1(self.conv1(x)))  # [N, 20, 24, 24] -> [N, 20, 12, 12]
+        x = self.relu2(self.pool2(self.conv2(x)))  # [N, 50, 8, 8] -> [N, 50, 4, 4]
+        x = self.relu3(self.fc3(x.flatten(1)))  # [N, 800] -> [N, 500]
+        return self.fc4(x)  # [N, classes]
+
+
+def build_mlp(hidden: Sequence[int], *, scale: float, num_classes: int, dropout: float) -> MLP:
+    """A perceptron on MNIST; ``hidden`` are the widths at scale 1."""
+    del dropout  # has none; build_model refuses a rate other than 0
+    return MLP(28 * 28, [scaled(width, scale) for width in hidden], num_classes)
+
+
+def build_lenet5(*, scale: float, num_classes: int, dropout: float) -> LeNet5:
+    """Caffe's LeNet-5 on MNIST: conv 20, conv 50, fc 500."""
+    del dropout
+    return LeNet5([scaled(20, scale), scaled(50, scale)], scaled(500, scale), num_classes)
+
+
+# ----------------------------------------------------------------------- AlexNet and VGG, CIFAR-10
+
+
+class ConvClassifier(nn.Module):
+    """``features`` then ``classifier``: [N, 3, 32, 32] -> [N, classes]."""
+
+    def __init__(self, features: nn.Sequential, classifier: nn.Sequential) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)  # AlexNet [N, 256, 1, 1], VGG [N, 512, 1, 1], VGG16-C [N, 512, 2, 2]
+        return self.classifier(x.flatten(1))  # [N, 256], [N, 512], [N, 2048] -> [N, classes]
+
+
+def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int, pad: int) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=pad)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+
+def build_alexnet(hidden: int, *, scale: float, num_classes: int, dropout: float) -> ConvClassifier:
+    """AlexNet of the SNIP paper: no pooling, every convolution has stride 2; classifier
+    Linear-BN-ReLU with ``hidden`` units twice (1024 in variant s, 2048 in b)."""
+    del dropout
+    # (channels, kernel, padding): sides 32 -> 13 -> 7 -> 4 -> 2 -> 1
+    plan = [(96, 11, 2), (256, 5, 2), (384, 3, 1), (384, 3, 1), (256, 3, 1)]
+    layers: list[nn.Module] = []
+    inputs = CIFAR_SHAPE[0]
+    for channels, kernel, padding in plan:
+        outputs = scaled(channels, scale)
+        layers += _conv_bn_relu(inputs, outputs, kernel, 2, padding)
+        inputs = outputs
+    width = scaled(hidden, scale)
+    classifier = nn.Sequential(
+        nn.Linear(inputs, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(inplace=True),
+        nn.Linear(width, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(inplace=True),
+        nn.Linear(width, num_classes),
+    )
+    return ConvClassifier(nn.Sequential(*layers), classifier)
+
+
+VGG_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+def build_vgg16(variant: str, *, scale: float, num_classes: int, dropout: float) -> ConvClassifier:
+    """VGG16 of the SNIP paper with batch-norm; ``variant`` is "c", "d" or "like".
+
+    C has a 1x1 kernel in the last convolution of stages 3 to 5, with the padding of 1 kept: sides
+    32 -> 16 -> 8 -> (10) 5 -> (7) 3 -> (5) 2, so its classifier takes 512 x 2 x 2 = 2048 features,
+    the others' 512. The classifier is Linear-ReLU-BN, in that order, twice in C and D and once in
+    "like", and a last Linear.
+    """
+    del dropout
+    layers: list[nn.Module] = []
+    inputs = CIFAR_SHAPE[0]
+    for stage in VGG_CHANNELS:
+        for position, channels in enumerate(stage):
+            outputs = scaled(channels, scale)
+            kernel = 1 if variant == "c" and position == 2 else 3
+            layers += _conv_bn_relu(inputs, outputs, kernel, 1, 1)
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+    if variant == "c":
+        inputs *= 2 * 2
+    width = scaled(512, scale)
+    classifier: list[nn.Module] = []
+    for _ in range(1 if variant == "like" else 2):
+        classifier += [nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.BatchNorm1d(width)]
+        inputs = width
+    classifier.append(nn.Linear(inputs, num_classes))
+    return ConvClassifier(nn.Sequential(*layers), nn.Sequential(*classifier))
+
+
+# -------------------------------------------------------------------------- Wide ResNets, CIFAR-10
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv3x3-BN-ReLU-(dropout)-conv3x3: [N, C, H, W] -> [N, C', H/stride, W/stride].
+
+    Where the shape changes, a 1x1 convolution of the activated input is the shortcut.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut: nn.Conv2d | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(x))  # [N, C, H, W]
+        if self.shortcut is not None:
+            x = self.shortcut(out)  # [N, C', H/stride, W/stride]
+        out = self.relu2(self.bn2(self.conv1(out)))  # [N, C', H/stride, W/stride]
+        if self.dropout is not None:
+            out = self.dropout(out)
+        return x + self.conv2(out)  # [N, C', H/stride, W/stride]
+
+
+class WideResNet(nn.Module):
+    """Pre-activation wide residual network WRN-depth-k: [N, 3, 32, 32] -> [N, classes]."""
+
+    def __init__(
+        self, depth: int, channels: Sequence[int], num_classes: int, dropout: float
+    ) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        self.conv1 = nn.Conv2d(CIFAR_SHAPE[0], channels[0], 3, padding=1, bias=False)
+        self.block1 = self._stage(blocks, channels[0], channels[1], 1, dropout)
+        self.block2 = self._stage(blocks, channels[1], channels[2], 2, dropout)
+        self.block3 = self._stage(blocks, channels[2], channels[3], 2, dropout)
+        self.bn1 = nn.BatchNorm2d(channels[3])
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(channels[3], num_classes)
+
+    @staticmethod
+    def _stage(count: int, inputs: int, outputs: int, stride: int, dropout: float) -> nn.Sequential:
+        first = PreActBlock(inputs, outputs, stride, dropout)
+        rest = (PreActBlock(outputs, outputs, 1, dropout) for _ in range(count - 1))
+        return nn.Sequential(first, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)  # [N, 16, 32, 32]
+        x = self.block1(x)  # [N, 16k, 32, 32]
+        x = self.block2(x)  # [N, 32k, 16, 16]
+        x = self.block3(x)  # [N, 64k, 8, 8]
+        x = self.relu(self.bn1(x)).mean(dim=(2, 3))  # [N, 64k]
+        return self.fc(x)  # [N, classes]
+
+
+def build_wrn(
+    depth: int, width: int, *, scale: float, num_classes: int, dropout: float
+) -> WideResNet:
+    """WRN-depth-width. The default dropout (0.3, before the second convolution of each block) is
+    the official code's for all its WRNs; the DSR baselines on WRN-28-2 used none (dropout=0)."""
+    channels = [scaled(c, scale) for c in (16, 16 * width, 32 * width, 64 * width)]
+    return WideResNet(depth, channels, num_classes, dropout)
+
+
+# ------------------------------------------------------------------------------ ResNet-50, ImageNet
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which has the stride), 1x1: [N, C, H, W] -> [N, C', H/stride, W/stride]."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or inputs != outputs:
+            conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))  # [N, inner, H, W]
+        out = self.relu(self.bn2(self.conv2(out)))  # [N, inner, H/stride, W/stride]
+        out = self.bn3(self.conv3(out))  # [N, C', H/stride, W/stride]
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 with the stride in the 3x3: [N, 3, 224, 224] -> [N, classes].
+
+    The network and parameter names of torchvision's ``resnet50`` (weights load both ways; a test
+    says so). It is written here because torchvision's has no width multiplier.
+    """
+
+    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(IMAGENET_SHAPE[0], widths[0], 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = self._stage(3, widths[0], widths[0], 1)
+        self.layer2 = self._stage(4, 4 * widths[0], widths[1], 2)
+        self.layer3 = self._stage(6, 4 * widths[1], widths[2], 2)
+        self.layer4 = self._stage(3, 4 * widths[2], widths[3], 2)
+        self.fc = nn.Linear(4 * widths[3], num_classes)
+
+    @staticmethod
+    def _stage(count: int, inputs: int, inner: int, stride: int) -> nn.Sequential:
+        first = Bottleneck(inputs, inner, 4 * inner, stride)
+        rest = (Bottleneck(4 * inner, inner, 4 * inner, 1) for _ in range(count - 1))
+        return nn.Sequential(first, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))  # [N, 64, 112, 112]
+        x = self.layer1(self.maxpool(x))  # [N, 64, 56, 56] -> [N, 256, 56, 56]
+        x = self.layer2(x)  # [N, 512, 28, 28]
+        x = self.layer3(x)  # [N, 1024, 14, 14]
+        x = self.layer4(x)  # [N, 2048, 7, 7]
+        return self.fc(x.mean(dim=(2, 3)))  # [N, 2048] -> [N, classes]
+
+
+def build_resnet50(*, scale: float, num_classes: int, dropout: float) -> ResNet50:
+    """ResNet-50 on ImageNet; every width, the stem's too, is multiplied by the scale."""
+    del dropout
+    return ResNet50([scaled(width, scale) for width in (64, 128, 256, 512)], num_classes)
+
+
+# ---------------------------------------------------------------------------------- initialisation
+
+
+def init_weights(
+    model: nn.Module, scheme: str = "default", generator: torch.Generator | None = None
+) -> None:
+    """Draw every parameter of ``model`` in place and reset its batch-norm statistics.
+
+    ``scheme`` follows the official code:
+
+    - "default": PyTorch's own, U(-b, b) with b = 1 / sqrt(fan_in) for weights and biases (LeNets,
+      AlexNet, VGG: the official code leaves them as constructed);
+    - "wrn": convolutions N(0, 2 / (kernel area x output channels)), linear weights as above,
+      linear biases 0;
+    - "resnet": convolutions as in "wrn", the linear layer as in "default".
+
+    Batch-norm starts as the identity. Random numbers come from ``generator`` in the order of the
+    modules (weight before bias), from the global stream without one. With "default" and no
+    generator these are the very bits the constructors would have drawn.
+
+    Raises ValueError for an unknown scheme and TypeError for a module with parameters it has no
+    rule for, so that nothing stays uninitialised.
+    """
+    if scheme not in ("default", "wrn", "resnet"):
+        raise ValueError(f"unknown initialisation {scheme!r}; use default, wrn or resnet")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d) and scheme != "default":
+                nn.init.kaiming_normal_(
+                    module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+                )
+            else:
+                nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
+            if module.bias is not None:
+                if scheme == "wrn":
+                    nn.init.zeros_(module.bias)
+                else:
+                    bound = module.weight[0].numel() ** -0.5  # 1 / sqrt(fan_in)
+                    nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.reset_parameters()  # weight 1, bias 0, mean 0, variance 1: nothing random
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise TypeError(
+                f"no initialisation rule for {name or 'the model'} ({type(module).__name__}); "
+                "add one to init_weights"
+            )
+
+
+# ---------------------------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is known of a network before it is built.
+
+    ``build(scale=, num_classes=, dropout=)`` returns the module; ``input_shape`` is
+    (channels, height, width) of one sample; ``init`` is a scheme of :func:`init_weights`;
+    ``dropout`` is the default rate, None where the network has no place for it.
+    """
+
+    name: str
+    display: str
+    dataset: str  # "mnist", "cifar10" or "imagenet"
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    build: Callable[..., nn.Module]
+    init: str = "default"
+    dropout: float | None = None
+
+
+def _mnist(name: str, display: str, build: Callable[..., nn.Module]) -> ModelSpec:
+    return ModelSpec(name, display, "mnist", MNIST_SHAPE, 10, build)
+
+
+def _cifar(name: str, display: str, build: Callable[..., nn.Module]) -> ModelSpec:
+    return ModelSpec(name, display, "cifar10", CIFAR_SHAPE, 10, build)
+
+
+def _mlp(width: int, layers: int) -> ModelSpec:
+    build = functools.partial(build_mlp, (width,) * layers)
+    return _mnist(f"mlp-{width}x{layers}", f"MLP {width}x{layers}", build)
+
+
+def _wrn(depth: int, width: int) -> ModelSpec:
+    name = f"wrn-{depth}-{width}"
+    build = functools.partial(build_wrn, depth, width)
+    return ModelSpec(name, name.upper(), "cifar10", CIFAR_SHAPE, 10, build, "wrn", WRN_DROPOUT)
+
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        _mnist("lenet300-100", "LeNet-300-100", functools.partial(build_mlp, (300, 100))),
+        _mnist("lenet5", "LeNet-5 Caffe", build_lenet5),
+        _cifar("alexnet-s", "AlexNet-s", functools.partial(build_alexnet, 1024)),
+        _cifar("alexnet-b", "AlexNet-b", functools.partial(build_alexnet, 2048)),
+        _cifar("vgg16-c", "VGG16-C", functools.partial(build_vgg16, "c")),
+        _cifar("vgg16-d", "VGG16-D", functools.partial(build_vgg16, "d")),
+        _cifar("vgg16-like", "VGG16-like", functools.partial(build_vgg16, "like")),
+        _wrn(28, 2),
+        _wrn(16, 8),
+        _wrn(16, 10),
+        _wrn(22, 8),
+        ModelSpec(
+            "resnet50", "ResNet-50", "imagenet", IMAGENET_SHAPE, 1000, build_resnet50, "resnet"
+        ),
+    )
+}
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The specification of a registered network or of a member of the two families.
+
+    Raises ValueError for an unknown name (with the close matches and the list), for a WRN depth
+    that is not 6n + 4, and for a width or number of layers of 0.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if found := re.fullmatch(r"mlp-(\d+)x(\d+)", name):
+        width, layers = int(found[1]), int(found[2])
+        if width < 1 or layers < 1:
+            raise ValueError(f"model {name!r}: width and hidden layers must be at least 1")
+        return _mlp(width, layers)
+    if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        depth, width = int(found[1]), int(found[2])
+        if depth < 10 or (depth - 4) % 6 != 0:
+            raise ValueError(f"model {name!r}: depth must be 6n + 4 (10, 16, 22, 28, 40, ...)")
+        if width < 1:
+            raise ValueError(f"model {name!r}: width must be at least 1")
+        return _wrn(depth, width)
+    close = difflib.get_close_matches(name.lower(), MODELS, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    raise ValueError(
+        f"unknown model {name!r}{hint} Known: {', '.join(MODELS)}, "
+        "mlp-<width>x<hidden layers>, wrn-<depth>-<width>"
+    )
+
+
+def _skeleton(
+    spec: ModelSpec, width_scale: float, num_classes: int | None, dropout: float | None
+) -> nn.Module:
+    """The network on the meta device: shapes only, no memory, no random numbers drawn."""
+    if not 0 < width_scale <= 1:
+        raise ValueError(f"model {spec.name!r}: width_scale must be in (0, 1], got {width_scale}")
+    classes = spec.num_classes if num_classes is None else num_classes
+    if classes < 1:
+        raise ValueError(f"model {spec.name!r}: num_classes must be at least 1, got {classes}")
+    rate = (spec.dropout or 0.0) if dropout is None else dropout
+    if not 0 <= rate < 1:
+        raise ValueError(f"model {spec.name!r}: dropout must be in [0, 1), got {rate}")
+    if rate > 0 and spec.dropout is None:
+        raise ValueError(f"model {spec.name!r} has no dropout, got dropout={rate}; leave it out")
+    with torch.device("meta"):
+        return spec.build(scale=width_scale, num_classes=classes, dropout=rate)
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    dropout: float | None = None,
+    width_scale: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Build and initialise a network on the CPU, in training mode.
+
+    ``name`` is a key of ``MODELS`` or a family member (see the module's docstring).
+    ``num_classes`` and ``dropout`` default to the paper's; only WRNs have dropout, and at rate 0
+    the module is absent. ``width_scale`` multiplies every hidden width (rounded, at least 1),
+    never inputs or classes: :func:`small_dense_scale` finds the one for a small dense network.
+    ``generator`` (a CPU generator) makes the weights independent of the global random stream,
+    which is then left untouched; see :func:`init_weights` for the distributions.
+
+    Raises ValueError for an unknown name, with the close matches, and for values out of range.
+    """
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"build_model draws on the CPU, got a generator on {generator.device}; "
+            "pass a CPU generator and move the model afterwards"
+        )
+    spec = model_spec(name)
+    model = _skeleton(spec, width_scale, num_classes, dropout).to_empty(device="cpu")
+    init_weights(model, spec.init, generator)
+    return model
+
+
+# ---------------------------------------------------------------------------------- size and FLOPs
+
+
+def maskable_weights(model: nn.Module) -> dict[str, int]:
+    """Number of weights of every maskable parameter (those with more than one dimension)."""
+    return {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+
+
+@functools.lru_cache(maxsize=256)
+def small_dense_scale(name: str, density: float, num_classes: int | None = None) -> float:
+    """The ``width_scale`` whose network has the number of maskable weights closest to
+    density x the full network's: the small dense network of equal weight count.
+
+    Found by bisection, the count being monotone in the scale; a multiple of 1 / 10,000, finer than
+    the widths can resolve. Widths are whole numbers, so narrow networks can miss the target by
+    several per cent; the count really reached is that of the network built.
+
+    Raises ValueError for a density outside (0, 1] and for one below the count that a network with
+    one unit in every layer already has.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}")
+    spec = model_spec(name)
+
+    def count(step: int) -> int:
+        return sum(
+            maskable_weights(_skeleton(spec, step / SCALE_STEPS, num_classes, None)).values()
+        )
+
+    full, least = count(SCALE_STEPS), count(1)
+    target = density * full
+    if target < least:
+        raise ValueError(
+            f"model {name!r} at density {density} has {target:.0f} weights, but with one unit in "
+            f"every layer it has {least}; the smallest density is {least / full:.3g}"
+        )
+    low, high = 1, SCALE_STEPS  # count(low) <= target <= count(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count(middle) <= target:
+            low = middle
+        else:
+            high = middle
+    best = min((high, low), key=lambda step: abs(count(step) - target))  # a tie: the larger
+    return best / SCALE_STEPS
+
+
+def layer_flops(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+    """FLOPs of one sample's forward pass per maskable parameter, {parameter name: FLOPs}.
+
+    ``input_shape`` is (channels, height, width) or (features,) of one sample. Counted by
+    ``torch.utils.flop_counter`` from shapes alone, on a copy on the meta device in evaluation mode
+    (batch-norm needs no second sample there): 2 FLOPs per multiply-add, padding counted,
+    biases, batch-norm, ReLU and pooling not. The model is not changed.
+
+    Raises RuntimeError when the counter met FLOPs outside convolution and linear layers.
+    """
+    shadow = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.empty(1, *input_shape, device="meta"))
+    by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(shadow).__name__
+    flops = {
+        f"{name}.weight": by_module.get(f"{root}.{name}", 0)
+        for name, module in shadow.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    counted, total = sum(flops.values()), counter.get_total_flops()
+    if counted != total or flops.keys() != maskable_weights(shadow).keys():
+        raise RuntimeError(
+            f"{root}: convolution and linear layers have {counted} of the {total} FLOPs counted; "
+            "layer_flops knows only networks whose maskable weights are in nn.Conv2d and nn.Linear"
+        )
+    return flops
+
+
+def forward_flops(
+    name: str, *, num_classes: int | None = None, width_scale: float = 1.0
+) -> dict[str, int]:
+    """:func:`layer_flops` of a network by name, at its data set's input shape."""
+    spec = model_spec(name)
+    return layer_flops(_skeleton(spec, width_scale, num_classes, None), spec.input_shape)
