@@ -1,0 +1,235 @@
+"""The environment file, the Makefile that installs it, and the state of the committed notebooks.
+
+The installation itself is tested with small scripts in the place of python3, pip and conda, so that
+nothing is downloaded.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def dependencies() -> tuple[list[str], list[str]]:
+    """The conda and the pip requirements of environment.yml."""
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [pip] = [entry["pip"] for entry in entries if isinstance(entry, dict)]
+    return [entry for entry in entries if isinstance(entry, str)], pip
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run make in `folder`, programs in its bin/ first, free of the make that runs this test."""
+    path = f"{folder}/bin{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "HOME": str(folder)}
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def script(path: Path, body: str) -> None:
+    """Write an executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + body)
+    path.chmod(0o755)
+
+
+# environment.yml
+
+
+def test_every_dependency_is_pinned_exactly() -> None:
+    conda, pip = dependencies()
+    assert [re.split("[=<>~! ]", name)[0] for name in conda] == ["python", "pip"]
+    for requirement in conda:
+        assert re.fullmatch(r"[a-z]+=\d+(\.\d+)+", requirement), requirement
+    for requirement in pip:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==\d+(\.\d+)+", requirement), requirement
+    names = [requirement.split("==")[0].lower() for requirement in pip]
+    assert len(set(names)) == len(names)
+    assert {"torch==2.15.0", "torchvision==0.29.2"} <= set(pip)
+
+
+def test_environment_is_the_only_list_of_dependencies() -> None:
+    others = ("requirements*.txt", "setup.py", "setup.cfg", "Pipfile", "poetry.lock", "uv.lock")
+    assert [path.name for pattern in others for path in ROOT.glob(pattern)] == []
+    assert "[project]" not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_makefile_reads_the_pip_section_as_yaml_does() -> None:
+    result = make(ROOT, "requirements", "CONDA=")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:-1] == dependencies()[1]
+
+
+# The Makefile
+
+
+def test_help_is_the_default_and_explains_every_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    internal = {"check-python", "build-venv", "build-conda"}
+    targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", text, flags=re.MULTILINE)) - internal
+    assert {"reproduce", "env", "runs", "notebooks", "figures", "verdict", "status"} <= targets
+    assert {"report", "test", "lint", "format", "bench", "lab", "clean", "help"} <= targets
+    result = make(ROOT, "CONDA=")
+    assert result.returncode == 0, result.stderr
+    explained = dict(re.findall(r"^  ([a-z]+) +(\S.*)$", result.stdout, flags=re.MULTILINE))
+    assert set(explained) == targets
+    assert make(ROOT, "help", "CONDA=").stdout == result.stdout
+
+
+def test_reproduce_keeps_its_order_with_parallel_make(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    script(tmp_path / "py", 'case "$*" in *"run all"*) sleep 0.3 ;; esac\necho "$*" >> log\n')
+    result = make(tmp_path, "-j4", "reproduce", "PROFILE=smoke", "PYTHON=./py")
+    assert result.returncode == 0, result.stderr
+    calls = [line for line in (tmp_path / "log").read_text().splitlines() if line[:2] == "-m"]
+    assert calls == [
+        f"-m lib {command} --profile smoke"
+        for command in ("run all", "notebooks", "figures", "verdict")
+    ]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with Makefile, environment.yml and, under bin/, a python3 that only pretends.
+
+    Its `-m venv` creates a python whose `-m pip install` fails as long as bin/offline exists and
+    notes each call in the file `log`.
+    """
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "environment.yml", tmp_path)
+    script(
+        tmp_path / "bin/python3",
+        """
+if [ "$2" = venv ]; then
+    echo venv >> log; mkdir -p "$3/bin"; cp bin/venv-python "$3/bin/python"
+fi
+""",
+    )
+    script(
+        tmp_path / "bin/venv-python",
+        """
+if [ "$3" = install ]; then
+    echo install >> log
+    if [ -e bin/offline ]; then echo 'no network' >&2; exit 1; fi
+    for last; do :; done; cp "$last" installed.txt
+fi
+""",
+    )
+    return tmp_path
+
+
+def test_env_installs_once_and_again_only_after_a_change(clone: Path) -> None:
+    log = clone / "log"
+    for _ in range(3):
+        result = make(clone, "env", "CONDA=")
+        assert result.returncode == 0, result.stderr
+        assert log.read_text().split() == ["venv", "install"]
+    assert (clone / "installed.txt").read_text().split() == dependencies()[1]
+    (clone / "environment.yml").touch()  # as a git checkout does: same content, newer time
+    make(clone, "env", "CONDA=")
+    assert log.read_text().split() == ["venv", "install"]
+    with (clone / "environment.yml").open("a") as file:
+        file.write("      - one-more==1.0\n")
+    make(clone, "env", "CONDA=")
+    assert log.read_text().split() == ["venv", "install", "install"]
+    assert (clone / "installed.txt").read_text().split()[-1] == "one-more==1.0"
+
+
+def test_a_failed_installation_is_never_taken_for_a_complete_one(clone: Path) -> None:
+    (clone / "bin/offline").touch()
+    for _ in range(2):
+        result = make(clone, "env", "CONDA=")
+        assert result.returncode != 0
+        assert "no network" in result.stderr
+        assert "is not complete" in result.stderr
+    (clone / "bin/offline").unlink()
+    assert make(clone, "env", "CONDA=").returncode == 0
+    assert (clone / "log").read_text().split() == ["venv", "install", "install", "install"]
+    # A change of environment.yml that cannot be installed makes the old environment invalid too.
+    (clone / "bin/offline").touch()
+    with (clone / "environment.yml").open("a") as file:
+        file.write("      - one-more==1.0\n")
+    assert make(clone, "env", "CONDA=").returncode != 0
+    shutil.copy(ROOT / "environment.yml", clone)
+    assert make(clone, "env", "CONDA=").returncode != 0
+
+
+def test_a_broken_environment_is_built_anew(clone: Path) -> None:
+    assert make(clone, "env", "CONDA=").returncode == 0
+    script(clone / ".venv/bin/python", "exit 1\n")
+    assert make(clone, "env", "CONDA=").returncode == 0
+    assert (clone / "log").read_text().split() == ["venv", "install", "venv", "install"]
+
+
+def test_an_old_python_is_named_with_what_to_do(clone: Path) -> None:
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        body = '[ "$1" = --version ] && echo Python 3.9.18 && exit 0\nexit 1\n'
+        script(clone / "bin" / name, body)
+    result = make(clone, "test", "CONDA=")
+    assert result.returncode != 0
+    assert "Python 3.11 or newer is needed, but python3 is Python 3.9.18" in result.stderr
+    assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "command"),
+    [("micromamba", "create"), ("mamba", "env create"), ("conda", "env create")],
+)
+def test_conda_creates_the_environment_from_the_file(clone: Path, tool: str, command: str) -> None:
+    script(
+        clone / "bin" / tool,
+        """
+echo "$*" >> log
+for word; do if [ "$previous" = --prefix ]; then prefix=$word; fi; previous=$word; done
+mkdir -p "$prefix/bin"; cp bin/venv-python "$prefix/bin/python"
+[ ! -e bin/offline ]
+""",
+    )
+    (clone / "bin/offline").touch()
+    arguments = ("env", f"CONDA={clone}/bin/{tool}")
+    assert make(clone, *arguments).returncode != 0
+    (clone / "bin/offline").unlink()
+    for _ in range(2):
+        assert make(clone, *arguments).returncode == 0
+    call = f"{command} --prefix {clone}/.venv-conda --file environment.yml"
+    assert (clone / "log").read_text().splitlines() == [call, call]
+
+
+def test_python_given_by_hand_creates_no_environment(clone: Path) -> None:
+    result = make(clone, "test", "ARGS=-k data", "PYTHON=bin/venv-python")
+    assert result.returncode == 0, result.stderr
+    assert "bin/venv-python -m pytest -k data" in result.stdout
+    assert not (clone / "log").exists()
+    assert not list(clone.glob(".venv*"))
+    result = make(clone, "test", "PYTHON=/nowhere/python")
+    assert result.returncode != 0
+    assert "PYTHON=/nowhere/python does not run" in result.stderr
+
+
+# Notebooks
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
