@@ -54,6 +54,7 @@ class MLP(nn.Sequential):
                 self.add_module(f"relu{i}", nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes] of images or rows of pixels."""
         return super().forward(x.flatten(1))  # [N, 784] -> [N, classes]
 
 
@@ -73,6 +74,7 @@ class LeNet5(nn.Module):
         self.fc4 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes]."""
         # Max-pooling and ReLU commute; pooling first leaves a quarter of the ReLU's work.
         x = self.relu1(self.pool1(self.conv1(x)))  # [N, 20, 24, 24] -> [N, 20, 12, 12]
         x = self.relu2(self.pool2(self.conv2(x)))  # [N, 50, 8, 8] -> [N, 50, 4, 4]
@@ -104,6 +106,7 @@ class ConvClassifier(nn.Module):
         self.classifier = classifier
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes]."""
         x = self.features(x)  # AlexNet [N, 256, 1, 1], VGG [N, 512, 1, 1], VGG16-C [N, 512, 2, 2]
         return self.classifier(x.flatten(1))  # [N, 256], [N, 512], [N, 2048] -> [N, classes]
 
@@ -115,7 +118,8 @@ def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int, pad: int)
 
 def build_alexnet(hidden: int, *, scale: float, num_classes: int, dropout: float) -> ConvClassifier:
     """AlexNet of the SNIP paper: no pooling, every convolution has stride 2; classifier
-    Linear-BN-ReLU with ``hidden`` units twice (1024 in variant s, 2048 in b)."""
+    Linear-BN-ReLU with ``hidden`` units twice (1024 in variant s, 2048 in b).
+    """
     del dropout
     # (channels, kernel, padding): sides 32 -> 13 -> 7 -> 4 -> 2 -> 1
     plan = [(96, 11, 2), (256, 5, 2), (384, 3, 1), (384, 3, 1), (256, 3, 1)]
@@ -193,6 +197,7 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Residual plus shortcut, not activated."""
         out = self.relu1(self.bn1(x))  # [N, C, H, W]
         if self.shortcut is not None:
             x = self.shortcut(out)  # [N, C', H/stride, W/stride]
@@ -225,6 +230,7 @@ class WideResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes]."""
         x = self.conv1(x)  # [N, 16, 32, 32]
         x = self.block1(x)  # [N, 16k, 32, 32]
         x = self.block2(x)  # [N, 32k, 16, 16]
@@ -237,7 +243,8 @@ def build_wrn(
     depth: int, width: int, *, scale: float, num_classes: int, dropout: float
 ) -> WideResNet:
     """WRN-depth-width. The default dropout (0.3, before the second convolution of each block) is
-    the official code's for all its WRNs; the DSR baselines on WRN-28-2 used none (dropout=0)."""
+    the official code's for all its WRNs; the DSR baselines on WRN-28-2 used none (dropout=0).
+    """
     channels = [scaled(c, scale) for c in (16, 16 * width, 32 * width, 64 * width)]
     return WideResNet(depth, channels, num_classes, dropout)
 
@@ -263,6 +270,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Residual plus shortcut, activated."""
         out = self.relu(self.bn1(self.conv1(x)))  # [N, inner, H, W]
         out = self.relu(self.bn2(self.conv2(out)))  # [N, inner, H/stride, W/stride]
         out = self.bn3(self.conv3(out))  # [N, C', H/stride, W/stride]
@@ -295,6 +303,7 @@ class ResNet50(nn.Module):
         return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))  # [N, 64, 112, 112]
         x = self.layer1(self.maxpool(x))  # [N, 64, 56, 56] -> [N, 256, 56, 56]
         x = self.layer2(x)  # [N, 512, 28, 28]
