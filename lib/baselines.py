@@ -1,0 +1,196 @@
+"""The other methods' rules, each after its own paper, registered beside sparse momentum's.
+
+SET (Mocanu et al. 2018) and RigL (Evci et al. 2020) need nothing beyond the rules of
+`lib/masking.py`. Here are DSR (Mostafa and Wang 2019), DeepR (Bellec et al. 2018) and SNIP
+(Lee et al. 2019). Numbers a rule can be given are read from `Masking(options={...})`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.masking import (
+    EVERY_STEP,
+    PRUNE,
+    REDISTRIBUTION,
+    Layer,
+    Masking,
+    pick,
+    share_of,
+)
+
+# --------------------------------------------------------------------------------------------------
+# DSR: one global threshold that adapts until it prunes the wanted number
+# --------------------------------------------------------------------------------------------------
+
+
+@PRUNE.register("adaptive_threshold")
+def prune_adaptive_threshold(
+    layers: Sequence[Layer], rate: float, state: dict[str, Any]
+) -> list[Tensor]:
+    """Every active |w| below one threshold goes; then the threshold adapts.
+
+    It starts at 0.001, doubles when fewer than 0.9 of rate * active went, and halves when more
+    than 1.1 of it went (Mostafa and Wang 2019, algorithm 1).
+    """
+    threshold = state.setdefault("threshold", 1e-3)
+    survivors = [layer.mask & (layer.weight.abs() >= threshold) for layer in layers]
+    left = torch.stack([s.sum() for s in survivors]).tolist()
+    active = sum(layer.active for layer in layers)
+    pruned, target = active - sum(left), share_of(rate, active)
+    if pruned < 0.9 * target:
+        state["threshold"] = threshold * 2
+    elif pruned > 1.1 * target:
+        state["threshold"] = threshold / 2
+    return survivors
+
+
+# --------------------------------------------------------------------------------------------------
+# DeepR: signs are fixed, a weight that crosses zero is re-wired at once
+# --------------------------------------------------------------------------------------------------
+
+
+@PRUNE.register("sign_flip")
+def prune_sign_flip(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
+    """Active weights on the wrong side of zero go; `deepr_step` has usually re-wired them already."""
+    return [
+        layer.mask & (layer.weight * _signs(state, layer.name, layer.weight, None) >= 0)
+        for layer in layers
+    ]
+
+
+@REDISTRIBUTION.register("inactive")
+def redistribute_inactive(layer: Layer) -> float:
+    """Number of inactive positions: a new connection is uniform over all of them (DeepR)."""
+    return layer.numel - layer.active + layer.pruned
+
+
+def deepr_step(masking: Masking) -> None:
+    """One step of DeepR after the gradient step (Bellec et al. 2018, algorithm 1).
+
+    With w = sign * theta: theta shrinks by lr * l1 and takes a random step of standard deviation
+    sqrt(2 * lr * temperature); a connection whose theta is negative becomes dormant, and as many
+    dormant ones, uniform over the whole network, wake up at zero with a random sign and no
+    momentum. Options: `l1` (1e-4) and `temperature` (lr * l1^2 / 18), the paper's for MNIST.
+    """
+    lr = float(masking.optimizer.param_groups[0]["lr"])
+    l1 = masking.options.get("l1", 1e-4)
+    noise = math.sqrt(2 * lr * masking.options.get("temperature", lr * l1**2 / 18))
+    generator = masking.generator
+    died = 0
+    for name, mask in masking.masks.items():
+        weight = masking.parameters[name].data.view(-1)
+        signs = _signs(masking.rule_state, name, masking.parameters[name], generator).view(-1)
+        index = mask.view(-1).nonzero().squeeze(1)
+        sign = signs[index].to(weight.dtype)
+        moved = weight[index] - lr * l1 * sign
+        if noise > 0:
+            moved += noise * _randn(index.numel(), weight, generator)
+        dead = moved * sign < 0
+        weight[index] = moved.masked_fill(dead, 0.0)
+        gone = index[dead]
+        if gone.numel():
+            mask.view(-1)[gone] = False
+            died += gone.numel()
+    if died:
+        _wake(masking, died)
+
+
+def _wake(masking: Masking, count: int) -> None:
+    """Activate `count` dormant connections, uniform without replacement over the network."""
+    names = list(masking.masks)
+    sizes = [masking.masks[name].numel() for name in names]
+    generator, device = masking.generator, masking.masks[names[0]].device
+    flat = torch.cat([masking.masks[name].reshape(-1) for name in names])
+    dormant = (~flat).nonzero().squeeze(1)
+    draw_on = generator.device if generator is not None else device
+    if count * 20 < dormant.numel():  # rejecting repeats is much cheaper than a permutation
+        chosen = torch.empty(0, dtype=torch.long, device=draw_on)
+        while chosen.numel() < count:
+            more = torch.randint(
+                dormant.numel(), (count - chosen.numel(),), generator=generator, device=draw_on
+            )
+            chosen = torch.cat([chosen, more]).unique()
+    else:
+        chosen = torch.randperm(dormant.numel(), generator=generator, device=draw_on)[:count]
+    position = dormant[chosen.to(device)]
+    start = 0
+    for name, size in zip(names, sizes, strict=True):
+        here = position[(position >= start) & (position < start + size)] - start
+        start += size
+        if not here.numel():
+            continue
+        masking.masks[name].view(-1)[here] = True
+        masking.parameters[name].data.view(-1)[here] = 0.0
+        signs = masking.rule_state[f"sign/{name}"].view(-1)
+        signs[here] = _random_signs(here.numel(), signs, generator)
+        buffer = masking.optimizer.state.get(masking.parameters[name], {}).get("momentum_buffer")
+        if buffer is not None:
+            buffer.view(-1)[here] = 0.0
+
+
+def _signs(
+    state: dict[str, Any], name: str, weight: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """int8 signs, same shape as the weight: fixed at the first look from the weight, random at 0."""
+    key = f"sign/{name}"
+    if key not in state:
+        signs = weight.detach().sign().to(torch.int8)
+        state[key] = torch.where(
+            signs == 0, _random_signs(signs.numel(), signs, generator).view_as(signs), signs
+        )
+    return state[key]
+
+
+def _random_signs(count: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else like.device
+    bits = torch.randint(0, 2, (count,), generator=generator, device=device, dtype=torch.int8)
+    return (2 * bits - 1).to(like.device)
+
+
+def _randn(count: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else like.device
+    return torch.randn(count, generator=generator, device=device).to(like)
+
+
+EVERY_STEP["deepr"] = deepr_step
+
+
+# --------------------------------------------------------------------------------------------------
+# SNIP: masks chosen once, before training
+# --------------------------------------------------------------------------------------------------
+
+
+def snip_masks(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    density: float,
+    loss: Callable[[], Tensor],
+) -> dict[str, Tensor]:
+    """Masks of the round(density * weights) largest |gradient * weight| over all layers.
+
+    `loss()` is the loss of one mini-batch with all weights present (Lee et al. 2019, algorithm 1);
+    the model's gradients and buffers are left as they were.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients = torch.autograd.grad(loss(), list(parameters.values()))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    score = torch.cat(
+        [
+            (g * p.detach()).abs().reshape(-1)
+            for g, p in zip(gradients, parameters.values(), strict=True)
+        ]
+    )
+    chosen = pick(score, torch.ones_like(score, dtype=torch.bool), round(density * score.numel()))
+    parts = chosen.split([p.numel() for p in parameters.values()])
+    return {
+        name: part.view(p.shape).clone()
+        for (name, p), part in zip(parameters.items(), parts, strict=True)
+    }
+

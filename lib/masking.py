@@ -1,0 +1,750 @@
+"""Sparse momentum, the algorithm of the paper, in the paper's order: prune, redistribute, grow.
+
+A network is trained with a fixed number of non-zero weights. After every mini-batch the inactive
+weights are set back to zero (`Masking.step`); once per epoch (`Masking.update`)
+
+1. the importance of each layer is measured: the mean magnitude of the momentum of its active
+   weights, normalised over the layers;
+2. **prune**: in each layer the active weights of smallest magnitude are removed;
+3. **redistribute**: the removed weights are shared out among the layers by importance;
+4. **grow**: in each layer the inactive weights of largest momentum magnitude become active, at zero.
+
+Source: Dettmers and Zettlemoyer 2019 (arXiv 1907.04840), section 3 and algorithm 1. Where the
+official code (commit e19ff16) leaves the paper, the docstrings below say which way this one goes.
+The rules of the other methods (SET, DSR, DeepR, RigL, SNIP) are in `lib/baselines.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lib.config import UNMASKED, method_of, unknown
+
+# --------------------------------------------------------------------------------------------------
+# What a rule sees, and where rules are registered
+# --------------------------------------------------------------------------------------------------
+
+
+class DivergenceError(FloatingPointError, ValueError):
+    """Training left the finite numbers: a loss, weight, gradient or momentum is NaN or infinite."""
+
+
+@dataclass
+class Layer:
+    """One masked tensor during one update: all that a rule may read.
+
+    `weight` [any shape], `mask` (bool, same shape; active before the update), `survivors` (bool;
+    active after pruning, equal to `mask` before), `share` (importance normalised over layers, only
+    while it is known: None before measuring and for rules that measure after pruning).
+    """
+
+    name: str
+    parameter: nn.Parameter
+    mask: Tensor
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator | None = None
+    survivors: Tensor = field(init=False)
+    active: int = 0
+    pruned: int = 0
+    share: float | None = None
+    momentum_share: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.survivors = self.mask
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parameter.detach()
+
+    @property
+    def momentum(self) -> Tensor:
+        """The momentum that scores weights, same shape as the weight (see `momentum_of`)."""
+        return momentum_of(self.optimizer, self.parameter, self.name)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The last mini-batch's dense gradient, same shape as the weight."""
+        if self.parameter.grad is None:
+            raise ValueError(
+                f"{self.name} has no gradient: call masking.update() after loss.backward() and "
+                "before optimizer.zero_grad()"
+            )
+        return self.parameter.grad.detach()
+
+    @property
+    def numel(self) -> int:
+        return self.mask.numel()
+
+
+PruneRule = Callable[[Sequence[Layer], float, dict[str, Any]], list[Tensor]]
+RedistributionRule = Callable[[Layer], "Tensor | float"]
+GrowthRule = Callable[[Layer], Tensor]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Rule(Generic[R]):
+    """A registered rule: `needs` is "", "momentum" or "gradient"; `before_pruning` is read for
+    redistribution rules only (importance measured on the weights active before pruning)."""
+
+    name: str
+    function: R
+    needs: str = ""
+    before_pruning: bool = False
+
+
+class Registry(dict[str, Rule[R]]):
+    """Named rules of one kind. `REGISTRY.register("name")` decorates the function of a new one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def register(
+        self, name: str, *, needs: str = "", before_pruning: bool = False
+    ) -> Callable[[R], R]:
+        def decorate(function: R) -> R:
+            self[name] = Rule(name, function, needs, before_pruning)
+            return function
+
+        return decorate
+
+    def __missing__(self, name: str) -> Rule[R]:
+        raise ValueError(unknown(f"{self.kind} rule", name, self))
+
+
+PRUNE: Registry[PruneRule] = Registry("prune")
+REDISTRIBUTION: Registry[RedistributionRule] = Registry("redistribution")
+GROWTH: Registry[GrowthRule] = Registry("growth")
+# Method name -> what it does after each mini-batch (DeepR re-wires there).
+EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> Tensor:
+    """The momentum of one parameter, same shape: SGD's momentum buffer, or Adam's m / (sqrt(v) + eps).
+
+    The buffer is PyTorch's a*M + g, kept densely and never reset, as in the official code (the
+    paper's (1 - a) factor scales all weights alike and changes no decision).
+    """
+    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    if state.get("momentum_buffer") is not None:
+        return state["momentum_buffer"]
+    if "exp_avg" in state and "exp_avg_sq" in state:
+        eps = next(g.get("eps", 1e-8) for g in optimizer.param_groups if _holds(g, parameter))
+        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + eps)
+    if "exp_avg" in state:  # Lion and its kind
+        return state["exp_avg"]
+    raise ValueError(
+        f"{name} has no momentum in {type(optimizer).__name__} yet: call optimizer.step() at least "
+        "once, with a gradient for every masked weight, before masking.update()"
+    )
+
+
+def _holds(group: dict[str, Any], parameter: nn.Parameter) -> bool:
+    return any(p is parameter for p in group["params"])
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. Prune
+# --------------------------------------------------------------------------------------------------
+
+
+def pick(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """Bool tensor with exactly k of the candidates: those of the largest scores, O(n).
+
+    `scores` (float) and `candidates` (bool) have the same shape. Among equal scores the positions
+    that come first win, so that the choice is the same everywhere. Raises ValueError when there
+    are fewer than k candidates (checked on CPU, where counting costs no synchronisation).
+    """
+    if k == 0:
+        return torch.zeros_like(candidates)
+    if scores.is_cuda:  # selecting by a mask would synchronise with the host; filling does not
+        filled = scores.float().masked_fill(~candidates, -math.inf)
+        threshold = filled.reshape(-1).topk(k, sorted=False).values.min()
+        above = filled > threshold
+        ties = (filled == threshold) & candidates
+        need: Tensor | int = k - above.sum()
+    else:
+        values = scores[candidates]
+        if k > values.numel():
+            raise ValueError(f"cannot pick {k} of {values.numel()} candidates")
+        threshold = values.kthvalue(values.numel() - k + 1).values
+        above = (scores > threshold) & candidates
+        ties = (scores == threshold) & candidates
+        need = k - int(above.sum())
+    first = (ties.reshape(-1).cumsum(0) <= need).view_as(ties)
+    return above | (ties & first)
+
+
+def share_of(rate: float, count: int) -> int:
+    """ceil(rate * count), safe against 0.1 * 30 = 3.0000000000000004."""
+    return min(count, math.ceil(round(rate * count, 6)))
+
+
+@PRUNE.register("magnitude")
+def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
+    """In each layer the ceil(rate * active) smallest |w| go (paper, algorithm 1).
+
+    A layer that is nearly dense (under 20 % inactive) and more important than the average layer
+    loses at most its share of inactive weights: the early layers of deep networks stay as dense
+    as their importance asks (official code e19ff16, core.py).
+    """
+    survivors = []
+    for layer in layers:
+        layer_rate = rate
+        inactive = 1 - layer.active / layer.numel
+        if layer.share is not None and inactive < 0.2 and layer.share > 1 / len(layers):
+            layer_rate = min(rate, inactive)
+        pruned = pick(-layer.weight.abs(), layer.mask, share_of(layer_rate, layer.active))
+        survivors.append(layer.mask & ~pruned)
+    return survivors
+
+
+@PRUNE.register("global_magnitude")
+def prune_global_magnitude(
+    layers: Sequence[Layer], rate: float, state: dict[str, Any]
+) -> list[Tensor]:
+    """Over all layers together the ceil(rate * active) smallest |w| go."""
+    flat_mask = torch.cat([layer.mask.reshape(-1) for layer in layers])
+    flat_score = torch.cat([-layer.weight.abs().reshape(-1) for layer in layers])
+    count = share_of(rate, sum(layer.active for layer in layers))
+    kept = flat_mask & ~pick(flat_score, flat_mask, count)
+    parts = kept.split([layer.numel for layer in layers])
+    return [part.view_as(layer.mask) for part, layer in zip(parts, layers, strict=True)]
+
+
+@PRUNE.register("none")
+def prune_none(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
+    """Nothing goes: static masks."""
+    return [layer.mask for layer in layers]
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Redistribute
+# --------------------------------------------------------------------------------------------------
+
+
+@REDISTRIBUTION.register("momentum", needs="momentum", before_pruning=True)
+def redistribute_momentum(layer: Layer) -> Tensor:
+    """Mean |momentum| of the weights active before pruning (paper, section 3)."""
+    return mean_active(layer.momentum, layer.mask)
+
+
+@REDISTRIBUTION.register("magnitude", before_pruning=True)
+def redistribute_magnitude(layer: Layer) -> Tensor:
+    """Mean |w| of the weights active before pruning."""
+    return mean_active(layer.weight, layer.mask)
+
+
+@REDISTRIBUTION.register("nonzeros")
+def redistribute_nonzeros(layer: Layer) -> float:
+    """Number of weights that survived pruning (DSR)."""
+    return layer.active - layer.pruned
+
+
+@REDISTRIBUTION.register("layer_size")
+def redistribute_layer_size(layer: Layer) -> float:
+    """Number of positions: what the official code calls 'none' since August 2019."""
+    return layer.numel
+
+
+@REDISTRIBUTION.register("none")
+def redistribute_none(layer: Layer) -> float:
+    """Each layer gets back what it lost: its density never changes (official code of July 2019)."""
+    return layer.pruned
+
+
+def mean_active(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of |values| where mask is true: float64 scalar tensor, no host synchronisation."""
+    return (values.abs() * mask).sum(dtype=torch.float64) / mask.sum()
+
+
+def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[int]:
+    """Split `total` into whole numbers proportional to `shares`, none above its capacity.
+
+    What a full layer can't take overflows to the others by their shares; the rest of the rounding
+    goes to the largest remainders (ties: the earlier layer). The sum is exact by construction.
+    Shares that are all zero count as equal to the free capacity. Raises ValueError for a negative
+    or non-finite share and for a total beyond the whole capacity.
+    """
+    if any(not math.isfinite(s) or s < 0 for s in shares):
+        raise ValueError(f"shares must be finite and not negative, got {list(shares)}")
+    if not 0 <= total <= sum(capacity):
+        raise ValueError(f"cannot place {total} weights in {sum(capacity)} free positions")
+    quota = [0.0] * len(shares)
+    free = [i for i, room in enumerate(capacity) if room > 0]
+    left = total
+    while free and left > 0:
+        weight = {i: shares[i] for i in free}
+        if sum(weight.values()) <= 0:
+            weight = {i: float(capacity[i]) for i in free}
+        scale = left / sum(weight.values())
+        full = [i for i in free if weight[i] * scale >= capacity[i]]
+        if not full:
+            for i in free:
+                quota[i] = weight[i] * scale
+            break
+        for i in full:
+            quota[i] = capacity[i]
+            left -= capacity[i]
+        free = [i for i in free if i not in full]
+    counts = [math.floor(q) for q in quota]
+    by_remainder = sorted(range(len(quota)), key=lambda i: (counts[i] - quota[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def leave_no_layer_empty(counts: list[int], survivors: Sequence[int]) -> list[int]:
+    """Move single weights so that no layer ends without one: an empty layer would cut the network
+    and has no momentum to be measured by (the official code stops with an error there)."""
+    for i, survived in enumerate(survivors):
+        if survived + counts[i] == 0:
+            donor = max(range(len(counts)), key=lambda j: (counts[j] > 0, survivors[j] + counts[j]))
+            counts[donor] -= 1
+            counts[i] += 1
+    return counts
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Grow
+# --------------------------------------------------------------------------------------------------
+
+
+@GROWTH.register("momentum", needs="momentum")
+def grow_momentum(layer: Layer) -> Tensor:
+    """Largest |momentum| first (paper, section 3)."""
+    return layer.momentum.abs()
+
+
+@GROWTH.register("random")
+def grow_random(layer: Layer) -> Tensor:
+    """Uniformly at random, in exact number."""
+    device = layer.generator.device if layer.generator is not None else layer.mask.device
+    return torch.rand(layer.mask.shape, generator=layer.generator, device=device).to(
+        layer.mask.device
+    )
+
+
+@GROWTH.register("gradient", needs="gradient")
+def grow_gradient(layer: Layer) -> Tensor:
+    """Largest |gradient| of the last mini-batch first (RigL)."""
+    return layer.gradient.abs()
+
+
+@GROWTH.register("none")
+def grow_none(layer: Layer) -> Tensor:
+    """For static masks, where nothing has to be grown."""
+    return torch.zeros_like(layer.weight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Masking: the state, and one cycle
+# --------------------------------------------------------------------------------------------------
+
+
+class LayerReport(NamedTuple):
+    """One layer's line of an update. Counts of weights; momentum_share is NaN without momentum."""
+
+    name: str
+    active_before: int
+    pruned: int
+    grown: int
+    active_after: int
+    momentum_share: float
+
+
+class Masks(dict[str, Tensor]):
+    """Parameter name -> bool mask; assigning a mask of another name, shape or type is refused."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters = parameters
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        if name not in self._parameters:
+            raise ValueError(unknown("masked parameter", name, self._parameters))
+        parameter = self._parameters[name]
+        if mask.shape != parameter.shape:
+            raise ValueError(
+                f"the mask of {name} has shape {tuple(mask.shape)}, its weight has "
+                f"{tuple(parameter.shape)}"
+            )
+        if mask.dtype != torch.bool:
+            raise ValueError(f"the mask of {name} must be of type torch.bool, got {mask.dtype}")
+        super().__setitem__(name, mask.to(parameter.device))
+
+    def update(self, *args: Any, **kwargs: Tensor) -> None:
+        for name, mask in dict(*args, **kwargs).items():
+            self[name] = mask
+
+
+class Masking:
+    """Sparse training of `model` by `optimizer`: masks, and the cycle that moves them.
+
+    ```python
+    masking = Masking(model, optimizer, density=0.05, prune_rate=0.2, total_steps=54_000)
+    loss.backward(); optimizer.step(); masking.step()   # every mini-batch
+    report = masking.update()                           # end of every epoch but the last
+    ```
+
+    Args:
+        model: its parameters of two and more dimensions are masked; biases and batch-norm stay dense.
+        optimizer: holds those parameters, and the momentum where a rule reads it.
+        density: share of the maskable weights that is active, in (0, 1].
+        prune_rate: share of the active weights removed per update, in [0, 1].
+        total_steps: mini-batches over which the prune rate is annealed; constant without it.
+        schedule: "cosine" or "linear", to zero at `total_steps`, evaluated per mini-batch.
+        method: a key of METHODS; `prune`, `redistribution`, `growth` override its rules by name.
+        init: densities of the layers at the start: "uniform" (the paper's) or "erk".
+        keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
+        generator: random stream of the initial masks and of random growth (torch's own without).
+        options: numbers of single rules by name (see `lib/baselines.py`).
+
+    Raises:
+        ValueError: a value out of range, an unknown name, an optimizer without the momentum that
+            the rules need, a pattern that matches nothing, a layer that would be empty.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        density: float = 1.0,
+        prune_rate: float = 0.2,
+        total_steps: int | None = None,
+        *,
+        schedule: str | None = "cosine",
+        method: str = "sparse_momentum",
+        prune: str | None = None,
+        redistribution: str | None = None,
+        growth: str | None = None,
+        init: str = "uniform",
+        keep_dense: str | Sequence[str] = (),
+        generator: torch.Generator | None = None,
+        options: Mapping[str, float] | None = None,
+    ) -> None:
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {density}")
+        _check_rate(prune_rate)
+        if total_steps is not None and total_steps <= 0:
+            raise ValueError(f"total_steps must be positive, got {total_steps}")
+        if schedule not in SCHEDULES:
+            raise ValueError(unknown("schedule", schedule, [s for s in SCHEDULES if s]))
+        named = method_of(method)
+        if method in UNMASKED and density != 1:
+            raise ValueError(f"method {method!r} has density 1, got {density}")
+        self.model, self.optimizer, self.generator = model, optimizer, generator
+        self.method, self.init = method, init
+        self.prune = PRUNE[prune or named.prune]
+        self.redistribution = REDISTRIBUTION[redistribution or named.redistribution]
+        self.growth = GROWTH[growth or named.growth]
+        self.prune_rate, self.schedule, self.total_steps = prune_rate, schedule, total_steps
+        self.options: dict[str, float] = dict(options or {})
+        self.steps = 0
+        self.rule_state: dict[str, Any] = {}
+
+        dense = method in UNMASKED
+        self.parameters = {} if dense else maskable_parameters(model, keep_dense)
+        if not self.parameters and not dense:
+            raise ValueError("no weight is left to mask: keep_dense covers the whole model")
+        self._check_optimizer()
+        self._masks = Masks(self.parameters)
+        self._multipliers: dict[str, tuple[Tensor, int, Tensor]] = {}
+        counts = initial_counts(self.parameters, density, init)
+        for name, parameter in self.parameters.items():
+            self._masks[name] = _random_mask(parameter, counts[name], generator)
+        self.apply()
+
+    # ---- the three calls of a training loop ----
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After every optimizer.step(): set inactive weights back to zero, advance the schedule."""
+        self.steps += 1
+        self.apply()
+        if self.method in EVERY_STEP:
+            EVERY_STEP[self.method](self)
+
+    @torch.no_grad()
+    def update(self, prune_rate: float | None = None) -> list[LayerReport]:
+        """One cycle: prune, redistribute, grow. The number of active weights stays the same.
+
+        `prune_rate` in [0, 1], by default the schedule's current rate; 0 changes nothing. Returns
+        one LayerReport per layer. Raises DivergenceError when a weight, or the momentum or
+        gradient that a rule reads, isn't finite, and ValueError when a layer has no active weight.
+        """
+        rate = self.current_rate if prune_rate is None else prune_rate
+        _check_rate(rate)
+        self.apply()
+        layers = self._layers()
+        if rate == 0 or self.prune.name == "none":
+            return [_report(layer, grown=0) for layer in layers]
+
+        if self.redistribution.before_pruning:
+            for layer, share in zip(layers, self._importance(layers), strict=True):
+                layer.share = share
+
+        # 1. Prune.
+        kept = self.prune.function(layers, rate, self.rule_state)
+        remaining = torch.stack([k.sum() for k in kept]).tolist()
+        for layer, survivors, count in zip(layers, kept, remaining, strict=True):
+            layer.survivors, layer.pruned = survivors, layer.active - count
+
+        # 2. Redistribute.
+        if not self.redistribution.before_pruning:
+            for layer, share in zip(layers, self._importance(layers), strict=True):
+                layer.share = share
+        counts = allocate(
+            total=sum(layer.pruned for layer in layers),
+            shares=[layer.share or 0.0 for layer in layers],
+            capacity=[layer.numel - left for layer, left in zip(layers, remaining, strict=True)],
+        )
+        counts = leave_no_layer_empty(counts, remaining)
+
+        # 3. Grow. A weight pruned just now is a candidate; grown weights start at zero.
+        for layer, count in zip(layers, counts, strict=True):
+            grown = (
+                pick(self.growth.function(layer), ~layer.survivors, count)
+                if count
+                else torch.zeros_like(layer.mask)
+            )
+            self._masks[layer.name] = layer.survivors | grown
+            layer.parameter.data.mul_(layer.survivors)
+        return [_report(layer, n) for layer, n in zip(layers, counts, strict=True)]
+
+    @property
+    def masks(self) -> Masks:
+        """Parameter name -> bool mask. Assignable, one mask or all; applied at the next call."""
+        return self._masks
+
+    @masks.setter
+    def masks(self, masks: Mapping[str, Tensor]) -> None:
+        if missing := self.parameters.keys() - masks.keys():
+            raise ValueError(f"masks are missing for {', '.join(sorted(missing))}")
+        self._masks.update(masks)
+
+    # ---- what can be read ----
+
+    @property
+    def current_rate(self) -> float:
+        """The prune rate now: annealed per mini-batch to zero at `total_steps`."""
+        if self.total_steps is None:
+            return self.prune_rate
+        return self.prune_rate * SCHEDULES[self.schedule](min(1.0, self.steps / self.total_steps))
+
+    @property
+    def weights_total(self) -> int:
+        """Number of maskable weights."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def active(self) -> dict[str, int]:
+        """Number of active weights per layer."""
+        if not self._masks:
+            return {}
+        counts = torch.stack([m.sum() for m in self._masks.values()]).tolist()
+        return dict(zip(self._masks, counts, strict=True))
+
+    @property
+    def density(self) -> float:
+        """Share of the maskable weights that is active now (1 for a dense run)."""
+        return sum(self.active().values()) / self.weights_total if self._masks else 1.0
+
+    # ---- persistence ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, position in the schedule, state of rules and of the random stream."""
+        return {
+            "masks": {name: mask.clone() for name, mask in self._masks.items()},
+            "steps": self.steps,
+            "rules": (self.method, self.prune.name, self.redistribution.name, self.growth.name),
+            "rule_state": {
+                k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rule_state.items()
+            },
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError when it is of other rules, names or shapes."""
+        rules = (self.method, self.prune.name, self.redistribution.name, self.growth.name)
+        if tuple(state["rules"]) != rules:
+            raise ValueError(f"the saved state is of the rules {state['rules']}, not of {rules}")
+        self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
+        self.steps = state["steps"]
+        self.rule_state = {
+            k: v.clone() if isinstance(v, Tensor) else v for k, v in state["rule_state"].items()
+        }
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"].cpu())
+        self.apply()
+
+    # ---- inside ----
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the inactive weights to zero: one fused multiplication by masks kept as floats."""
+        weights, multipliers = [], []
+        for name, mask in self._masks.items():
+            parameter = self.parameters[name]
+            cached = self._multipliers.get(name)
+            if cached is None or cached[0] is not mask or cached[1] != mask._version:
+                # In place, so that a captured CUDA graph goes on reading the same memory.
+                multiplier = torch.empty_like(parameter) if cached is None else cached[2]
+                multiplier.copy_(mask)
+                self._multipliers[name] = cached = (mask, mask._version, multiplier)
+            weights.append(parameter)
+            multipliers.append(cached[2])
+        if weights:
+            torch._foreach_mul_(weights, multipliers)
+
+    def _layers(self) -> list[Layer]:
+        layers = [
+            Layer(name, self.parameters[name], mask, self.optimizer, self.generator)
+            for name, mask in self._masks.items()
+        ]
+        if not layers:
+            return []
+        needs = {self.growth.needs, self.redistribution.needs} - {""}
+        read = [
+            [
+                layer.mask.sum(dtype=torch.float64),
+                layer.weight.abs().sum(dtype=torch.float64),
+                _momentum_mean(layer),
+                *(getattr(layer, n).abs().sum(dtype=torch.float64) for n in sorted(needs)),
+            ]
+            for layer in layers
+        ]
+        # One transfer to the host for all layers and numbers.
+        table = torch.stack([torch.stack(row) for row in read]).tolist()
+        momentum_sum = sum(row[2] for row in table)
+        for layer, row in zip(layers, table, strict=True):
+            layer.active = int(row[0])
+            if layer.active == 0:
+                raise ValueError(
+                    f"{layer.name} has no active weight among {layer.numel}: give it at least one, "
+                    "raise the density or name it in keep_dense"
+                )
+            for what, value in zip(["weight", *sorted(needs)], [row[1], *row[3:]], strict=True):
+                if not math.isfinite(value):
+                    raise DivergenceError(
+                        f"{layer.name}: the sum of |{what}| is {value} after {self.steps} steps; "
+                        "training has diverged, lower the learning rate"
+                    )
+            layer.momentum_share = row[2] / momentum_sum if momentum_sum > 0 else math.nan
+        return layers
+
+    def _importance(self, layers: Sequence[Layer]) -> list[float]:
+        values = [
+            torch.as_tensor(
+                self.redistribution.function(layer), dtype=torch.float64, device=layer.mask.device
+            )
+            for layer in layers
+        ]
+        shares = torch.stack(values).tolist()
+        total = sum(shares)
+        return [share / total for share in shares] if total > 0 else [0.0] * len(shares)
+
+    def _check_optimizer(self) -> None:
+        held = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for name, parameter in self.parameters.items():
+            if id(parameter) not in held:
+                raise ValueError(f"{name} is masked but the optimizer doesn't hold it")
+            group = held[id(parameter)]
+            if "momentum" in (self.growth.needs, self.redistribution.needs) and not (
+                group.get("momentum", 0) > 0 or "betas" in group
+            ):
+                raise ValueError(
+                    f"redistribution {self.redistribution.name!r} and growth {self.growth.name!r} "
+                    f"read the momentum of {name}, but {type(self.optimizer).__name__} runs with "
+                    f"momentum={group.get('momentum', 'none')}: use SGD with momentum above 0, or "
+                    "Adam, or other rules"
+                )
+
+
+SCHEDULES: dict[str | None, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+    None: lambda done: 1.0,
+}
+
+
+def maskable_parameters(
+    model: nn.Module, keep_dense: str | Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all weights that may be masked: two and more dimensions, trainable.
+
+    `keep_dense` names parameters, modules or patterns to leave out; ValueError for one that
+    matches nothing.
+    """
+    patterns = [keep_dense] if isinstance(keep_dense, str) else list(keep_dense)
+    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and p.requires_grad}
+    kept: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in weights if fnmatchcase(n, pattern) or n.startswith(pattern + ".")}
+        if not hits:
+            raise ValueError(unknown("keep_dense name", pattern, weights))
+        kept |= hits
+    return {n: p for n, p in weights.items() if n not in kept}
+
+
+def initial_counts(
+    parameters: Mapping[str, nn.Parameter], density: float, init: str = "uniform"
+) -> dict[str, int]:
+    """Active weights per layer at the start; they sum to round(density * all weights) exactly.
+
+    "uniform": the same density in every layer (paper). "erk": Erdos-Renyi-kernel, density
+    proportional to (sum of the dimensions) / (their product), full where that exceeds one (RigL,
+    section 3). Raises ValueError where a layer would be empty.
+    """
+    sizes = {name: p.numel() for name, p in parameters.items()}
+    if init == "uniform":
+        shares = [float(size) for size in sizes.values()]
+    elif init == "erk":
+        shares = [float(sum(p.shape)) for p in parameters.values()]
+    else:
+        raise ValueError(unknown("init", init, ["uniform", "erk"]))
+    total = round(density * sum(sizes.values()))
+    counts = dict(zip(sizes, allocate(total, shares, list(sizes.values())), strict=True))
+    if empty := [name for name, count in counts.items() if count == 0]:
+        raise ValueError(
+            f"density {density} leaves {empty[0]} ({sizes[empty[0]]} weights) without an active "
+            "weight: raise the density or name the layer in keep_dense"
+        )
+    return counts
+
+
+def _random_mask(parameter: nn.Parameter, count: int, generator: torch.Generator | None) -> Tensor:
+    mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+    device = generator.device if generator is not None else parameter.device
+    order = torch.randperm(parameter.numel(), generator=generator, device=device)
+    mask[order[:count].to(parameter.device)] = True
+    return mask.view(parameter.shape)
+
+
+def _momentum_mean(layer: Layer) -> Tensor:
+    """Mean |momentum| of the active weights for the report; NaN where the optimizer has none."""
+    try:
+        return mean_active(layer.momentum, layer.mask)
+    except ValueError:
+        return torch.full((), math.nan, dtype=torch.float64, device=layer.mask.device)
+
+
+def _report(layer: Layer, grown: int) -> LayerReport:
+    after = layer.active - layer.pruned + grown
+    return LayerReport(layer.name, layer.active, layer.pruned, grown, after, layer.momentum_share)
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"prune_rate must be in [0, 1], got {rate}")
+
+
+from lib import baselines  # noqa: E402, F401  (registers the other methods' rules)

@@ -1,0 +1,421 @@
+"""One training run from its hyper-parameters to a finished row: the only training loop there is.
+
+The protocol is the paper's (section 4; official code e19ff16, mnist_cifar/main.py): SGD with
+Nesterov momentum, learning rate x0.1 every so many mini-batches, the last 10 % of the training set
+held out, the test set read once after the last epoch, masks moved at the end of every epoch but
+the last. Data are tensors resident on the device; nothing is loaded or transformed per image.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib import data as datasets
+from lib.baselines import snip_masks
+from lib.config import UNMASKED, Run, stream_seed
+from lib.masking import DivergenceError, LayerReport, Masking
+from lib.models import build_model, layer_flops, small_dense_scale
+
+EVALUATION_BATCH = 1000
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; the checkpoint holds everything up to the last mini-batch."""
+
+
+@dataclass
+class Outcome:
+    """What a run measured. Errors in per cent of images; None where training diverged.
+
+    `curves` and `layers` are rows of the per-epoch files (lib/results.py). FLOPs are relative to
+    the dense network's: inference with the final densities; training as the mean over all steps of
+    forward, input-gradient and weight-gradient products, the weight gradient counted densely in
+    the steps whose growth rule reads it (RigL, appendix H).
+    """
+
+    status: str = "ok"
+    test_error_pct: float | None = None
+    val_error_pct: float | None = None
+    train_loss: float | None = None
+    density_final: float | None = None
+    weights_total: int = 0
+    weights_active: int | None = None
+    steps: int = 0
+    train_flops_rel: float | None = None
+    inference_flops_rel: float | None = None
+    train_seconds: float = 0.0
+    data_sha256: str = ""
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """Handed to the progress callback after every epoch and about once a second."""
+
+    epoch: float
+    epochs: int
+    val_error_pct: float | None
+
+
+@dataclass
+class _State:
+    """Everything about the position in a run that isn't in model, optimizer or masking."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    flops_sum: float = 0.0
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    report: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+def train(
+    run: Run,
+    dataset: datasets.Dataset | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Outcome:
+    """Train one run to its end, continuing from `checkpoint` where that file exists.
+
+    The file is replaced about every `checkpoint_seconds` and removed by whoever stored the
+    outcome. Continuing gives the same bits as never stopping (CPU; same machine, versions and
+    number of threads). A loss, weight or momentum that isn't finite ends the run with status
+    "diverged". Raises Interrupted when `should_stop()` is true, after writing the checkpoint.
+    """
+    loop = TrainingLoop(run, dataset, device=device)
+    if checkpoint is not None and checkpoint.exists():
+        loop.load(checkpoint)
+    try:
+        loop.run_to_end(checkpoint, checkpoint_seconds, progress, should_stop)
+    except DivergenceError:
+        return loop.outcome(status="diverged")
+    return loop.outcome()
+
+
+class TrainingLoop:
+    """A run in progress: model, optimizer, masking, random streams, position."""
+
+    def __init__(
+        self,
+        run: Run,
+        dataset: datasets.Dataset | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        torch.set_flush_denormal(True)
+        self.run, self.device = run, torch.device(device)
+        self.data = dataset or datasets.load(
+            run.dataset,
+            device=self.device,
+            val_fraction=run.val_fraction,
+            train_subset=run.train_samples,
+        )
+        self.model = build_model(
+            run.model,
+            dropout=None if run.dropout < 0 else run.dropout,
+            width_scale=(
+                small_dense_scale(run.model, run.density) if run.method == "small_dense" else 1.0
+            ),
+            generator=stream(run, "init"),
+        ).to(self.device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=run.lr,
+            momentum=run.momentum,
+            nesterov=run.nesterov and run.momentum > 0,
+            weight_decay=run.weight_decay,
+            fused=True,
+        )
+        self.steps_per_epoch = math.ceil(len(self.data.train_y) / run.batch_size)
+        self.total_steps = run.epochs * self.steps_per_epoch
+        self.masking = Masking(
+            self.model,
+            self.optimizer,
+            density=1.0 if run.method in UNMASKED else run.density,
+            prune_rate=run.prune_rate,
+            total_steps=self.total_steps,
+            schedule=run.schedule,
+            method=run.method,
+            prune=run.prune,
+            redistribution=run.redistribution,
+            growth=run.growth,
+            init=run.init,
+            keep_dense=run.keep_dense,
+            generator=stream(run, "masks"),
+            options=dict(run.options),
+        )
+        self.augment_stream = stream(run, "augment", device=self.device)
+        self.dropout_stream = stream(run, "dropout").get_state()
+        self.flops = layer_flops(self.model, self.data.train_x.shape[1:])
+        self.state = _State()
+        if run.method == "snip":
+            self.masking.masks = self._snip()
+            self.masking.apply()
+
+    # ---- the loop ----
+
+    def run_to_end(
+        self,
+        checkpoint: Path | None = None,
+        checkpoint_seconds: float = 30.0,
+        progress: Callable[[Progress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        """All epochs that are left. See `train`."""
+        state, run = self.state, self.run
+        started = time.perf_counter() - state.seconds
+        saved = told = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.dropout_stream)
+            while state.epoch < run.epochs:
+                order = self._order()
+                loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64, device=self.device)
+                self.model.train()
+                for k in range(state.step_in_epoch, self.steps_per_epoch):
+                    index = order[k * run.batch_size : (k + 1) * run.batch_size]
+                    loss_sum += self.step(index) * len(index)
+                    state.step_in_epoch = k + 1
+                    if self.device.type != "cpu":
+                        continue  # looking at the clock is free, looking at the loss is not
+                    now = time.perf_counter()
+                    if progress is not None and now - told > 1.0:
+                        told = now
+                        progress(self._progress())
+                    stop = should_stop is not None and should_stop()
+                    if stop or (checkpoint and now - saved >= checkpoint_seconds):
+                        saved = now
+                        state.loss_sum, state.seconds = float(loss_sum), now - started
+                        if checkpoint:
+                            self.save(checkpoint)
+                    if stop:
+                        raise Interrupted(run.run_id)
+                state.seconds = time.perf_counter() - started
+                self._end_epoch(float(loss_sum))
+                if progress is not None:
+                    progress(self._progress())
+                state.seconds = time.perf_counter() - started
+                if checkpoint and time.perf_counter() - saved >= checkpoint_seconds:
+                    saved = time.perf_counter()
+                    self.save(checkpoint)
+
+    def step(self, index: Tensor) -> Tensor:
+        """One mini-batch of training images `index` [B]: returns its mean loss, 0-d, detached."""
+        run, state = self.run, self.state
+        lr = self.lr()
+        if self.optimizer.param_groups[0]["lr"] != lr:
+            self.optimizer.param_groups[0]["lr"] = lr
+        images, labels = self._batch(index)
+        with self._autocast():
+            loss = F.cross_entropy(
+                self.model(images), labels, label_smoothing=run.label_smoothing
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.masking.step()
+        state.step += 1
+        every = run.update_every_steps  # 0: at the end of the epoch, after validation
+        if every and state.step % every == 0 and state.step < self.total_steps:
+            self._update_masks()
+        return loss.detach()
+
+    def lr(self) -> float:
+        """Learning rate of the next mini-batch: linear warm-up, then x`lr_decay` in steps."""
+        run, step = self.run, self.state.step
+        warmup = run.warmup_epochs * self.steps_per_epoch
+        if step < warmup:
+            return run.lr * (step + 1) / warmup
+        return run.lr * run.lr_decay ** (step // run.lr_decay_every_steps)
+
+    @torch.no_grad()
+    def error_pct(self, images: Tensor, labels: Tensor) -> float:
+        """Share of wrong predictions in per cent: wrong images over all images, in eval mode."""
+        self.model.eval()
+        right = torch.zeros((), dtype=torch.long, device=self.device)
+        for start in range(0, len(labels), EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            with self._autocast():
+                logits = self.model(self.data.prepare(images[part]))
+            right += (logits.argmax(1) == labels[part]).sum()
+        self.model.train()
+        return 100.0 * (1 - int(right) / len(labels))
+
+    # ---- persistence ----
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint in one step: a kill leaves the old one or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        torch.save(
+            {
+                "run_id": self.run.run_id,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "masking": self.masking.state_dict(),
+                "augment_stream": self.augment_stream.get_state(),
+                "dropout_stream": torch.get_rng_state(),
+                "state": vars(self.state),
+            },
+            temporary,
+        )
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; ValueError when it is another run's."""
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["run_id"] != self.run.run_id:
+            raise ValueError(f"{path} is the checkpoint of {saved['run_id']}: remove it")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.masking.load_state_dict(saved["masking"])
+        self.augment_stream.set_state(saved["augment_stream"].cpu())
+        self.dropout_stream = saved["dropout_stream"].cpu()
+        self.state = _State(**saved["state"])
+
+    def outcome(self, status: str = "ok") -> Outcome:
+        """The finished run's numbers; reads the test set, once."""
+        state, masking = self.state, self.masking
+        done = Outcome(
+            status=status,
+            weights_total=sum(p.numel() for p in self.model.parameters() if p.dim() > 1),
+            steps=state.step,
+            train_seconds=state.seconds,
+            data_sha256=self.data.sha256,
+            curves=state.curves,
+            layers=state.layers,
+        )
+        if status == "ok":
+            done.test_error_pct = self.error_pct(self.data.test_x, self.data.test_y)
+            done.val_error_pct = state.curves[-1]["val_error_pct"]
+            done.train_loss = state.curves[-1]["train_loss"]
+            done.density_final = masking.density
+            kept_dense = done.weights_total - masking.weights_total
+            done.weights_active = sum(masking.active().values()) + kept_dense
+            done.train_flops_rel = state.flops_sum / state.step
+            done.inference_flops_rel = self._flops_rel(masking.active())
+        return done
+
+    # ---- inside ----
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.data.train_x[index]
+        if self.run.augment:
+            images = datasets.augment(images, self.augment_stream)
+        return self.data.prepare(images), self.data.train_y[index]
+
+    def _order(self) -> Tensor:
+        """This epoch's order of the training images: a stream of its own, so a resume can redraw."""
+        generator = stream(self.run, "order", self.state.epoch)
+        return torch.randperm(len(self.data.train_y), generator=generator).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.run.precision == "bf16"
+        )
+
+    def _end_epoch(self, loss_sum: float) -> None:
+        state, run = self.state, self.run
+        if not math.isfinite(loss_sum):
+            raise DivergenceError(f"the loss is {loss_sum} in epoch {state.epoch + 1}")
+        active = self.masking.active()
+        state.flops_sum += self.steps_per_epoch * self._train_flops_rel(active)
+        state.epoch += 1
+        state.curves.append(
+            {
+                "run_id": run.run_id,
+                "epoch": state.epoch,
+                "train_loss": loss_sum / len(self.data.train_y),
+                "val_error_pct": self.error_pct(self.data.val_x, self.data.val_y),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "prune_rate": self.masking.current_rate,
+                "density": self.masking.density,
+            }
+        )
+        last = state.epoch == run.epochs
+        if not last and run.update_every_steps == 0:
+            self._update_masks()
+        if last or str(state.epoch).rstrip("0") in ("1", "2", "5"):
+            self._record_layers()
+        state.step_in_epoch, state.loss_sum = 0, 0.0
+
+    def _update_masks(self) -> None:
+        self.state.report = [tuple(line) for line in self.masking.update()]
+
+    def _record_layers(self) -> None:
+        shares = {LayerReport(*line).name: line[-1] for line in self.state.report}
+        for name, count in self.masking.active().items():
+            self.state.layers.append(
+                {
+                    "run_id": self.run.run_id,
+                    "epoch": self.state.epoch,
+                    "layer": name,
+                    "weights": self.masking.masks[name].numel(),
+                    "active": count,
+                    "momentum_share": shares.get(name, math.nan),
+                }
+            )
+
+    def _flops_rel(self, active: dict[str, int]) -> float:
+        total = sum(self.flops.values())
+        sparse = sum(
+            flops * (active[name] / self.masking.masks[name].numel() if name in active else 1.0)
+            for name, flops in self.flops.items()
+        )
+        return sparse / total
+
+    def _train_flops_rel(self, active: dict[str, int]) -> float:
+        """Forward, input gradient and weight gradient of one step, relative to dense."""
+        sparse = self._flops_rel(active)
+        dense_share = 0.0
+        if active and "momentum" in (self.masking.growth.needs, self.masking.redistribution.needs):
+            dense_share = 1.0
+        elif active and self.masking.growth.needs == "gradient":
+            dense_share = 1 / (self.run.update_every_steps or self.steps_per_epoch)
+        return (2 * sparse + dense_share + (1 - dense_share) * sparse) / 3
+
+    def _progress(self) -> Progress:
+        state = self.state
+        done = state.epoch + state.step_in_epoch / self.steps_per_epoch
+        last = state.curves[-1]["val_error_pct"] if state.curves else None
+        return Progress(min(done, self.run.epochs), self.run.epochs, last)
+
+    def _snip(self) -> dict[str, Tensor]:
+        index = self._order()[: self.run.batch_size]
+        probe = build_model(self.run.model, generator=stream(self.run, "init")).to(self.device)
+        parameters = {
+            n: p for n, p in probe.named_parameters() if n in self.masking.parameters
+        }
+        images, labels = self._batch(index)
+        return snip_masks(
+            probe, parameters, self.run.density, lambda: F.cross_entropy(probe(images), labels)
+        )
+
+
+def stream(
+    run: Run, purpose: str, *index: int, device: str | torch.device = "cpu"
+) -> torch.Generator:
+    """The random stream of one purpose of a run; streams never share draws."""
+    return torch.Generator(device=device).manual_seed(stream_seed(run.seed, purpose, *index))
+
+
+def model_of(run: Run) -> nn.Module:
+    """The run's network as it is before the first step."""
+    return TrainingLoop(run).model
