@@ -290,8 +290,9 @@ def _require_files(source: _Source, root: Path, download: bool) -> None:
     if missing:
         what = "no file" if len(missing) == len(source.md5) else f"no {', '.join(missing)}"
         raise DataError(
-            f"{source.torchvision_class} not found: {what} in {root / source.folder} ({reason}); put {_all_files(source)} there, or set "
-            f"DATA_ROOT to the folder that contains {source.folder}, or connect to the internet."
+            f"{source.torchvision_class} not found: {what} in {root / source.folder} ({reason}); "
+            f"put {_all_files(source)} there, or set DATA_ROOT to the folder that "
+            f"contains {source.folder}, or connect to the internet."
         )
 
 
