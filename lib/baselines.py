@@ -193,4 +193,3 @@ def snip_masks(
         name: part.view(p.shape).clone()
         for (name, p), part in zip(parameters.items(), parts, strict=True)
     }
-

@@ -90,7 +90,7 @@ class Run:
     epochs: int = 100
     train_samples: int = 0
     val_fraction: float = 0.1
-    augment: bool = False
+    augment: bool = True
     precision: str = "fp32"
     seed: int = 0
 

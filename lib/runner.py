@@ -367,9 +367,7 @@ def _copy_rows_of_other_experiments(todo: Plan) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def row_of(
-    run: Run, outcome: Any, experiment: str, profile: str, device: str
-) -> dict[str, Any]:
+def row_of(run: Run, outcome: Any, experiment: str, profile: str, device: str) -> dict[str, Any]:
     """One row of the results: the run, what it measured, and where it was measured."""
     import torch
 
@@ -377,6 +375,8 @@ def row_of(
     measured = vars(outcome)
     row: dict[str, Any] = {name: getattr(run, name) for name in _COLUMN_OF_FIELD}
     row |= {name: measured[name] for name in measured if name in results.COLUMNS}
+    if run.prune == "none":  # the masks never move
+        row |= {"prune_rate": None, "schedule": "", "update_every_steps": None}
     row |= {
         "run_id": run.run_id,
         "experiment": experiment,
@@ -443,3 +443,21 @@ def print_line() -> Callable[[str], None]:
             print(text.rstrip("\n"), flush=True)
 
     return say
+
+
+def status_table(profile: str, results_root: str | Path | None = None, device: str = "cpu") -> str:
+    """One line per experiment: runs done, diverged and missing, and the hours left here."""
+    cores = default_jobs([Run()] * 1000, device)[0]
+    lines = [f"{'experiment':<16}{'done':>6}{'diverged':>10}{'missing':>9}{'left':>12}"]
+    for name in experiments.EXPERIMENTS:
+        todo = plan(name, profile, results_root=results_root)
+        rows = results.read_runs(todo.csv)
+        wanted = {run.run_id for run in todo.done}
+        diverged = int((rows[rows["run_id"].isin(wanted)]["status"] == "diverged").sum())
+        estimate = cost.Estimator(todo.csv.parent, device)
+        hours = sum(estimate.seconds(run) for run in todo.todo) / cores / 3600
+        lines.append(
+            f"{name:<16}{len(todo.done):>6}{diverged:>10}{len(todo.todo):>9}{hours:>10.1f} h"
+        )
+    lines.append(f"profile {profile}, on {cores} x {device_name(device)}, one run per core")
+    return "\n".join(lines)

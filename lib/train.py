@@ -224,9 +224,7 @@ class TrainingLoop:
             self.optimizer.param_groups[0]["lr"] = lr
         images, labels = self._batch(index)
         with self._autocast():
-            loss = F.cross_entropy(
-                self.model(images), labels, label_smoothing=run.label_smoothing
-            )
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=run.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -253,10 +251,10 @@ class TrainingLoop:
         for start in range(0, len(labels), EVALUATION_BATCH):
             part = slice(start, start + EVALUATION_BATCH)
             with self._autocast():
-                logits = self.model(self.data.prepare(images[part]))
+                logits = self.model(images[part])
             right += (logits.argmax(1) == labels[part]).sum()
         self.model.train()
-        return 100.0 * (1 - int(right) / len(labels))
+        return 100.0 * (len(labels) - int(right)) / len(labels)
 
     # ---- persistence ----
 
@@ -317,9 +315,9 @@ class TrainingLoop:
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         images = self.data.train_x[index]
-        if self.run.augment:
-            images = datasets.augment(images, self.augment_stream)
-        return self.data.prepare(images), self.data.train_y[index]
+        if self.run.augment and self.data.augment is not None:
+            images = self.data.augment(images, self.augment_stream)
+        return images, self.data.train_y[index]
 
     def _order(self) -> Tensor:
         """This epoch's order of the training images: a stream of its own, so a resume can redraw."""
@@ -400,9 +398,7 @@ class TrainingLoop:
     def _snip(self) -> dict[str, Tensor]:
         index = self._order()[: self.run.batch_size]
         probe = build_model(self.run.model, generator=stream(self.run, "init")).to(self.device)
-        parameters = {
-            n: p for n, p in probe.named_parameters() if n in self.masking.parameters
-        }
+        parameters = {n: p for n, p in probe.named_parameters() if n in self.masking.parameters}
         images, labels = self._batch(index)
         return snip_masks(
             probe, parameters, self.run.density, lambda: F.cross_entropy(probe(images), labels)

@@ -1,0 +1,150 @@
+"""The command line: python -m lib run|status|notebooks|figures|verdict (see --help of each)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lib import experiments
+from lib.config import parse_field
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 1 with a sentence on standard error, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train what is missing of one experiment, or of all."""
+    from lib.runner import run_experiment
+
+    for name in _names(options.experiment):
+        run_experiment(
+            name,
+            options.profile,
+            only=options.only,
+            overrides=_overrides(options.set),
+            shard=_shard(options.shard),
+            results_root=options.results,
+            jobs=options.jobs,
+            threads=options.threads,
+            device=options.device,
+        )
+
+
+def status(options: argparse.Namespace) -> None:
+    """What is done, what is missing, and how long the rest will take on this machine."""
+    from lib.runner import status_table
+
+    print(status_table(options.profile, options.results, options.device))
+
+
+def notebooks(options: argparse.Namespace) -> None:
+    """Execute the notebooks; executed copies go to results/<profile>/notebooks/."""
+    from lib.notebooks import execute_all
+
+    execute_all(
+        options.profile,
+        only=options.only,
+        parameters=_raw_overrides(options.set),
+        results_root=options.results,
+    )
+
+
+def figures(options: argparse.Namespace) -> None:
+    """Redraw every figure and table from the saved CSVs."""
+    from lib.figures import draw_all
+
+    for path in draw_all(options.profile, options.results):
+        print(path)
+
+
+def verdict(options: argparse.Namespace) -> None:
+    """Print the table: claim, the paper's value, ours, verdict."""
+    from lib.claims import verdict_text
+
+    print(verdict_text(options.profile, options.results))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(function: object, *, profile: bool = True) -> argparse.ArgumentParser:
+        name = function.__name__  # type: ignore[attr-defined]
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.set_defaults(command=function)
+        command.add_argument(
+            "--profile", default="quick", choices=experiments.PROFILES, help="scale of the runs"
+        )
+        command.add_argument("--results", metavar="DIR", help="write to and read from DIR instead")
+        command.add_argument("--traceback", action="store_true", help="show where an error arose")
+        return command
+
+    command = add(run)
+    command.add_argument("experiment", choices=[*experiments.EXPERIMENTS, "all"])
+    command.add_argument(
+        "--only", action="append", default=[], metavar="FIELD=VALUE", help="keep runs that have it"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override in every run"
+    )
+    command.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="every N-th run from the I-th"
+    )
+    command.add_argument("--jobs", type=int, help="runs side by side (default: as measured best)")
+    command.add_argument("--threads", type=int, help="threads of each run")
+    command.add_argument("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
+
+    command = add(status)
+    command.add_argument("--device", default="cpu", help='"cpu" or "cuda"')
+
+    command = add(notebooks)
+    command.add_argument("--only", action="append", default=[], metavar="NAME", help="one notebook")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="PARAMETER=VALUE", help="papermill parameter"
+    )
+    add(figures)
+    add(verdict)
+    return parser
+
+
+def _names(experiment: str) -> list[str]:
+    return list(experiments.EXPERIMENTS) if experiment == "all" else [experiment]
+
+
+def _overrides(texts: Sequence[str]) -> dict[str, object]:
+    return {name: parse_field(name, value) for name, value in _raw_overrides(texts).items()}
+
+
+def _raw_overrides(texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"--set {text!r}: write name=value, for instance epochs=15")
+        pairs[name] = value
+    return pairs
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard {text!r}: write i/n, for instance 1/4") from None
+    return index, count
+
+
+if __name__ == "__main__":
+    sys.exit(main())
