@@ -1,0 +1,171 @@
+"""Compiles the kernels on first use and loads them.
+
+The library has a plain C interface and is called through ctypes, so it needs neither ninja nor
+torch's headers, builds in seconds and does not depend on torch's binary interface.  It is linked
+without an OpenMP runtime of its own: torch has loaded one, and a second pool of threads would
+spin against the first on the same cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: F401  loads the OpenMP runtime that the library shares
+
+_HERE = Path(__file__).resolve().parent
+SOURCES = ("sparse.hpp", "blocked.hpp", "sparse.cpp")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-fPIC",
+    "-Wno-psabi",
+)
+
+_PTR, _INT, _I64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES: dict[str, list[Any]] = {
+    "sparse_plan_create": [_PTR, _PTR, _I64, _INT, _I64, _I64, _I64, _INT, _PTR],
+    "sparse_plan_free": [_PTR],
+    "sparse_convolve": [_PTR, _PTR, _PTR, _PTR, _PTR, _I64, _INT],
+    "sparse_weight_gradient": [_PTR, _PTR, _PTR, _PTR, _I64, _INT],
+    "sparse_convert": [_INT, _PTR, _I64, _I64, _I64, _PTR, _I64, _I64, _I64, _INT],
+    "sparse_norm_forward": [_PTR] * 6 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
+    "sparse_norm_backward": [_PTR] * 9 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
+    "sparse_channel_sum": [_PTR, _PTR, _I64, _I64, _I64, _INT],
+    "sparse_max_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _PTR, _INT],
+    "sparse_mean_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _INT],
+}
+_FALLIBLE = ("sparse_plan_create", "sparse_convolve", "sparse_weight_gradient")
+
+
+class KernelsUnavailable(RuntimeError):
+    """The sparse kernels cannot be built or loaded on this machine."""
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels and calibrations: $SPARSE_CACHE, else .cache/kernels."""
+    root = os.environ.get("SPARSE_CACHE")
+    return Path(root) if root else _HERE.parents[1] / ".cache" / "kernels"
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, g++, c++ or clang++, whichever is found first; None without one."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    return None
+
+
+@functools.cache
+def cpu_id() -> str:
+    """Names the processor: code built with -march=native must not move to another one."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    first = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
+    known = [first[key] for key in ("model name", "flags", "Features") if key in first]
+    return "\n".join([platform.machine(), platform.processor(), *known])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise KernelsUnavailable(
+            f"the C++ compiler failed on the sparse kernels ({' '.join(command)}):\n{done.stderr}"
+        )
+
+
+def build(link_openmp: bool = False) -> Path:
+    """Path of the compiled library, built unless the cache holds it for these sources,
+    flags, compiler and processor.
+
+    Raises:
+        KernelsUnavailable: no C++ compiler, or it failed.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise KernelsUnavailable(
+            "no C++ compiler was found (CXX, g++, c++, clang++); install one to use sparse kernels"
+        )
+    version = subprocess.run([cxx, "--version"], check=False, capture_output=True, text=True).stdout
+    key = hashlib.sha256()
+    for part in (cxx, version, cpu_id(), str(link_openmp), *FLAGS):
+        key.update(part.encode() + b"\0")
+    for name in SOURCES:
+        key.update((_HERE / name).read_bytes() + b"\0")
+    target = cache_dir() / f"sparse-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        compiled, linked = Path(folder) / "sparse.o", Path(folder) / "sparse.so"
+        _run([cxx, *FLAGS, "-c", str(_HERE / "sparse.cpp"), "-o", str(compiled)])
+        openmp = ["-fopenmp"] if link_openmp else []
+        _run([cxx, "-shared", str(compiled), *openmp, "-o", str(linked)])
+        os.replace(linked, target)  # whole or not at all, whoever else builds at the same time
+    return target
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | KernelsUnavailable:
+    try:
+        try:
+            library = ctypes.CDLL(str(build()))
+        except OSError:  # torch brought no OpenMP runtime under a name we can share
+            library = ctypes.CDLL(str(build(link_openmp=True)))
+    except (KernelsUnavailable, OSError) as error:
+        return error if isinstance(error, KernelsUnavailable) else KernelsUnavailable(str(error))
+    library.sparse_error.restype = ctypes.c_char_p
+    library.sparse_error.argtypes = []
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = _INT if name in _FALLIBLE else None
+    return library
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    warnings.warn(
+        f"sparse CPU kernels are not used, training goes on with masked dense layers: {message}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def available() -> bool:
+    """Whether the kernels work here (compiling them on the first call); warns once if not."""
+    library = _load()
+    if isinstance(library, KernelsUnavailable):
+        _warn(str(library))
+        return False
+    return True
+
+
+def require() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        KernelsUnavailable: it cannot be built or loaded; the message says why.
+    """
+    library = _load()
+    if isinstance(library, KernelsUnavailable):
+        raise library
+    return library
+
+
+def check(code: int) -> None:
+    """Raises RuntimeError with the library's message if `code`, a kernel's result, is not 0."""
+    if code:
+        raise RuntimeError(f"sparse kernel failed: {require().sparse_error().decode()}")

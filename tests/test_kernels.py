@@ -1,0 +1,329 @@
+"""The sparse CPU kernels against torch in double precision, and under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib import kernels
+from lib.kernels import library
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
+
+
+def close(got: torch.Tensor, want: torch.Tensor, terms: int) -> None:
+    """float32 sums of `terms` products of normal numbers against float64."""
+    error = (got.detach().double() - want.detach()).abs().max() if want.numel() else torch.zeros(())
+    scale = want.abs().max().clamp_min(1.0) if want.numel() else 1.0
+    assert error <= 2e-6 * scale * max(terms, 1) ** 0.5, f"off by {float(error)} of {float(scale)}"
+
+
+def check_conv(
+    batch: int,
+    shape: tuple[int, int, int, int],
+    size: tuple[int, int],
+    stride: int,
+    padding: int,
+    mask: torch.Tensor,
+    bias: bool,
+) -> None:
+    o, c, kh, kw = shape
+    x = torch.randn(batch, c, *size, requires_grad=True)
+    weight = (torch.randn(shape) * mask).requires_grad_()
+    b = torch.randn(o, requires_grad=True) if bias else None
+    pattern = kernels.Pattern(mask)
+    assert pattern.nnz == int(mask.sum())
+    blocked = kernels.conv2d(
+        kernels.to_blocked(x),
+        kernels.gather(weight, pattern),
+        b,
+        pattern,
+        stride=stride,
+        padding=padding,
+        samples=batch,
+    )
+    y = kernels.from_blocked(blocked, batch)
+
+    leaves = [t for t in (x, weight, b) if t is not None]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    want = F.conv2d(doubles[0], doubles[1], doubles[2] if bias else None, stride, padding)
+    assert y.shape == want.shape
+    close(y, want, c * kh * kw)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, leaves, grad)
+    wanted = torch.autograd.grad(want, doubles, grad.double())
+    close(got[0], wanted[0], o * kh * kw)
+    close(got[1], wanted[1] * mask, batch * want.shape[2] * want.shape[3])
+    assert not got[1][~mask].any()
+    if bias:
+        close(got[2], wanted[2], batch * want.shape[2] * want.shape[3])
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_convolution_matches_torch(data: st.DataObject) -> None:
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    padding = draw(st.integers(0, 3))
+    size = tuple(
+        draw(st.integers(max(1, k - 2 * padding), max(1, k - 2 * padding) + 10)) for k in kernel
+    )
+    shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)), *kernel)
+    density = draw(st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0]))
+    mask = torch.rand(shape) < density
+    batch = draw(st.sampled_from([1, 2, 15, 16, 17, 33, 70]))
+    check_conv(batch, shape, size, draw(st.integers(1, 3)), padding, mask, draw(st.booleans()))
+
+
+CASES = {
+    "empty and full rows": (17, (6, 5, 3, 3), (8, 8), 1, 1),
+    "one channel": (5, (1, 1, 3, 3), (7, 7), 1, 1),
+    "batch of one": (1, (8, 8, 3, 3), (5, 6), 1, 1),
+    "first layer": (20, (16, 3, 3, 3), (32, 32), 1, 1),
+    "several blocks of channels": (20, (300, 70, 3, 3), (4, 4), 1, 1),
+    "2x2 pixels": (128, (40, 48, 3, 3), (2, 2), 1, 1),
+    "2x2 pixels, two blocks": (30, (40, 48, 3, 3), (2, 2), 1, 1),
+    "1x1 kernel, stride 2": (33, (12, 10, 1, 1), (16, 16), 2, 0),
+    "3x3 kernel, stride 2": (33, (12, 10, 3, 3), (9, 16), 2, 1),
+    "unused pixels at the border": (3, (4, 4, 2, 2), (8, 8), 3, 0),
+    "kernel larger than its stride's phases": (16, (4, 4, 11, 11), (14, 14), 4, 2),
+    "linear": (128, (300, 784, 1, 1), (1, 1), 1, 0),
+    "linear, 16 blocks and a rest": (260, (10, 100, 1, 1), (1, 1), 1, 0),
+    "linear, batch of 20": (20, (10, 100, 1, 1), (1, 1), 1, 0),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_convolution_special_shapes(name: str) -> None:
+    torch.manual_seed(3)
+    batch, shape, size, stride, padding = CASES[name]
+    mask = torch.rand(shape) < 0.3
+    if name == "empty and full rows":
+        mask[0] = mask[:, 2] = False
+        mask[1] = mask[:, 3] = True
+    check_conv(batch, shape, size, stride, padding, mask, bias=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        torch.manual_seed(4)
+        for batch, size in ((16, (1, 1)), (16, (2, 2)), (40, (8, 8))):
+            shape = (37, 20, 1, 1) if size == (1, 1) else (37, 20, 3, 3)
+            mask = torch.rand(shape) < 0.2
+            check_conv(batch, shape, size, 1, shape[2] // 2, mask, bias=False)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_linear_matches_torch_and_compact_gradient() -> None:
+    torch.manual_seed(5)
+    mask = torch.rand(30, 50) < 0.1
+    pattern = kernels.Pattern(mask)
+    x, bias = torch.randn(19, 50, requires_grad=True), torch.randn(30, requires_grad=True)
+    values = torch.randn(pattern.nnz, requires_grad=True)
+    blocked = kernels.to_blocked(x[:, :, None, None])
+    y = kernels.from_blocked(kernels.linear(blocked, values, bias, pattern, samples=19), 19)
+    grad = torch.randn(19, 30)
+    got = torch.autograd.grad(y.flatten(1), (x, values, bias), grad)
+
+    dense = torch.zeros(30, 50, dtype=torch.double)
+    dense[mask] = values.detach().double()  # row-major order
+    close(y.flatten(1), F.linear(x.detach().double(), dense, bias.detach().double()), 50)
+    close(got[0], grad.double() @ dense, 30)
+    close(got[1], (grad.double().T @ x.detach().double())[mask], 19)
+    close(got[2], grad.double().sum(0), 19)
+
+
+@needs_compiler
+def test_lanes_beyond_the_batch_do_not_count() -> None:
+    torch.manual_seed(6)
+    pattern = kernels.Pattern(torch.ones(3, 2, 3, 3, dtype=torch.bool))
+    values, bias = torch.randn(54, requires_grad=True), torch.randn(3, requires_grad=True)
+    x = kernels.to_blocked(torch.randn(18, 2, 5, 5))
+    x[1, ..., 2:] = 1e6  # garbage in the padding, and a gradient that is not zero there
+    y = kernels.conv2d(x, values, bias, pattern, padding=1, samples=18)
+    grad = torch.ones_like(y)
+    dvalues, dbias = torch.autograd.grad(y, (values, bias), grad)
+    assert dvalues.abs().max() < 1e4
+    assert torch.allclose(dbias, torch.full((3,), 18.0 * 25))
+
+
+@needs_compiler
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("batch", [1, 16, 37])
+def test_batch_norm_matches_torch(training: bool, relu: bool, batch: int) -> None:
+    torch.manual_seed(7)
+    norm = torch.nn.BatchNorm2d(5)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        norm.running_mean.normal_()  # type: ignore[union-attr, operator]
+    reference = torch.nn.BatchNorm2d(5).double()
+    reference.load_state_dict(norm.state_dict())
+    norm.train(training), reference.train(training)
+    x = torch.randn(batch, 5, 3, 7) * 2 + 3
+    a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+    blocked = kernels.to_blocked(a)
+    blocked.data[-1, ..., (batch - 1) % 16 + 1 :] = 1e4  # the padding must not enter statistics
+    y = kernels.from_blocked(kernels.batch_norm(blocked, norm, batch, relu=relu), batch)
+    want = reference(b).relu() if relu else reference(b)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (a, norm.weight, norm.bias), grad)
+    wanted = torch.autograd.grad(want, (b, reference.weight, reference.bias), grad.double())
+    close(y, want, 30)
+    for g, w in zip(got, wanted, strict=True):
+        close(g, w, 100)
+    close(norm.running_mean, reference.running_mean, 30)  # type: ignore[arg-type]
+    close(norm.running_var, reference.running_var, 30)  # type: ignore[arg-type]
+    assert int(norm.num_batches_tracked) == int(training)  # type: ignore[arg-type]
+
+
+@needs_compiler
+def test_gradient_is_zero_in_the_padding() -> None:
+    torch.manual_seed(8)
+    x = torch.randn(2, 4, 4, 4, 16, requires_grad=True)
+    y = kernels.batch_norm(x, torch.nn.BatchNorm2d(4), 20)
+    (grad,) = torch.autograd.grad(kernels.from_blocked(y, 20).square().sum(), x)
+    assert grad[0].any() and grad[1, ..., :4].any() and not grad[1, ..., 4:].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2), (2, 1), (4, 4)])
+def test_pooling_matches_torch(size: int, stride: int) -> None:
+    torch.manual_seed(9)
+    x = torch.randn(21, 3, 9, 7, requires_grad=True)
+    pairs = (
+        (kernels.max_pool2d, F.max_pool2d),
+        (kernels.mean_pool2d, F.avg_pool2d),
+    )
+    for ours, torchs in pairs:
+        y = kernels.from_blocked(ours(kernels.to_blocked(x), size, stride), 21)
+        want = torchs(x, size, stride)
+        grad = torch.randn_like(want)
+        assert torch.allclose(y, want, atol=1e-6)
+        got, wanted = (torch.autograd.grad(t, x, grad)[0] for t in (y, want))
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+@needs_compiler
+def test_max_pool_keeps_nan() -> None:
+    x = torch.zeros(1, 1, 2, 2)
+    x[0, 0, 1, 0] = float("nan")
+    y = kernels.from_blocked(kernels.max_pool2d(kernels.to_blocked(x), 2), 1)
+    assert y.isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (16, 20, 4, 4), (35, 3, 5, 7), (18, 33, 2, 2)])
+def test_conversion_there_and_back(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+    blocked = kernels.to_blocked(x)
+    n = shape[0]
+    assert blocked.shape == (-(-n // 16), *shape[1:], 16)
+    assert torch.equal(blocked.movedim(4, 1).flatten(0, 1)[:n], x)
+    assert not blocked.movedim(4, 1).flatten(0, 1)[n:].any()
+    back = kernels.from_blocked(blocked, n, layout)
+    assert torch.equal(back, x) and back.is_contiguous(memory_format=layout)
+    grad = torch.randn_like(x)
+    assert torch.equal(torch.autograd.grad(back, x, grad)[0], grad)
+
+
+@needs_compiler
+def test_clear_errors() -> None:
+    pattern = kernels.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
+    values = torch.zeros(54)
+    x = torch.zeros(1, 3, 4, 4, 16)
+    with pytest.raises(ValueError, match="batch-blocked"):
+        kernels.conv2d(torch.zeros(4, 3, 4, 4), values, None, pattern, samples=4)
+    with pytest.raises(ValueError, match="batch-blocked"):
+        kernels.conv2d(x, values, None, pattern, samples=17)
+    with pytest.raises(ValueError, match="54 non-zeros"):
+        kernels.conv2d(x, values[:5], None, pattern, samples=4)
+    with pytest.raises(ValueError, match="54 non-zeros"):
+        kernels.conv2d(x[:, :2], values, None, pattern, samples=4)
+    with pytest.raises(ValueError, match="no output"):
+        kernels.conv2d(x[:, :, :2], values, None, pattern, samples=4)
+    with pytest.raises(TypeError, match="float64"):
+        kernels.conv2d(x.double(), values, None, pattern, samples=4)
+    with pytest.raises(ValueError, match="does not fit"):
+        kernels.gather(torch.zeros(2, 3, 3, 2), pattern)
+    with pytest.raises(ValueError, match="more than one value"):
+        kernels.batch_norm(torch.zeros(1, 3, 1, 1, 16), torch.nn.BatchNorm2d(3), 1)
+
+
+def test_without_a_compiler_one_message_and_no_crash(tmp_path: Path) -> None:
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from lib import kernels\n"
+        "    assert not kernels.available() and not kernels.available()\n"
+        "assert len(seen) == 1, seen\n"
+        "assert 'no C++ compiler' in str(seen[0].message), seen[0].message\n"
+        "assert 'masked dense' in str(seen[0].message)\n"
+        "try:\n"
+        "    kernels.require()\n"
+        "except RuntimeError as error:\n"
+        "    print('refused:', error)\n"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path), "SPARSE_CACHE": str(tmp_path)}
+    environment.pop("CXX", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "refused: no C++ compiler" in done.stdout
+
+
+@needs_compiler
+def test_failing_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "--no-such-flag"))
+    with pytest.raises(library.KernelsUnavailable, match="no-such-flag"):
+        library.build()
+    assert not list(tmp_path.glob("*.so"))
+
+
+@needs_compiler
+def test_sanitizers(tmp_path: Path) -> None:
+    """Kernels against plain loops on exactly sized buffers, address and undefined behaviour."""
+    program = tmp_path / "selftest"
+    flags = ["-std=c++17", "-O0", "-march=native", "-fopenmp", "-Wno-psabi"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = ROOT / "lib" / "kernels" / "selftest.cpp"
+    command = [str(library.compiler()), *flags, str(source), "-o", str(program)]
+    built = subprocess.run(command, check=False, capture_output=True, text=True)
+    if built.returncode and "cannot find" in built.stderr:
+        pytest.skip(f"the compiler has no sanitizer runtime: {built.stderr.splitlines()[-1]}")
+    assert built.returncode == 0, built.stderr
+    # The OpenMP runtime keeps its threads' memory until exit, which is no leak of ours.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [str(program)], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == "ok"
