@@ -57,9 +57,9 @@ def prune_adaptive_threshold(
 
 @PRUNE.register("sign_flip")
 def prune_sign_flip(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
-    """Active weights on the wrong side of zero go; `deepr_step` has usually re-wired them already."""
+    """Active weights on the wrong side of zero go; `deepr_step` has usually re-wired them."""
     return [
-        layer.mask & (layer.weight * _signs(state, layer.name, layer.weight, None) >= 0)
+        layer.mask & (layer.weight * _signs(state, layer.name, layer.weight, layer.generator) >= 0)
         for layer in layers
     ]
 
@@ -75,8 +75,9 @@ def deepr_step(masking: Masking) -> None:
 
     With w = sign * theta: theta shrinks by lr * l1 and takes a random step of standard deviation
     sqrt(2 * lr * temperature); a connection whose theta is negative becomes dormant, and as many
-    dormant ones, uniform over the whole network, wake up at zero with a random sign and no
-    momentum. Options: `l1` (1e-4) and `temperature` (lr * l1^2 / 18), the paper's for MNIST.
+    dormant ones, uniform over the whole network, wake up at zero and without momentum. Every
+    possible connection has one sign for the whole training, dormant or not. Options: `l1` (1e-4)
+    and `temperature` (lr * l1^2 / 18), the paper's for MNIST.
     """
     lr = float(masking.optimizer.param_groups[0]["lr"])
     l1 = masking.options.get("l1", 1e-4)
@@ -84,19 +85,19 @@ def deepr_step(masking: Masking) -> None:
     generator = masking.generator
     died = 0
     for name, mask in masking.masks.items():
-        weight = masking.parameters[name].data.view(-1)
-        signs = _signs(masking.rule_state, name, masking.parameters[name], generator).view(-1)
-        index = mask.view(-1).nonzero().squeeze(1)
+        weight = masking.parameters[name].data
+        signs = _signs(masking.rule_state, name, weight, generator)
+        index = mask.nonzero(as_tuple=True)  # any memory layout, channels-last too
         sign = signs[index].to(weight.dtype)
         moved = weight[index] - lr * l1 * sign
         if noise > 0:
-            moved += noise * _randn(index.numel(), weight, generator)
+            moved += noise * _randn(moved.numel(), weight, generator)
         dead = moved * sign < 0
         weight[index] = moved.masked_fill(dead, 0.0)
-        gone = index[dead]
-        if gone.numel():
-            mask.view(-1)[gone] = False
-            died += gone.numel()
+        gone = int(dead.sum())
+        if gone:
+            mask[tuple(axis[dead] for axis in index)] = False
+            died += gone
     if died:
         _wake(masking, died)
 
@@ -121,23 +122,23 @@ def _wake(masking: Masking, count: int) -> None:
     position = dormant[chosen.to(device)]
     start = 0
     for name, size in zip(names, sizes, strict=True):
-        here = position[(position >= start) & (position < start + size)] - start
+        flat_here = position[(position >= start) & (position < start + size)] - start
         start += size
-        if not here.numel():
+        if not flat_here.numel():
             continue
-        masking.masks[name].view(-1)[here] = True
-        masking.parameters[name].data.view(-1)[here] = 0.0
-        signs = masking.rule_state[f"sign/{name}"].view(-1)
-        signs[here] = _random_signs(here.numel(), signs, generator)
-        buffer = masking.optimizer.state.get(masking.parameters[name], {}).get("momentum_buffer")
-        if buffer is not None:
-            buffer.view(-1)[here] = 0.0
+        here = torch.unravel_index(flat_here, masking.masks[name].shape)
+        masking.masks[name][here] = True
+        masking.parameters[name].data[here] = 0.0
+        state = masking.optimizer.state.get(masking.parameters[name], {})
+        for key in ("momentum_buffer", "exp_avg"):
+            if state.get(key) is not None:
+                state[key][here] = 0.0
 
 
 def _signs(
     state: dict[str, Any], name: str, weight: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """int8 signs, same shape as the weight: fixed at the first look from the weight, random at 0."""
+    """int8 signs, same shape as the weight: fixed at the first look, random where it is 0."""
     key = f"sign/{name}"
     if key not in state:
         signs = weight.detach().sign().to(torch.int8)

@@ -27,7 +27,7 @@ METHODS: dict[str, Method] = {
     "sparse_momentum": Method("magnitude", "momentum", "momentum"),
     "dsr": Method("adaptive_threshold", "nonzeros", "random"),
     "set": Method("magnitude", "none", "random"),
-    "deepr": Method("sign_flip", "inactive", "random"),
+    "deepr": Method("sign_flip", "inactive", "random", version=2),  # 2: signs never redrawn
     "rigl": Method("magnitude", "none", "gradient"),
     "snip": Method("none", "none", "none"),
     "static": Method("none", "none", "none"),
