@@ -18,6 +18,7 @@ from lib.masking import (
     EVERY_STEP,
     PRUNE,
     REDISTRIBUTION,
+    DivergenceError,
     Layer,
     Masking,
     pick,
@@ -176,7 +177,8 @@ def snip_masks(
     """Masks of the round(density * weights) largest |gradient * weight| over all layers.
 
     `loss()` is the loss of one mini-batch with all weights present (Lee et al. 2019, algorithm 1);
-    the model's gradients and buffers are left as they were.
+    the model's gradients and buffers are left as they were. Raises DivergenceError for a gradient
+    or weight that isn't finite.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = torch.autograd.grad(loss(), list(parameters.values()))
@@ -188,6 +190,8 @@ def snip_masks(
             for g, p in zip(gradients, parameters.values(), strict=True)
         ]
     )
+    if not math.isfinite(total := float(score.sum(dtype=torch.float64))):
+        raise DivergenceError(f"SNIP: the sum of |gradient * weight| is {total}")
     chosen = pick(score, torch.ones_like(score, dtype=torch.bool), round(density * score.numel()))
     parts = chosen.split([p.numel() for p in parameters.values()])
     return {

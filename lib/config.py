@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
+import numbers
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Method:
     """A named combination of rules. `version` is raised when a fix changes the results of a method,
-    so that rows computed before and after it never share an id."""
+    so that rows computed before and after it never share an id.
+    """
 
     prune: str
     redistribution: str
@@ -105,15 +108,16 @@ class Run:
             object.__setattr__(self, name, getattr(self, name) or value)
         if self.method == "dense":
             object.__setattr__(self, "density", 1.0)
-        for name in ("keep_dense", "options"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(map(_frozen, value)))
+        object.__setattr__(self, "keep_dense", tuple(self.keep_dense))
+        object.__setattr__(self, "options", tuple((k, float(v)) for k, v in self.options))
+        for item in fields(self):  # 1 and 1.0 are equal, so they must not give two ids
+            object.__setattr__(self, item.name, _typed(item, getattr(self, item.name)))
         self._check()
 
     def _check(self) -> None:
         positive = ("batch_size", "epochs", "lr_decay_every_steps", "lr")
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in (
             "update_every_steps",
@@ -122,7 +126,7 @@ class Run:
             "weight_decay",
             "seed",
         ):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
@@ -161,17 +165,29 @@ class Run:
         return f"{self.model}_{self.method}_d{self.density:g}_s{self.seed}-{digest}"
 
     def overridden(self, **changes: Any) -> Run:
-        """A copy with fields set anew; ValueError for a field that doesn't exist."""
+        """A copy with fields set anew; ValueError for a field that doesn't exist.
+
+        A new `method` brings its own rules and version, and a run that was dense the default
+        density, where they aren't set too.
+        """
         known = {item.name for item in fields(self)}
         for name in changes:
             if name not in known:
                 raise ValueError(unknown("field of a run", name, known))
+        if changes.get("method", self.method) != self.method:
+            own = METHODS[self.method]
+            for name in ("prune", "redistribution", "growth"):
+                if getattr(self, name) == getattr(own, name):
+                    changes.setdefault(name, "")
+            changes.setdefault("method_version", 0)
+            if self.method == "dense":
+                changes.setdefault("density", Run.density)
         return replace(self, **changes)
 
 
 def parse_field(name: str, text: str) -> Any:
     """The value of one field written as text (command line): "epochs", "15" -> 15."""
-    defaults = {item.name: item.default for item in fields(Run)}
+    defaults: dict[str, Any] = {item.name: item.default for item in fields(Run)}
     if name not in defaults:
         raise ValueError(unknown("field of a run", name, defaults))
     default = defaults[name]
@@ -191,10 +207,21 @@ def parse_field(name: str, text: str) -> Any:
 
 
 def stream_seed(seed: int, purpose: str, *index: int) -> int:
-    """63-bit seed of one random stream, the same in every process: hash of (seed, purpose, index)."""
+    """63-bit seed of one random stream, alike in every process: hash of (seed, purpose, index)."""
     text = ":".join([str(seed), purpose, *map(str, index)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _typed(item: Field[Any], value: Any) -> Any:
+    """The value in the field's type (1 as 1.0, NumPy's numbers as Python's), else ValueError."""
+    kind = type(item.default)
+    if not isinstance(value, bool):
+        if kind is float and isinstance(value, numbers.Real):
+            return float(value)
+        if kind is int and isinstance(value, numbers.Integral):
+            return int(value)
+    if type(value) is not kind:
+        raise ValueError(
+            f"{item.name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})"
+        )
+    return value

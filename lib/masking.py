@@ -7,7 +7,7 @@ weights are set back to zero (`Masking.step`); once per epoch (`Masking.update`)
    weights, normalised over the layers;
 2. **prune**: in each layer the active weights of smallest magnitude are removed;
 3. **redistribute**: the removed weights are shared out among the layers by importance;
-4. **grow**: in each layer the inactive weights of largest momentum magnitude become active, at zero.
+4. **grow**: in each layer the inactive weights of largest momentum become active, at zero.
 
 Source: Dettmers and Zettlemoyer 2019 (arXiv 1907.04840), section 3 and algorithm 1. Where the
 official code (commit e19ff16) leaves the paper, the docstrings below say which way this one goes.
@@ -61,6 +61,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
+        """The weight, outside of the graph of gradients."""
         return self.parameter.detach()
 
     @property
@@ -80,6 +81,7 @@ class Layer:
 
     @property
     def numel(self) -> int:
+        """Number of positions, active or not."""
         return self.mask.numel()
 
 
@@ -92,7 +94,8 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class Rule(Generic[R]):
     """A registered rule: `needs` is "", "momentum" or "gradient"; `before_pruning` is read for
-    redistribution rules only (importance measured on the weights active before pruning)."""
+    redistribution rules only (importance measured on the weights active before pruning).
+    """
 
     name: str
     function: R
@@ -110,6 +113,8 @@ class Registry(dict[str, Rule[R]]):
     def register(
         self, name: str, *, needs: str = "", before_pruning: bool = False
     ) -> Callable[[R], R]:
+        """Decorate the function of a new rule; see `Rule` for the keywords."""
+
         def decorate(function: R) -> R:
             self[name] = Rule(name, function, needs, before_pruning)
             return function
@@ -128,7 +133,7 @@ EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> Tensor:
-    """The momentum of one parameter, same shape: SGD's momentum buffer, or Adam's m / (sqrt(v) + eps).
+    """The momentum of one parameter, same shape: SGD's buffer, or Adam's m / (sqrt(v) + eps).
 
     The buffer is PyTorch's a*M + g, kept densely and never reset, as in the official code (the
     paper's (1 - a) factor scales all weights alike and changes no decision).
@@ -286,6 +291,10 @@ def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> li
         if sum(weight.values()) <= 0:
             weight = {i: float(capacity[i]) for i in free}
         scale = left / sum(weight.values())
+        if not math.isfinite(scale):  # shares near the smallest float
+            top = max(weight.values())
+            weight = {i: share / top for i, share in weight.items()}
+            scale = left / sum(weight.values())
         full = [i for i in free if weight[i] * scale >= capacity[i]]
         if not full:
             for i in free:
@@ -304,7 +313,8 @@ def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> li
 
 def leave_no_layer_empty(counts: list[int], survivors: Sequence[int]) -> list[int]:
     """Move single weights so that no layer ends without one: an empty layer would cut the network
-    and has no momentum to be measured by (the official code stops with an error there)."""
+    and has no momentum to be measured by (the official code stops with an error there).
+    """
     for i, survived in enumerate(survivors):
         if survived + counts[i] == 0:
             donor = max(range(len(counts)), key=lambda j: (counts[j] > 0, survivors[j] + counts[j]))
@@ -382,6 +392,7 @@ class Masks(dict[str, Tensor]):
         super().__setitem__(name, mask.to(parameter.device))
 
     def update(self, *args: Any, **kwargs: Tensor) -> None:
+        """As of a dict, with the checks of an assignment."""
         for name, mask in dict(*args, **kwargs).items():
             self[name] = mask
 
@@ -396,7 +407,7 @@ class Masking:
     ```
 
     Args:
-        model: its parameters of two and more dimensions are masked; biases and batch-norm stay dense.
+        model: its parameters of two and more dimensions are masked, so no bias or batch-norm.
         optimizer: holds those parameters, and the momentum where a rule reads it.
         density: share of the maskable weights that is active, in (0, 1].
         prune_rate: share of the active weights removed per update, in [0, 1].
@@ -590,7 +601,8 @@ class Masking:
     @torch.no_grad()
     def apply(self) -> None:
         """Set the inactive weights to zero: one fused multiplication by masks kept as floats."""
-        weights, multipliers = [], []
+        weights: list[Tensor] = []
+        multipliers: list[Tensor] = []
         for name, mask in self._masks.items():
             parameter = self.parameters[name]
             cached = self._multipliers.get(name)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -123,7 +124,7 @@ def run_experiment(
         own_jobs, own_threads = default_jobs(todo.todo, device)
         _train_all(todo, jobs or own_jobs, threads or own_threads, device, say)
     else:
-        say(f"{experiment} ({profile}): all {len(todo.done)} runs are done")
+        say(f"{experiment} ({profile}): all {len(todo.done)} runs are done\n")
     wanted = {run.run_id for run in (*todo.done, *todo.todo)}
     rows = results.read_runs(todo.csv)
     return rows[rows["run_id"].isin(wanted)].reset_index(drop=True)
@@ -168,13 +169,20 @@ def _train_all(
     )
     pending: set[Future[str]] = set()
     errors: list[BaseException] = []
+    elsewhere = 0
     try:
-        for run in todo.todo:
-            pending.add(pool.submit(_work, run, todo.experiment, todo.profile, todo.csv, device))
+        with _workers_ignore_interrupts():
+            for run in todo.todo:
+                args = (run, todo.experiment, todo.profile, todo.csv, device)
+                pending.add(pool.submit(_work, *args))
         while pending:
             finished, pending = wait(pending, timeout=0.5)
             for future in finished:
-                if (error := future.exception()) is not None:
+                if future.cancelled():
+                    continue
+                if (error := future.exception()) is None:
+                    elsewhere += future.result() == "elsewhere"
+                else:
                     errors.append(error)
                     for other in pending:
                         other.cancel()
@@ -184,6 +192,8 @@ def _train_all(
                     board.note(*messages.get_nowait())
             say(board.line())
         say(board.line() + "\n")
+        if elsewhere:
+            say(f"{elsewhere} of these runs are being trained by another process\n")
     except KeyboardInterrupt:
         stop.set()
         for future in pending:
@@ -194,6 +204,18 @@ def _train_all(
         pool.shutdown(wait=True, cancel_futures=True)
     if errors:
         raise errors[0]
+
+
+@contextlib.contextmanager
+def _workers_ignore_interrupts() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which goes to the whole group of processes: not
+    even while they import. For this process it is only put off.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Board:
@@ -242,8 +264,6 @@ _parent = 0
 
 
 def _start_worker(threads: int, messages: Any, stop: Any, parent: int) -> None:
-    import signal
-
     import torch
 
     global _messages, _stop, _parent
@@ -323,13 +343,18 @@ def _claim(checkpoint: Path) -> Iterator[bool]:
     """Whether this process holds the run; the kernel lets go of it when the process dies."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.with_suffix(".lock")
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        yield False
-        return
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            yield False
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                break
+        os.close(fd)  # its last holder removed the file between our two calls
     try:
         yield True
     finally:
@@ -355,7 +380,7 @@ def _copy_rows_of_other_experiments(todo: Plan) -> None:
             mine = row["run_id"]
             results.append_run(
                 todo.csv,
-                {**row, "experiment": todo.experiment},
+                {**{str(k): v for k, v in row.items()}, "experiment": todo.experiment},
                 curves[curves["run_id"] == mine].to_dict("records"),
                 layers[layers["run_id"] == mine].to_dict("records"),
             )
@@ -427,7 +452,7 @@ def versions() -> dict[str, Any]:
 
 
 def print_line() -> Callable[[str], None]:
-    """Progress for people: one line rewritten in a terminal or notebook, a line a minute in a log."""
+    """Progress for people: one line rewritten on a terminal or notebook, one a minute in a log."""
     if "ipykernel" in sys.modules:
         from IPython.display import display
 
