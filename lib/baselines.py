@@ -97,6 +97,7 @@ def deepr_step(masking: Masking) -> None:
         weight[index] = moved.masked_fill(dead, 0.0)
         gone = int(dead.sum())
         if gone:
+            masking.masks[name] = mask = mask.clone()  # whoever assigned it keeps it unchanged
             mask[tuple(axis[dead] for axis in index)] = False
             died += gone
     if died:
@@ -128,7 +129,8 @@ def _wake(masking: Masking, count: int) -> None:
         if not flat_here.numel():
             continue
         here = torch.unravel_index(flat_here, masking.masks[name].shape)
-        masking.masks[name][here] = True
+        masking.masks[name] = mask = masking.masks[name].clone()
+        mask[here] = True
         masking.parameters[name].data[here] = 0.0
         state = masking.optimizer.state.get(masking.parameters[name], {})
         for key in ("momentum_buffer", "exp_avg"):

@@ -1,0 +1,241 @@
+"""Runs, their ids, and the text and numbers they are made from."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+
+from lib import config, experiments, masking
+from lib.config import METHODS, Run, method_of, parse_field, stream_seed
+from lib.results import RUN_ID
+
+# Ids are what keeps thousands of finished runs valid: none of these may ever change, except by a
+# method's version.
+PINNED = {
+    "lenet300-100_sparse_momentum_d0.05_s0-44136fa355": Run(),
+    "lenet300-100_set_d0.01_s0-00331a69d3": Run(method="set", density=0.01),
+    "lenet300-100_sparse_momentum_d0.05_s3-9f52bcb402": Run(
+        method="sparse_momentum", seed=3, epochs=10, lr_decay_every_steps=2_500
+    ),
+    "lenet300-100_dense_d1_s0-18dc6f92ce": Run(method="dense"),
+    "lenet300-100_deepr_d0.05_s0-276dacea8e": Run(method="deepr", weight_decay=0.0),
+    "wrn-28-2_sparse_momentum_d0.05_s0-299b7c910d": Run(
+        dataset="cifar10", model="wrn-28-2", keep_dense=("conv1",), precision="bf16"
+    ),
+    "lenet300-100_sparse_momentum_d0.05_s0-a701cd1b72": Run(
+        options=(("l1", 1e-5),), growth="random"
+    ),
+}
+
+
+@pytest.mark.parametrize("run_id", PINNED)
+def test_ids_are_pinned(run_id):
+    assert PINNED[run_id].run_id == run_id
+    assert RUN_ID.fullmatch(run_id)
+
+
+def test_rules_equal_to_the_methods_own_are_defaults():
+    cell = Run(prune="magnitude", redistribution="momentum", growth="momentum", method_version=1)
+    assert cell == Run() and cell.run_id == Run().run_id
+    other = Run(growth="random")
+    assert other.run_id != Run().run_id and other.non_default() == {"growth": "random"}
+    assert Run(method="set", growth="momentum").run_id != Run(method="set").run_id
+
+
+def test_every_other_field_changes_the_id():
+    other = {
+        "dataset": "cifar10",
+        "model": "lenet5",
+        "method": "set",
+        "method_version": 7,
+        "prune": "global_magnitude",
+        "redistribution": "none",
+        "growth": "random",
+        "init": "erk",
+        "keep_dense": ("fc1",),
+        "schedule": "linear",
+        "options": (("l1", 0.1),),
+        "nesterov": False,
+        "augment": False,
+        "precision": "bf16",
+        "momentum": 0.8,
+    }
+    ids = {Run().run_id}
+    for name, default in vars(Run()).items():
+        value = other.get(name)
+        if value is None:
+            value = default / 2 if isinstance(default, float) and default else 0.25
+            value = value if isinstance(default, float) else default + 1
+        changed = replace(Run(), **{name: value})
+        ids.add(changed.run_id)
+    assert len(ids) == len(vars(Run())) + 1
+
+
+def test_a_version_changes_the_ids_of_one_method(monkeypatch):
+    before = {name: Run(method=name).run_id for name in METHODS}
+    monkeypatch.setitem(METHODS, "set", replace(METHODS["set"], version=9))
+    after = {name: Run(method=name).run_id for name in METHODS}
+    assert {name for name in METHODS if before[name] != after[name]} == {"set"}
+    assert Run(method="set").method_version == 9
+
+
+def test_equal_numbers_give_one_id():
+    assert Run(lr=1, density=1).run_id == Run(lr=1.0, density=1.0).run_id
+    assert Run(seed=np.int64(3), lr=np.float64(0.5)).run_id == Run(seed=3, lr=0.5).run_id
+    assert Run(keep_dense=["a"], options=[["l1", 1]]) == Run(
+        keep_dense=("a",), options=(("l1", 1.0),)
+    )
+    assert type(Run(density=1).density) is float
+
+
+def test_dense_ignores_density():
+    assert Run(method="dense", density=0.02) == Run(method="dense")
+    assert Run(method="dense").density == 1.0
+    assert Run(method="small_dense", density=0.02).density == 0.02
+
+
+def test_a_run_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        Run().seed = 1  # type: ignore[misc]
+
+
+def test_overriding():
+    assert Run().overridden(epochs=3, seed=2) == Run(epochs=3, seed=2)
+    assert Run().overridden(method="rigl") == Run(method="rigl")
+    assert Run().overridden(method="deepr") == Run(method="deepr")
+    assert Run(growth="random").overridden(method="set") == Run(method="set", growth="random")
+    assert Run(method="dense").overridden(method="set") == Run(method="set")
+    assert Run(method="dense").overridden(method="set", density=0.5).density == 0.5
+    with pytest.raises(ValueError, match="unknown field of a run 'epoch': did you mean 'epochs'"):
+        Run().overridden(epoch=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+        ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
+        ({"density": math.nan}, "density must be in .* got nan"),
+        ({"prune_rate": 1.01}, r"prune_rate must be in \[0, 1\], got 1.01"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"val_fraction": 0.0}, r"val_fraction must be in \(0, 1\), got 0.0"),
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"batch_size": -5}, "batch_size must be positive, got -5"),
+        ({"lr": math.nan}, "lr must be positive, got nan"),
+        ({"lr": math.inf}, "lr must be positive, got inf"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"weight_decay": math.nan}, "weight_decay must not be negative, got nan"),
+        ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
+        ({"method": "sett"}, "unknown method 'sett': did you mean 'set'"),
+        ({"epochs": 2.5}, r"epochs must be of type int, got 2.5 \(float\)"),
+        ({"seed": True}, r"seed must be of type int, got True \(bool\)"),
+        ({"density": "0.05"}, r"density must be of type float, got '0.05' \(str\)"),
+    ],
+)
+def test_bad_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("epochs", "15", 15),
+        ("density", "0.05", 0.05),
+        ("lr", "1", 1.0),
+        ("nesterov", "False", False),
+        ("nesterov", "1", True),
+        ("model", "lenet5", "lenet5"),
+        ("keep_dense", "conv1,fc.*", ("conv1", "fc.*")),
+        ("keep_dense", "", ()),
+        ("options", "l1=1e-5,temperature=0", (("l1", 1e-5), ("temperature", 0.0))),
+    ],
+)
+def test_parse_field(name, text, value):
+    parsed = parse_field(name, text)
+    assert parsed == value and type(parsed) is type(value)
+    assert getattr(Run(**{name: parsed}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("epochs", "1.5", "epochs='1.5' can't be read as int .default 100."),
+        ("density", "5%", "density='5%' can't be read as float"),
+        ("nesterov", "maybe", "nesterov='maybe' can't be read as bool"),
+        ("options", "l1", "options='l1' can't be read as tuple"),
+        ("densty", "1", "unknown field of a run 'densty': did you mean 'density'"),
+    ],
+)
+def test_parse_field_refuses(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_field(name, text)
+
+
+def test_streams_are_pinned_and_apart():
+    assert stream_seed(0, "init") == 3598610026517748695
+    assert stream_seed(0, "order", 3) == 1555077830293145243
+    seeds = [
+        stream_seed(seed, purpose, *index)
+        for seed in range(5)
+        for purpose in ("init", "masks", "order")
+        for index in ((), (0,), (1,), (1, 0))
+    ]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_ids_and_streams_are_the_same_in_every_process(hash_seed):
+    code = (
+        "from lib.config import Run, stream_seed\n"
+        "print(Run(method='set', options=(('l1', 1e-5),), epochs=7).run_id, stream_seed(5, 'x', 1))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": hash_seed, "PATH": ""},
+        cwd=config.__file__.rsplit("/", 2)[0],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    run = Run(method="set", options=(("l1", 1e-5),), epochs=7)
+    assert done.stdout.split() == [run.run_id, str(stream_seed(5, "x", 1))]
+
+
+def test_the_rules_of_every_method_exist():
+    for method in METHODS.values():
+        assert method.prune in masking.PRUNE
+        assert method.redistribution in masking.REDISTRIBUTION
+        assert method.growth in masking.GROWTH
+    assert set(masking.EVERY_STEP) <= set(METHODS)
+    with pytest.raises(ValueError, match="unknown method 'rigle': did you mean 'rigl'"):
+        method_of("rigle")
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+@pytest.mark.parametrize("profile", experiments.PROFILES)
+def test_grids_hold_valid_runs_once(name, profile):
+    runs = experiments.runs(name, profile)
+    ids = [run.run_id for run in runs]
+    assert len(set(ids)) == len(ids)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+
+
+def test_selecting():
+    runs = experiments.runs("main_results", "quick")
+    some = experiments.select(runs, ["density=0.05", "method=set", "method=dsr", "seed=0"])
+    assert {(r.method, r.density, r.seed) for r in some} == {("set", 0.05, 0), ("dsr", 0.05, 0)}
+    assert experiments.select(runs, []) == runs
+    with pytest.raises(ValueError, match=r"no run has method=rigl; there are method: deepr, dense"):
+        experiments.select(runs, ["method=rigl"])
+    with pytest.raises(ValueError, match="--only 'seed': write field=value"):
+        experiments.select(runs, ["seed"])
+    with pytest.raises(ValueError, match=r"unknown experiment 'main_result'.*'main_results'"):
+        experiments.experiment("main_result")
+    with pytest.raises(ValueError, match="unknown profile 'quik': did you mean"):
+        experiments.runs("main_results", "quik")
