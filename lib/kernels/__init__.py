@@ -1,6 +1,6 @@
 """Sparse training on the CPU: convolutions over the non-zero weights only (see sparse.hpp)."""
 
-from .library import available, require
+from .library import available, keep_freed_memory, require
 from .ops import (
     LANES,
     Pattern,
@@ -22,6 +22,7 @@ __all__ = [
     "conv2d",
     "from_blocked",
     "gather",
+    "keep_freed_memory",
     "linear",
     "max_pool2d",
     "mean_pool2d",

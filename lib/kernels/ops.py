@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .library import check, require
 
@@ -161,6 +162,7 @@ class _Conv2d(torch.autograd.Function):
         stride: int,
         padding: int,
         samples: int,
+        weight: Tensor | None,
     ) -> Tensor:
         x, values = _blocked(x, "input", samples), _float(values, "values")
         bias = None if bias is None else _float(bias, "bias")
@@ -192,19 +194,22 @@ class _Conv2d(torch.autograd.Function):
                 _threads(),
             )
         )
-        ctx.save_for_backward(x, values)
+        if weight is None:
+            ctx.save_for_backward(x, values)
+        else:
+            ctx.save_for_backward(x, values, weight)
         ctx.geometry = (pattern, stride, padding, samples)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
+        x, values, *weight = ctx.saved_tensors
         pattern, stride, padding, samples = ctx.geometry
         grad = _blocked(grad, "gradient", samples)
         blocks, _, h, w, _ = x.shape
         library, threads = require(), _threads()
-        dx = dvalues = dbias = None
+        dx = dvalues = dbias = dweight = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             for plan in pattern.plans(h, w, stride, padding, blocks, transposed=True):
@@ -234,7 +239,22 @@ class _Conv2d(torch.autograd.Function):
             )
         if ctx.needs_input_grad[2]:
             dbias = channel_sum(grad, samples)
-        return dx, dvalues, dbias, None, None, None, None
+        if ctx.needs_input_grad[7]:
+            dweight = _dense_gradient(x, grad, weight[0], stride, padding, samples)
+        return dx, dvalues, dbias, None, None, None, None, dweight
+
+
+def _dense_gradient(
+    x: Tensor, grad: Tensor, weight: Tensor, stride: int, padding: int, samples: int
+) -> Tensor:
+    """Gradient of a whole weight, by torch in its own layout."""
+    x, grad = _unblock(x, samples), _unblock(grad, samples)
+    if weight.dim() == 2:
+        return grad.flatten(1).T @ x.flatten(1)
+    wanted = [False, True, False]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
+    )[1]
 
 
 def conv2d(
@@ -246,6 +266,7 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
     samples: int,
+    dense_gradient_of: Tensor | None = None,
 ) -> Tensor:
     """Convolution over the non-zeros of a weight (groups 1, dilation 1).
 
@@ -254,6 +275,8 @@ def conv2d(
         values: [nnz] of the pattern (see gather); its gradient is [nnz] too.
         bias: [out] or None.
         samples: batch size without padding.
+        dense_gradient_of: the weight the values were taken from; it then receives its gradient at
+            every position, zeros of the pattern included (in addition to that of the values).
 
     Returns:
         batch-blocked [B, out, H', W', 16].
@@ -262,7 +285,7 @@ def conv2d(
         ValueError, TypeError: shapes or types that do not fit.
         KernelsUnavailable: the kernels cannot be built here.
     """
-    return _Conv2d.apply(x, values, bias, pattern, stride, padding, samples)
+    return _Conv2d.apply(x, values, bias, pattern, stride, padding, samples, dense_gradient_of)
 
 
 def linear(
@@ -304,7 +327,9 @@ def _block(x: Tensor) -> Tensor:
     return out
 
 
-def _unblock(x: Tensor, samples: int, memory_format: torch.memory_format) -> Tensor:
+def _unblock(
+    x: Tensor, samples: int, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
     x = _blocked(x, "input", samples)
     shape = (samples, *x.shape[1:4])
     out = torch.empty(shape, dtype=x.dtype, memory_format=memory_format)
@@ -397,9 +422,7 @@ class _Norm(torch.autograd.Function):
         return dx, dweight, dbias, *[None] * 6
 
 
-def batch_norm(
-    x: Tensor, norm: torch.nn.BatchNorm2d, samples: int, *, relu: bool = False
-) -> Tensor:
+def batch_norm(x: Tensor, norm: _BatchNorm, samples: int, *, relu: bool = False) -> Tensor:
     """Batch normalisation (training or evaluation, as `norm` is set), with ReLU if asked.
 
     The same as relu(norm(.)) on the ordinary layout, running statistics included.
@@ -413,7 +436,7 @@ def batch_norm(
         ValueError: the module has no weight and bias, or training sees one value per channel.
     """
     if norm.weight is None or norm.bias is None:
-        raise ValueError("batch_norm needs an affine BatchNorm2d (weight and bias)")
+        raise ValueError("batch_norm needs an affine module (weight and bias)")
     count = samples * x.shape[2] * x.shape[3]
     training = norm.training or norm.running_mean is None or norm.running_var is None
     if training:
