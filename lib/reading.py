@@ -1,0 +1,244 @@
+"""What figures, tables and claims read: the planned runs of an experiment that are done, their
+means and intervals, and the published numbers beside them.  Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lib import experiments, paths, results
+from lib.config import Run, unknown
+from lib.published import published
+from lib.stats import t_interval
+
+Where = dict[str, Any]  # column -> value, or several values of which any will do
+
+# In this order in every figure and table.
+METHOD_NAMES = {
+    "dense": "Dense",
+    "sparse_momentum": "Sparse momentum",
+    "dsr": "DSR",
+    "set": "SET",
+    "deepr": "DeepR",
+    "rigl": "RigL",
+    "snip": "SNIP",
+    "static": "Static mask",
+    "small_dense": "Small dense",
+}
+MODEL_NAMES = {
+    "lenet300-100": "LeNet-300-100",
+    "lenet5": "LeNet-5",
+    "alexnet-s": "AlexNet-s",
+    "alexnet-b": "AlexNet-b",
+    "vgg16-c": "VGG16-C",
+    "vgg16-d": "VGG16-D",
+    "vgg16-like": "VGG16-like",
+    "wrn-28-2": "WRN-28-2",
+    "wrn-16-8": "WRN-16-8",
+    "wrn-16-10": "WRN-16-10",
+    "wrn-22-8": "WRN-22-8",
+    "resnet50": "ResNet-50",
+}
+
+
+class NoRuns(ValueError):
+    """None of the runs that a figure or claim needs is there; the message says how to get them."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The planned runs of an experiment at a profile, and the rows of those that are done.
+
+    Rows of other runs in the same CSV (other settings through --set, earlier versions of a method)
+    are not part of it. `rows` has the columns of lib/results.py and is sorted by method, density
+    and seed; `diverged` has the rows without errors.
+    """
+
+    experiment: str
+    profile: str
+    csv: Path
+    planned: tuple[Run, ...]
+    rows: pd.DataFrame
+    diverged: pd.DataFrame
+
+    @property
+    def missing(self) -> int:
+        """How many planned runs have no row yet."""
+        return len(self.planned) - len(self.rows) - len(self.diverged)
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods with at least one finished run, in the order used everywhere."""
+        present = set(self.rows["method"])
+        return [name for name in METHOD_NAMES if name in present]
+
+    def where(self, **wanted: Any) -> Runs:
+        """The part whose runs have these fields (any field of Run; several values: any of them)."""
+        known = Run.__dataclass_fields__
+        for name in wanted:
+            if name not in known:
+                raise ValueError(unknown("field of a run", name, known))
+        planned = tuple(
+            run for run in self.planned if all(_is(getattr(run, k), v) for k, v in wanted.items())
+        )
+        ids = {run.run_id for run in planned}
+        return replace(
+            self,
+            planned=planned,
+            rows=_of(self.rows, ids),
+            diverged=_of(self.diverged, ids),
+        )
+
+    def needed(self) -> Runs:
+        """These runs; NoRuns if none of them is done, saying how to get them."""
+        if self.rows.empty:
+            if not self.planned:
+                raise NoRuns(f"{self.experiment} ({self.profile}): no such runs in this profile")
+            lost = f", {len(self.diverged)} diverged" if len(self.diverged) else ""
+            raise NoRuns(
+                f"{self.experiment} ({self.profile}): none of {len(self.planned)} runs in "
+                f"{self.csv}{lost}; python -m lib run {self.experiment} --profile {self.profile}"
+            )
+        return self
+
+    def curves(self) -> pd.DataFrame:
+        """Per-epoch values of the finished runs (CURVE_COLUMNS of lib/results.py)."""
+        return results.read_curves(self.csv, runs=self.rows)
+
+    def layers(self) -> pd.DataFrame:
+        """Per-layer values of the finished runs (LAYER_COLUMNS of lib/results.py)."""
+        return results.read_layers(self.csv, runs=self.rows)
+
+    def by_seed(self, value: str = "test_error_pct", **wanted: Any) -> pd.Series:
+        """One column of the runs with these fields, indexed by seed.
+
+        Raises ValueError if a seed comes twice, so that two cells never mix.
+        """
+        rows = self.where(**wanted).rows
+        series = rows.set_index("seed")[value]
+        if not series.index.is_unique:
+            raise ValueError(
+                f"{self.experiment}: {wanted} is not one cell, seed "
+                f"{series.index[series.index.duplicated()][0]} comes twice; name more fields."
+            )
+        return series
+
+    def reduced(self) -> bool:
+        """Whether the profile is a reduced one, not the paper's."""
+        return self.profile != "paper"
+
+    def scale(self) -> str:
+        """Profile, epochs, images, seeds, hardware, and what is missing, in one line."""
+        rows = self.rows if len(self.rows) else self.diverged
+        said = f"profile {self.profile}"
+        if self.reduced():
+            said += " (reduced scale, not the paper's)"
+        if rows.empty:
+            return f"{said}: no runs yet"
+        images = [f"{n:,}" if n else "all" for n in sorted(set(rows["train_samples"].fillna(0)))]
+        seeds = rows.groupby([c for c in _CELL if c in rows], dropna=False)["seed"].nunique()
+        parts = [
+            f"{_range(rows['epochs'])} epochs",
+            f"{' or '.join(images)} training images",
+            f"{_range(seeds)} {'seed' if set(seeds) == {1} else 'seeds'}",
+            " and ".join(sorted(set(rows["device"]))),
+        ]
+        if self.missing:
+            parts.append(f"{self.missing} of {len(self.planned)} runs missing")
+        if len(self.diverged):
+            parts.append(f"{len(self.diverged)} diverged")
+        return f"{said}: {', '.join(parts)}"
+
+
+# What tells one cell from another: the settings of a run that have a column, without the seed.
+_CELL = [
+    name
+    for name in results.COLUMNS
+    if name in Run.__dataclass_fields__ and name not in ("seed", "method_version")
+] + ["overrides"]
+
+
+def load(
+    experiment: str, profile: str, results_root: str | Path | None = None, **wanted: Any
+) -> Runs:
+    """The runs of an experiment with these fields, finished or not; `.needed()` insists on some.
+
+    Raises ValueError for an unknown experiment, profile or field, ResultsError for a damaged file.
+    """
+    planned = tuple(experiments.runs(experiment, profile))
+    csv = paths.results_csv(profile, experiment, results_root)
+    rows = results.read_runs(csv)
+    rows = _of(rows, {run.run_id for run in planned})
+    order = {name: i for i, name in enumerate(METHOD_NAMES)}
+    rows = rows.sort_values(
+        ["dataset", "model", "method", "density", "seed", "run_id"],
+        key=lambda column: column.map(order) if column.name == "method" else column,
+        ignore_index=True,
+    )
+    ok = rows["status"] == "ok"
+    runs = Runs(
+        experiment,
+        profile,
+        csv,
+        planned,
+        rows[ok].reset_index(drop=True),
+        rows[~ok].reset_index(drop=True),
+    )
+    return runs.where(**wanted) if wanted else runs
+
+
+def summarise(rows: pd.DataFrame, by: Sequence[str], value: str = "test_error_pct") -> pd.DataFrame:
+    """Mean, Student-t 95 % interval (low, high; NaN at n = 1), n and sd of each group, in order."""
+    found = []
+    for key, group in rows.groupby(list(by), sort=False, dropna=False):
+        names = key if isinstance(key, tuple) else (key,)
+        found.append({**dict(zip(by, names, strict=True)), **t_interval(group[value])._asdict()})
+    return pd.DataFrame(found, columns=[*by, "mean", "low", "high", "n", "sd"])
+
+
+def published_rows(table: str, **wanted: Any) -> pd.DataFrame:
+    """Rows of results/published/<table>.csv with these values.
+
+    Raises ValueError for an unknown column or a selection without rows: a number that a figure or
+    claim counts on must not go missing in silence.
+    """
+    rows = published(table)
+    for name, value in wanted.items():
+        if name not in rows:
+            raise ValueError(unknown(f"column of {table}", name, rows.columns))
+        rows = rows[[_is(v, value) for v in rows[name]]]
+    if rows.empty:
+        raise ValueError(f"results/published/{table}.csv has no row with {wanted}")
+    return rows.reset_index(drop=True)
+
+
+def interval_text(mean: float, low: float, high: float, digits: int = 2, sign: bool = False) -> str:
+    """ "1.47 [1.40, 1.54]"; without the interval where there is none."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    if math.isnan(mean):
+        return "–"
+    text = f"{mean:{form}}"
+    if not (math.isnan(low) or math.isnan(high)):
+        text += f" [{low:{form}}, {high:{form}}]"
+    return text.replace("-", "−")
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Collection) and not isinstance(wanted, (str, tuple)):
+        return any(_is(value, one) for one in wanted)
+    return bool(value == wanted)
+
+
+def _of(rows: pd.DataFrame, run_ids: Collection[str]) -> pd.DataFrame:
+    return rows[rows["run_id"].isin(run_ids)].reset_index(drop=True)
+
+
+def _range(values: Any) -> str:
+    low, high = int(min(values)), int(max(values))
+    return f"{low}" if low == high else f"{low}–{high}"
