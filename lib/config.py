@@ -63,7 +63,7 @@ class Run:
     Units: `density` and `prune_rate` are shares (0 to 1), `lr_decay_every_steps`,
     `update_every_steps` and `dense_window_steps` mini-batches (0: once per epoch; gradients of
     inactive weights in every step), `warmup_epochs` and `epochs` passes over the training set,
-    `train_samples` images (0: all).
+    `train_samples` and `test_samples` images, the first ones (0: all).
     """
 
     dataset: str = "mnist"
@@ -93,6 +93,7 @@ class Run:
     epochs: int = 100
     train_samples: int = 0
     val_fraction: float = 0.1
+    test_samples: int = 0
     augment: bool = True
     precision: str = "fp32"
     seed: int = 0
@@ -122,6 +123,7 @@ class Run:
         for name in (
             "update_every_steps",
             "train_samples",
+            "test_samples",
             "warmup_epochs",
             "weight_decay",
             "seed",

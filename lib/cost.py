@@ -31,11 +31,7 @@ class Estimator:
     def __init__(self, folder: Path, device: str) -> None:
         from lib.runner import device_name
 
-        tables = [
-            results.read_runs(path)
-            for path in sorted(folder.glob("*.csv"))
-            if not path.name.endswith((".curves.csv", ".layers.csv"))
-        ]
+        tables = [results.read_runs(path) for path in results.run_paths(folder)]
         tables = [table for table in tables if not table.empty]
         rows = pd.concat(tables) if tables else pd.DataFrame(columns=list(results.COLUMNS))
         rows = rows[(rows["device"] == device_name(device)) & (rows["steps"] > 0)]

@@ -1,16 +1,19 @@
 """Tidy CSVs of the runs: atomic append under a lock, strict reading.  Imports no torch.
 
-An experiment is three files that are always named by the first:
+An experiment is up to four files that are always named by the first:
 
     results/<profile>/<experiment>.csv          one row per run             (COLUMNS)
     results/<profile>/<experiment>.curves.csv   one row per run and epoch   (CURVE_COLUMNS)
     results/<profile>/<experiment>.layers.csv   one row per run, epoch and layer (LAYER_COLUMNS)
+    results/<profile>/<experiment>.measures.csv what was measured on the trained networks, one row
+                                                per run, measure, layer, quantity and position
+                                                (MEASURE_COLUMNS); only where something was
 
-Writing.  A writer holds an exclusive lock on `.<experiment>.csv.lock`, writes layers, curves and
-last the run's own row, and puts each file in place with one rename.  So a reader, who needs no
-lock, sees whole rows at any moment, a killed writer leaves whole rows, and a row in the first file
-means that the run is complete in all three.  (Appending in place would not do: the kernel may cut
-a write short at a page boundary when the process is killed.)
+Writing.  A writer holds an exclusive lock on `.<experiment>.csv.lock`, writes measures, layers,
+curves and last the run's own row, and puts each file in place with one rename.  So a reader, who
+needs no lock, sees whole rows at any moment, a killed writer leaves whole rows, and a row in the
+first file means that the run is complete in all of them.  (Appending in place would not do: the
+kernel may cut a write short at a page boundary when the process is killed.)
 
 Format.  UTF-8, '\\n', one record per line, an empty field for "no value", true/false, floats in
 their shortest form that reads back to the same bits.  Anything else is refused with file and line.
@@ -103,6 +106,16 @@ LAYER_COLUMNS: dict[str, type] = {
     "momentum_share": float,
 }
 
+# `position` numbers what a quantity has several of: bins of a histogram, segments of the training.
+MEASURE_COLUMNS: dict[str, type] = {
+    "run_id": str,
+    "measure": str,
+    "layer": str,
+    "quantity": str,
+    "position": int,
+    "value": float,
+}
+
 # None (an empty field) is allowed here: the setting does not apply to the method (prune_rate of a
 # dense run), the run diverged, or the tree is no git checkout (dirty).  Strings use "" for that.
 NULLABLE = frozenset(
@@ -134,6 +147,8 @@ REQUIRED_STRINGS = frozenset(
         "method",
         "status",
         "layer",
+        "measure",
+        "quantity",
         "finished_utc",
     }
 )
@@ -177,11 +192,14 @@ class _Table(NamedTuple):
 
 # ---------------------------------------------------------------------------------------- paths
 
+# Suffixes of the files beside the run CSV.
+BESIDE = (".curves.csv", ".layers.csv", ".measures.csv")
+
 
 def runs_path(path: str | Path) -> Path:
-    """The run CSV of an experiment, from the path of any of its three files."""
+    """The run CSV of an experiment, from the path of any of its files."""
     path = Path(path)
-    for suffix in (".curves.csv", ".layers.csv"):
+    for suffix in BESIDE:
         if path.name.endswith(suffix):
             return path.with_name(path.name.removesuffix(suffix) + ".csv")
     return path
@@ -197,20 +215,35 @@ def layers_path(path: str | Path) -> Path:
     return runs_path(path).with_suffix(".layers.csv")
 
 
+def measures_path(path: str | Path) -> Path:
+    """The CSV of the measures beside the run CSV `path`."""
+    return runs_path(path).with_suffix(".measures.csv")
+
+
+def run_paths(folder: str | Path) -> list[Path]:
+    """The run CSVs in a folder, sorted, without the files beside them."""
+    return [path for path in sorted(Path(folder).glob("*.csv")) if not path.name.endswith(BESIDE)]
+
+
 # ---------------------------------------------------------------------------------------- write
 
 
 def append_run(
-    path_csv: str | Path, row: Row, curves: Sequence[Row] = (), layers: Sequence[Row] = ()
+    path_csv: str | Path,
+    row: Row,
+    curves: Sequence[Row] = (),
+    layers: Sequence[Row] = (),
+    measures: Sequence[Row] = (),
 ) -> bool:
     """Add one finished run; True if it was added, False if its run_id is there already.
 
     row     a value for each of COLUMNS, no more and no less; None, NaN or pd.NA for "no value"
     curves  one mapping per epoch with CURVE_COLUMNS; `run_id` as in `row`
     layers  one mapping per recorded epoch and layer with LAYER_COLUMNS; `run_id` as in `row`
+    measures  one mapping per value with MEASURE_COLUMNS; `run_id` as in `row`
 
     Safe with any number of processes, and against a kill at any moment.  Rows that a killed
-    append of the same run left in the curves or layers are replaced.  Raises ResultsError, and
+    append of the same run left in the other files are replaced.  Raises ResultsError, and
     writes nothing, if a value or the file on disk does not pass the checks of reading.
     """
     path = runs_path(path_csv)
@@ -218,9 +251,12 @@ def append_run(
     new_row = _encode(path, COLUMNS, [row], run_id)
     new_curves = _encode(curves_path(path), CURVE_COLUMNS, curves, run_id)
     new_layers = _encode(layers_path(path), LAYER_COLUMNS, layers, run_id)
+    new_measures = _encode(measures_path(path), MEASURE_COLUMNS, measures, run_id)
     with locked(path):
         if run_id in _load(path, COLUMNS).values["run_id"]:
             return False
+        if new_measures or measures_path(path).exists():
+            _rewrite(measures_path(path), MEASURE_COLUMNS, new_measures, drop=str(run_id))
         _rewrite(layers_path(path), LAYER_COLUMNS, new_layers, drop=str(run_id))
         _rewrite(curves_path(path), CURVE_COLUMNS, new_curves, drop=str(run_id))
         _rewrite(path, COLUMNS, new_row)
@@ -255,7 +291,13 @@ def merge(sources: Iterable[str | Path], target: str | Path) -> int:
                     fresh.setdefault(path, []).append(run_id)
         if not fresh:
             return 0
-        for beside, columns in ((layers_path, LAYER_COLUMNS), (curves_path, CURVE_COLUMNS)):
+        for beside, columns in (
+            (measures_path, MEASURE_COLUMNS),
+            (layers_path, LAYER_COLUMNS),
+            (curves_path, CURVE_COLUMNS),
+        ):
+            if beside is measures_path and not any(beside(p).exists() for p in (*paths, target)):
+                continue
             kept = _load(beside(target), columns)
             known = set(old.values["run_id"])  # leftovers of a killed append stay behind
             lines = [r for r in kept.records if r[0] in known]
@@ -352,6 +394,14 @@ def read_layers(path: str | Path, runs: pd.DataFrame | None = None) -> pd.DataFr
     `runs` and errors as in read_curves; (run_id, epoch, layer) must be unique.
     """
     return _known(_frame(_load(layers_path(path), LAYER_COLUMNS)), runs)
+
+
+def read_measures(path: str | Path, runs: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Measures of an experiment (path of its run CSV), columns as in MEASURE_COLUMNS.
+
+    `runs` and errors as in read_curves; (run_id, measure, layer, quantity, position) is unique.
+    """
+    return _known(_frame(_load(measures_path(path), MEASURE_COLUMNS)), runs)
 
 
 def _known(frame: pd.DataFrame, runs: pd.DataFrame | None) -> pd.DataFrame:
@@ -487,7 +537,8 @@ def _refuse(path: Path, i: int, name: str, field: str, expected: str) -> None:
 def _check_runs(table: _Table) -> None:
     """Raise unless run ids have the right form and the key of the table is unique."""
     path, values = table.path, table.values
-    keys = [name for name in ("run_id", "epoch", "layer") if name in table.columns]
+    unique = ("run_id", "measure", "epoch", "layer", "quantity", "position")
+    keys = [name for name in unique if name in table.columns]
     if table.columns is COLUMNS:
         keys = ["run_id"]
     good: set[str] = set()

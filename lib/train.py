@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from lib import data as datasets
 from lib.baselines import snip_masks
-from lib.config import UNMASKED, Run, stream_seed
+from lib.config import UNMASKED, Run, stream_seed, unknown
+from lib.features import observe_features
 from lib.masking import DivergenceError, LayerReport, Masking
 from lib.models import build_model, layer_flops, small_dense_scale
+from lib.speedups import observe_speedups
 
 EVALUATION_BATCH = 1000
 
@@ -38,10 +40,10 @@ class Interrupted(Exception):
 class Outcome:
     """What a run measured. Errors in per cent of images; None where training diverged.
 
-    `curves` and `layers` are rows of the per-epoch files (lib/results.py). FLOPs are relative to
-    the dense network's: inference with the final densities; training as the mean over all steps of
-    forward, input-gradient and weight-gradient products, the weight gradient counted densely in
-    the steps whose growth rule reads it (RigL, appendix H).
+    `curves`, `layers` and `measures` are rows of the other files (lib/results.py). FLOPs are
+    relative to the dense network's: inference with the final densities; training as the mean over
+    all steps of forward, input-gradient and weight-gradient products, the weight gradient counted
+    densely in the steps whose growth rule reads it (RigL, appendix H).
     """
 
     status: str = "ok"
@@ -58,6 +60,7 @@ class Outcome:
     data_sha256: str = ""
     curves: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    measures: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -82,12 +85,20 @@ class _State:
     curves: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     report: list[tuple[Any, ...]] = field(default_factory=list)
+    observed: dict[str, list[float]] = field(default_factory=dict)  # what a measure collects
+
+
+# Name -> function that is called before training and returns one that is called on the finished
+# network and gives its rows (results.MEASURE_COLUMNS). Experiments name the measures they need.
+Measure = Callable[["TrainingLoop"], Callable[[], list[dict[str, Any]]]]
+MEASURES: dict[str, Measure] = {"features": observe_features, "speedups": observe_speedups}
 
 
 def train(
     run: Run,
     dataset: datasets.Dataset | None = None,
     *,
+    measures: Sequence[str] = (),
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -98,17 +109,25 @@ def train(
 
     The file is replaced about every `checkpoint_seconds` and removed by whoever stored the
     outcome. Continuing gives the same bits as never stopping (CPU; same machine, versions and
-    number of threads). A loss, weight or momentum that isn't finite ends the run with status
-    "diverged". Raises Interrupted when `should_stop()` is true, after writing the checkpoint.
+    number of threads). `measures` (of MEASURES) are taken of the trained network, unless it
+    diverged: a loss, weight or momentum that isn't finite ends the run with status "diverged".
+    Raises Interrupted when `should_stop()` is true, after writing the checkpoint.
     """
+    for name in measures:
+        if name not in MEASURES:
+            raise ValueError(unknown("measure", name, MEASURES))
     loop = TrainingLoop(run, dataset, device=device)
+    rows_of = [MEASURES[name](loop) for name in measures]
     if checkpoint is not None and checkpoint.exists():
         loop.load(checkpoint)
     try:
         loop.run_to_end(checkpoint, checkpoint_seconds, progress, should_stop)
     except DivergenceError:
         return loop.outcome(status="diverged")
-    return loop.outcome()
+    done = loop.outcome()
+    for rows in rows_of:
+        done.measures += rows()
+    return done
 
 
 class TrainingLoop:
@@ -270,6 +289,15 @@ class TrainingLoop:
         self.model.train()
         return 100.0 * (len(labels) - int(right)) / len(labels)
 
+    def training_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images once, in order, augmented as in training: images [B, C, H, W] and
+        labels [B], with at most `size` images; draws from a stream of its own.
+        """
+        augment = stream(self.run, "measure", device=self.device)
+        for start in range(0, len(self.data.train_y), size):
+            index = torch.arange(start, min(start + size, len(self.data.train_y)))
+            yield self._batch(index.to(self.device), augment)
+
     # ---- persistence ----
 
     def save(self, path: Path) -> None:
@@ -315,7 +343,8 @@ class TrainingLoop:
             layers=state.layers,
         )
         if status == "ok":
-            done.test_error_pct = self.error_pct(self.data.test_x, self.data.test_y)
+            part = slice(self.run.test_samples or None)
+            done.test_error_pct = self.error_pct(self.data.test_x[part], self.data.test_y[part])
             done.val_error_pct = state.curves[-1]["val_error_pct"]
             done.train_loss = state.curves[-1]["train_loss"]
             done.density_final = masking.density
@@ -327,10 +356,12 @@ class TrainingLoop:
 
     # ---- inside ----
 
-    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch(
+        self, index: Tensor, augment: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         images = self.data.train_x.index_select(0, index)
         if self.run.augment and self.data.augment is not None:
-            images = self.data.augment(images, self.augment_stream)
+            images = self.data.augment(images, augment or self.augment_stream)
         images = images.contiguous(memory_format=self.format)
         return images, self.data.train_y.index_select(0, index)
 
