@@ -31,7 +31,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from lib import paths
+from lib import claims, paths
 from lib.reading import (
     METHOD_NAMES,
     NoRuns,
@@ -152,13 +152,15 @@ def figure(name: str) -> Callable[[Callable[..., Plot]], Drawer]:
     return register
 
 
-def table(name: str) -> Callable[[Callable[..., Table]], Teller]:
+def table(name: str) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
     """Register a table."""
 
-    def register(tell: Callable[..., Table]) -> Teller:
+    def register(tell: Callable[..., Table]) -> Callable[..., Table]:
         @functools.wraps(tell)
-        def told(profile: str = "quick", results_root: str | Path | None = None) -> Table:
-            return tell(profile, results_root or None)
+        def told(
+            profile: str = "quick", results_root: str | Path | None = None, **more: Any
+        ) -> Table:
+            return tell(profile, results_root or None, **more)
 
         TABLES[name] = told
         return told
@@ -269,7 +271,7 @@ def stamp(plot: Plot, runs: Runs | Sequence[Runs], extra: str = "") -> None:
     To be called last: it makes room for itself and for the legend of `legend_below`.
     """
     every = [runs] if isinstance(runs, Runs) else list(runs)
-    scales = " ".join(dict.fromkeys(f"{s[0].upper()}{s[1:]}." for s in (r.scale() for r in every)))
+    scales = " ".join(dict.fromkeys(_sentence(one.scale()) for one in every))
     reduced = any(one.reduced() for one in every)
     width, height = plot.get_size_inches()
     lines = [
@@ -535,7 +537,7 @@ def mark_clipped(
 
 def _numeric(column: pd.Series) -> bool:
     texts = [str(v) for v in column if str(v) not in ("", "–")]
-    return bool(texts) and all(t[0] in "+−-0123456789" for t in texts)
+    return bool(texts) and all(t[0] in "+−-<0123456789" for t in texts)
 
 
 def _cell_markdown(value: Any) -> str:
@@ -654,9 +656,7 @@ def main_results_lenet_table(profile: str, results_root: str | Path | None) -> T
             "method": METHOD_NAMES[cell["method"]],
             "weights (%)": f"{100 * cell['density']:g}",
             "test error (%)": interval_text(cell["mean"], math.nan, math.nan),
-            "95 % interval": "–"
-            if math.isnan(cell["low"])
-            else f"{cell['low']:.2f} to {cell['high']:.2f}",
+            "95 % interval": _from_to(cell["low"], cell["high"]),
             "n": str(cell["n"]),
             "published (%)": "–",
             "ours − published": "–",
@@ -667,7 +667,7 @@ def main_results_lenet_table(profile: str, results_root: str | Path | None) -> T
             difference = cell["mean"] - row["test_error_pct"]
             line["ours − published"] = interval_text(difference, math.nan, math.nan, sign=True)
         lines.append(line)
-    note = f"Published: mean ± standard error. {runs.scale()}."
+    note = f"Published: mean ± standard error. {_sentence(runs.scale())}"
     for row in _corrected(slips.reset_index()).itertuples():
         note += (
             f" * Probably a slip of the source for {METHOD_NAMES[str(row.method)]}: its raw runs "
@@ -681,3 +681,75 @@ def main_results_lenet_table(profile: str, results_root: str | Path | None) -> T
 def _with_error(row: Any) -> str:
     value, error = float(row["test_error_pct"]), float(row["standard_error"])
     return f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+@table("main_results_lenet300-100_differences")
+def main_results_lenet_differences(profile: str, results_root: str | Path | None) -> Table:
+    """Sparse momentum minus each other method at each share of weights, paired by seed."""
+    runs = load("main_results", profile, results_root, **_LENET).needed()
+    ours = runs.where(method="sparse_momentum").needed()
+    lines = []
+    for method in [m for m in runs.methods if m not in ("dense", "sparse_momentum")]:
+        for row in claims.differences(ours, runs.where(method=method), "density").to_dict(
+            "records"
+        ):
+            lines.append(
+                {
+                    "sparse momentum −": METHOD_NAMES[method],
+                    "weights (%)": f"{100 * row['density']:g}",
+                    "difference (points)": interval_text(
+                        row["mean"], math.nan, math.nan, sign=True
+                    ),
+                    "95 % interval": _from_to(row["low"], row["high"], sign=True),
+                    "n": str(row["n"]),
+                    "p": _p(row["p"]),
+                    "p (Holm)": _p(row["p_holm"]),
+                }
+            )
+    if not lines:
+        raise NoRuns(f"main_results ({profile}): no seed has finished two methods")
+    note = (
+        "Percentage points of test error; paired t-test over shared seeds, p-values adjusted by "
+        f"Holm over the shares of weights of each method. {_sentence(runs.scale())}"
+    )
+    caption = "LeNet-300-100 on MNIST: sparse momentum against each method"
+    return Table(pd.DataFrame(lines), caption, note)
+
+
+# --------------------------------------------------------------------------------------- verdicts
+
+
+@table("verdicts")
+def verdicts(profile: str, results_root: str | Path | None, notebook: str = "") -> Table:
+    """Each claim of the paper with its verdict; only those of one notebook where it is named."""
+    judged = claims.verdict_table(profile, results_root, notebook)
+    if (judged["verdict"] == claims.NO_RUNS).all():
+        raise NoRuns(f"none of the claims has runs at profile {profile}")
+    columns = {
+        "claim": "claim",
+        "paper": "paper",
+        "ours": "ours [95 % interval]",
+        "n": "n",
+        "verdict": "verdict",
+    }
+    scales = [f"{s}." for s in claims.scales(profile, results_root, judged)]
+    return Table(
+        judged[list(columns)].rename(columns=columns).astype(str),
+        f"The paper's claims and what the runs of profile {profile} say"
+        + ("" if profile == "paper" else " (reduced scale, not the paper's)"),
+        " ".join([*scales, claims.RULE]),
+    )
+
+
+def _from_to(low: float, high: float, sign: bool = False) -> str:
+    if math.isnan(low) or math.isnan(high):
+        return "–"
+    return " to ".join(interval_text(v, math.nan, math.nan, sign=sign) for v in (low, high))
+
+
+def _p(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

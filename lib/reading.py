@@ -4,8 +4,9 @@ means and intervals, and the published numbers beside them.  Imports no torch.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,14 @@ class Runs:
 
     def where(self, **wanted: Any) -> Runs:
         """The part whose runs have these fields (any field of Run; several values: any of them)."""
-        known = Run.__dataclass_fields__
-        for name in wanted:
-            if name not in known:
-                raise ValueError(unknown("field of a run", name, known))
-        planned = tuple(
-            run for run in self.planned if all(_is(getattr(run, k), v) for k, v in wanted.items())
-        )
-        ids = {run.run_id for run in planned}
+        return self.only(select(self.planned, **wanted))
+
+    def only(self, planned: Iterable[Run]) -> Runs:
+        """The part with these of the planned runs."""
+        kept = tuple(planned)
+        ids = set(map(_id, kept))
         return replace(
-            self,
-            planned=planned,
-            rows=_of(self.rows, ids),
-            diverged=_of(self.diverged, ids),
+            self, planned=kept, rows=_of(self.rows, ids), diverged=_of(self.diverged, ids)
         )
 
     def needed(self) -> Runs:
@@ -164,6 +160,15 @@ _CELL = [
 ] + ["overrides"]
 
 
+def select(runs: Iterable[Run], **wanted: Any) -> tuple[Run, ...]:
+    """The runs with these fields (several values: any of them); ValueError for an unknown field."""
+    known = Run.__dataclass_fields__
+    for name in wanted:
+        if name not in known:
+            raise ValueError(unknown("field of a run", name, known))
+    return tuple(run for run in runs if all(_is(getattr(run, k), v) for k, v in wanted.items()))
+
+
 def load(
     experiment: str, profile: str, results_root: str | Path | None = None, **wanted: Any
 ) -> Runs:
@@ -171,26 +176,47 @@ def load(
 
     Raises ValueError for an unknown experiment, profile or field, ResultsError for a damaged file.
     """
-    planned = tuple(experiments.runs(experiment, profile))
     csv = paths.results_csv(profile, experiment, results_root)
-    rows = results.read_runs(csv)
-    rows = _of(rows, {run.run_id for run in planned})
+    planned = planned_runs(experiment, profile)
+    try:
+        status = csv.stat()
+    except FileNotFoundError:
+        version = (0, 0, 0)
+    else:
+        version = (status.st_ino, status.st_size, status.st_mtime_ns)
+    rows = _sorted_rows(csv, version)
+    ok = rows["status"] == "ok"
+    runs = Runs(experiment, profile, csv, planned, rows[ok], rows[~ok])
+    return runs.only(select(planned, **wanted))
+
+
+def planned_runs(experiment: str, profile: str) -> tuple[Run, ...]:
+    """The runs of an experiment at a profile (lib/experiments.py), built once per process."""
+    return _planned(experiment, profile, id(experiments.EXPERIMENTS.get(experiment)))
+
+
+# A figure and a dozen claims ask for the same grid and file: built and read once, and read again
+# when the file was replaced (writers put a new file in place, lib/results.py).
+
+
+@functools.lru_cache(maxsize=64)
+def _planned(experiment: str, profile: str, _version: int) -> tuple[Run, ...]:
+    return tuple(experiments.runs(experiment, profile))
+
+
+@functools.lru_cache(maxsize=8)
+def _sorted_rows(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
     order = {name: i for i, name in enumerate(METHOD_NAMES)}
-    rows = rows.sort_values(
+    return results.read_runs(csv).sort_values(
         ["dataset", "model", "method", "density", "seed", "run_id"],
         key=lambda column: column.map(order) if column.name == "method" else column,
         ignore_index=True,
     )
-    ok = rows["status"] == "ok"
-    runs = Runs(
-        experiment,
-        profile,
-        csv,
-        planned,
-        rows[ok].reset_index(drop=True),
-        rows[~ok].reset_index(drop=True),
-    )
-    return runs.where(**wanted) if wanted else runs
+
+
+@functools.cache
+def _id(run: Run) -> str:
+    return run.run_id
 
 
 def summarise(rows: pd.DataFrame, by: Sequence[str], value: str = "test_error_pct") -> pd.DataFrame:
