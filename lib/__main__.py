@@ -1,4 +1,4 @@
-"""The command line: python -m lib run|status|notebooks|figures|verdict (see --help of each)."""
+"""The command line: python -m lib run|status|notebooks|figures|verdict|bench (see --help of each)."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train what is missing of one experiment, or of all."""
-    from lib.runner import run_experiment
+    """Train what is missing of some experiments, or of all: the first seed first."""
+    from lib.runner import run_experiments
 
-    for name in _names(options.experiment):
-        run_experiment(
-            name,
-            options.profile,
-            only=options.only,
-            overrides=_overrides(options.set),
-            shard=_shard(options.shard),
-            results_root=options.results,
-            jobs=options.jobs,
-            threads=options.threads,
-            device=options.device,
-        )
+    run_experiments(
+        _names(options.experiment),
+        options.profile,
+        only=options.only,
+        overrides=_overrides(options.set),
+        shard=_shard(options.shard),
+        results_root=options.results,
+        jobs=options.jobs,
+        threads=options.threads,
+        device=options.device,
+    )
 
 
 def status(options: argparse.Namespace) -> None:
@@ -77,6 +76,13 @@ def verdict(options: argparse.Namespace) -> None:
     print(verdict_text(options.profile, options.results))
 
 
+def bench(options: argparse.Namespace) -> None:
+    """Measure the training speed: against a conventional script, and against the machine."""
+    from lib.bench import bench as measure
+
+    measure(options.repeats, options.results)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -93,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add(run)
-    command.add_argument("experiment", choices=[*experiments.EXPERIMENTS, "all"])
+    command.add_argument("experiment", nargs="+", choices=[*experiments.EXPERIMENTS, "all"])
     command.add_argument(
         "--only", action="append", default=[], metavar="FIELD=VALUE", help="keep runs that have it"
     )
@@ -117,11 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(figures)
     add(verdict)
+    command = add(bench)
+    command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
     return parser
 
 
-def _names(experiment: str) -> list[str]:
-    return list(experiments.EXPERIMENTS) if experiment == "all" else [experiment]
+def _names(names: Sequence[str]) -> list[str]:
+    return list(experiments.EXPERIMENTS) if "all" in names else list(dict.fromkeys(names))
 
 
 def _overrides(texts: Sequence[str]) -> dict[str, object]:

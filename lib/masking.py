@@ -16,12 +16,15 @@ The rules of the other methods (SET, DSR, DeepR, RigL, SNIP) are in `lib/baselin
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +71,11 @@ class Layer:
     def momentum(self) -> Tensor:
         """The momentum that scores weights, same shape as the weight (see `momentum_of`)."""
         return momentum_of(self.optimizer, self.parameter, self.name)
+
+    @functools.cached_property
+    def mean_momentum(self) -> Tensor:
+        """Mean |momentum| of the weights active before the update: float64, 0-d."""
+        return mean_active(self.momentum, self.mask)
 
     @property
     def gradient(self) -> Tensor:
@@ -170,22 +178,30 @@ def pick(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
     """
     if k == 0:
         return torch.zeros_like(candidates)
-    if scores.is_cuda:  # selecting by a mask would synchronise with the host; filling does not
-        filled = scores.float().masked_fill(~candidates, -math.inf)
-        threshold = filled.reshape(-1).topk(k, sorted=False).values.min()
-        above = filled > threshold
-        ties = (filled == threshold) & candidates
-        need: Tensor | int = k - above.sum()
-    else:
-        values = scores[candidates]
-        if k > values.numel():
-            raise ValueError(f"cannot pick {k} of {values.numel()} candidates")
-        threshold = values.kthvalue(values.numel() - k + 1).values
-        above = (scores > threshold) & candidates
-        ties = (scores == threshold) & candidates
-        need = k - int(above.sum())
-    first = (ties.reshape(-1).cumsum(0) <= need).view_as(ties)
+    if scores.device.type == "cpu":  # NumPy's selection is vectorised, torch's far slower
+        values, allowed = _numpy(scores), candidates.numpy()
+        chosen = values[allowed]
+        if k > chosen.size:
+            raise ValueError(f"cannot pick {k} of {chosen.size} candidates")
+        lowest = np.partition(chosen, chosen.size - k)[chosen.size - k]
+        over, equal = (values > lowest) & allowed, (values == lowest) & allowed
+        missing = k - np.count_nonzero(over)
+        if np.count_nonzero(equal) > missing:
+            equal.flat[np.flatnonzero(equal)[missing:]] = False
+        return torch.from_numpy(over | equal)
+    # Selecting by a mask would synchronise with the host; filling does not.
+    filled = scores.float().masked_fill(~candidates, -math.inf)
+    threshold = filled.reshape(-1).topk(k, sorted=False).values.min()
+    above = filled > threshold
+    ties = (filled == threshold) & candidates
+    first = (ties.reshape(-1).cumsum(0) <= k - above.sum()).view(ties.shape)
     return above | (ties & first)
+
+
+def _numpy(values: Tensor) -> npt.NDArray[Any]:
+    """The tensor as an array, without a copy where NumPy knows its type."""
+    values = values.detach()
+    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
 def share_of(rate: float, count: int) -> int:
@@ -239,7 +255,7 @@ def prune_none(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> l
 @REDISTRIBUTION.register("momentum", needs="momentum", before_pruning=True)
 def redistribute_momentum(layer: Layer) -> Tensor:
     """Mean |momentum| of the weights active before pruning (paper, section 3)."""
-    return mean_active(layer.momentum, layer.mask)
+    return layer.mean_momentum
 
 
 @REDISTRIBUTION.register("magnitude", before_pruning=True)
@@ -267,7 +283,10 @@ def redistribute_none(layer: Layer) -> float:
 
 
 def mean_active(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of |values| where mask is true: float64 scalar tensor, no host synchronisation."""
+    """Mean of |values| where mask is true: float64, 0-d, on their device, without synchronising."""
+    if values.device.type == "cpu":
+        chosen = np.abs(_numpy(values)[mask.numpy()])
+        return torch.tensor(chosen.sum(dtype=np.float64) / max(1, chosen.size))
     return (values.abs() * mask).sum(dtype=torch.float64) / mask.sum()
 
 
@@ -626,10 +645,10 @@ class Masking:
         needs = {self.growth.needs, self.redistribution.needs} - {""}
         read = [
             [
-                layer.mask.sum(dtype=torch.float64),
-                layer.weight.abs().sum(dtype=torch.float64),
-                _momentum_mean(layer),
-                *(getattr(layer, n).abs().sum(dtype=torch.float64) for n in sorted(needs)),
+                torch.count_nonzero(layer.mask).double(),
+                layer.weight.sum().double(),  # float32: only whether it is finite counts
+                _mean_momentum(layer),
+                *(getattr(layer, n).sum().double() for n in sorted(needs)),
             ]
             for layer in layers
         ]
@@ -741,10 +760,10 @@ def _random_mask(parameter: nn.Parameter, count: int, generator: torch.Generator
     return mask.view(parameter.shape)
 
 
-def _momentum_mean(layer: Layer) -> Tensor:
-    """Mean |momentum| of the active weights for the report; NaN where the optimizer has none."""
+def _mean_momentum(layer: Layer) -> Tensor:
+    """For the report; NaN where the optimizer has no momentum."""
     try:
-        return mean_active(layer.momentum, layer.mask)
+        return layer.mean_momentum
     except ValueError:
         return torch.full((), math.nan, dtype=torch.float64, device=layer.mask.device)
 

@@ -1,0 +1,352 @@
+"""How fast the training is, against a conventional script and against the machine: `make bench`.
+
+Every figure is a ratio of medians over repeats taken in turn in one process run, because machines
+are shared and noisy. Rows go to results/bench/<topic>.csv with the machine's description.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib import data as datasets
+from lib import paths, runner
+from lib.config import Run
+from lib.masking import Masking
+from lib.models import build_model, forward_flops
+from lib.train import TrainingLoop
+
+REPEATS = 5
+HEADER = ["topic", "what", "setting", "value", "unit", "low", "high", "n", "machine"]
+
+Row = dict[str, Any]
+
+
+def bench(repeats: int = REPEATS, results_root: str | Path | None = None) -> list[Row]:
+    """Measure everything, print each row, and store the rows; see the functions below."""
+    rows: list[Row] = []
+    folder = paths.results_dir("bench", results_root)
+    machine = describe_machine()
+    print(machine)
+    for topic in (lenets, peak_share, layouts, augmentation, mask_update, selection, figures):
+        found = [{"topic": topic.__name__, "machine": machine, **row} for row in topic(repeats)]
+        for row in found:
+            spread = f" [{row['low']:.3g}, {row['high']:.3g}]" if row["n"] > 1 else ""
+            print(
+                f"{row['topic']:<13} {row['what']:<44} {row['setting']:<26} "
+                f"{row['value']:>9.4g} {row['unit']}{spread}",
+                flush=True,
+            )
+        rows += found
+    _store(folder / "speed.csv", rows)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# The conventional script
+# --------------------------------------------------------------------------------------------------
+
+
+class Conventional:
+    """How such training is usually written: a DataLoader with workers that transforms image by
+    image, torch.optim.SGD as it comes, and each weight multiplied by its mask after each step.
+    """
+
+    def __init__(self, model: str, density: float, batch_size: int = 100) -> None:
+        from torchvision import datasets as vision
+        from torchvision import transforms
+
+        normalise = transforms.Normalize((0.1307,), (0.3081,))
+        transform = transforms.Compose([transforms.ToTensor(), normalise])
+        full = vision.MNIST(str(paths.data_root()), train=True, transform=transform)
+        part = torch.utils.data.Subset(full, range(54_000))
+        self.loader = torch.utils.data.DataLoader(
+            part, batch_size=batch_size, shuffle=True, num_workers=os.cpu_count() or 1
+        )
+        self.model = build_model(model)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        self.masks = {
+            p: (torch.rand_like(p) < density).float()
+            for p in self.model.parameters()
+            if p.dim() > 1
+        }
+
+    def steps(self, count: int) -> float:
+        """Seconds of `count` mini-batches, the start of the workers left out."""
+        batches = iter(self.loader)
+        next(batches)
+        start = time.perf_counter()
+        for _ in range(count):
+            images, labels = next(batches)
+            self.optimizer.zero_grad()
+            F.nll_loss(F.log_softmax(self.model(images), dim=1), labels).backward()
+            self.optimizer.step()
+            for parameter, mask in self.masks.items():
+                parameter.data = parameter.data * mask
+        seconds = time.perf_counter() - start
+        del batches
+        return seconds
+
+
+def lenets(repeats: int) -> Iterator[Row]:
+    """Epochs per second of the LeNets: conventional script; ours as one run with all threads, and
+    as one single-threaded run per core, counted together. The default is the faster one.
+    """
+    cores = len(os.sched_getaffinity(0))
+    for model, count in (("lenet300-100", 180), ("lenet5", 60)):
+        conventional = Conventional(model, 0.05)
+        loop = TrainingLoop(Run(model=model))
+        order = loop._order().split(loop.run.batch_size)
+        times: dict[str, list[float]] = {"conventional": [], "threads": [], "processes": []}
+        context = get_context("spawn")
+        with ProcessPoolExecutor(cores, mp_context=context) as pool:
+            list(pool.map(_warm, [model] * cores))
+            for _ in range(repeats):
+                torch.set_num_threads(cores)
+                times["conventional"].append(conventional.steps(count) / count)
+                times["threads"].append(_timed_steps(loop, order, count))
+                start = time.time() + 0.2  # together, so that they compete for the machine
+                side_by_side = list(pool.map(_steps_in_worker, [(start, count)] * cores))
+                times["processes"].append(statistics.mean(side_by_side) / cores)
+        steps = loop.steps_per_epoch
+        for name, label in (
+            ("conventional", "conventional script, an epoch"),
+            ("threads", "ours, one run with all threads, an epoch"),
+            ("processes", "ours, one run per core, an epoch"),
+        ):
+            yield _row(label, model, [t * steps for t in times[name]], "s")
+        for name, label in (("threads", "one run"), ("processes", "one run per core")):
+            ratios = [c / t for c, t in zip(times["conventional"], times[name], strict=True)]
+            yield _row(f"ours over conventional, {label}", model, ratios, "x")
+
+
+_loop: TrainingLoop | None = None
+
+
+def _warm(model: str) -> None:
+    global _loop
+    torch.set_num_threads(1)
+    _loop = TrainingLoop(Run(model=model))
+    _timed_steps(_loop, _loop._order().split(_loop.run.batch_size), 20)
+    time.sleep(0.5)  # long enough that every worker takes one of these calls
+
+
+def _steps_in_worker(job: tuple[float, int]) -> float:
+    start, count = job
+    assert _loop is not None
+    order = _loop._order().split(_loop.run.batch_size)
+    time.sleep(max(0.0, start - time.time()))
+    return _timed_steps(_loop, order, count)
+
+
+def _timed_steps(loop: TrainingLoop, order: Any, count: int) -> float:
+    """Seconds per mini-batch of the real training loop."""
+    start = time.perf_counter()
+    for index in order[:count]:
+        loop.step(index)
+    return (time.perf_counter() - start) / count
+
+
+# --------------------------------------------------------------------------------------------------
+# Against the machine
+# --------------------------------------------------------------------------------------------------
+
+
+def peak_share(repeats: int) -> Iterator[Row]:
+    """LeNet-300-100, one thread: time its dense products would take at the measured matrix peak,
+    over the time of the whole step. One means nothing but arithmetic.
+    """
+    torch.set_num_threads(1)
+    loop = TrainingLoop(Run())
+    order = loop._order().split(loop.run.batch_size)
+    # Forward, weight gradient, and the input gradient of all layers but the first.
+    flops = forward_flops("lenet300-100")
+    per_step = loop.run.batch_size * (3 * sum(flops.values()) - flops["fc1.weight"])
+    a = torch.rand(1024, 1024)
+    shares, peaks = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        peaks.append(5 * 2 * 1024**3 / (time.perf_counter() - start))
+        shares.append(per_step / peaks[-1] / _timed_steps(loop, order, 100))
+    yield _row(
+        "float32 matrix peak, one thread", "1024 x 1024", [p / 1e9 for p in peaks], "GFLOP/s"
+    )
+    yield _row("products at peak over whole step", "lenet300-100", shares, "")
+
+
+def layouts(repeats: int) -> Iterator[Row]:
+    """Forward and backward of the networks by memory format and precision, all threads."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    for model in ("lenet5", "alexnet-s", "wrn-10-2"):
+        shape = (1, 28, 28) if model == "lenet5" else (3, 32, 32)
+        images, labels = torch.randn(64, *shape), torch.randint(0, 10, (64,))
+        variants: dict[str, Callable[[], None]] = {}
+        for name, layout, low in (
+            ("contiguous fp32", torch.contiguous_format, False),
+            ("channels last fp32", torch.channels_last, False),
+            ("channels last bf16", torch.channels_last, True),
+        ):
+            network = build_model(model).to(memory_format=layout)
+            variants[name] = _forward_backward(
+                network, images.contiguous(memory_format=layout), labels, low
+            )
+        times = _in_turn(variants, repeats)
+        for name in list(variants)[1:]:
+            ratios = [a / b for a, b in zip(times["contiguous fp32"], times[name], strict=True)]
+            yield _row(f"{name} over contiguous fp32", model, ratios, "x")
+
+
+def augmentation(repeats: int) -> Iterator[Row]:
+    """Share of flip and random crop in a CIFAR-10 step, one thread."""
+    torch.set_num_threads(1)
+    images, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
+    augment, generator = datasets.Augment(pad=4), torch.Generator().manual_seed(0)
+    for model in ("alexnet-s", "wrn-10-2"):
+        network = build_model(model).to(memory_format=torch.channels_last)
+        step = _forward_backward(
+            network, images.contiguous(memory_format=torch.channels_last), labels, False
+        )
+        times = _in_turn({"a": lambda: augment(images, generator), "step": step}, repeats)
+        shares = [100 * a / (a + s) for a, s in zip(times["a"], times["step"], strict=True)]
+        yield _row("augmentation, share of a step", model, shares, "%")
+
+
+def mask_update(repeats: int) -> Iterator[Row]:
+    """One mask update over one epoch of 54,000 (MNIST) or 45,000 (CIFAR-10) images, one thread."""
+    torch.set_num_threads(1)
+    for model, images, batch in (("lenet300-100", 54_000, 100), ("alexnet-s", 45_000, 128)):
+        network = build_model(model)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=True)
+        masking = Masking(network, optimizer, density=0.05)
+        shape = (1, 28, 28) if model.startswith("lenet") else (3, 32, 32)
+        one = _forward_backward(
+            network, torch.randn(batch, *shape), torch.randint(0, 10, (batch,)), False
+        )
+
+        def step(one: Any = one, optimizer: Any = optimizer, masking: Masking = masking) -> None:
+            one()
+            optimizer.step()
+            masking.step()
+
+        step()
+        times = _in_turn({"update": lambda m=masking: m.update(0.2), "step": step}, repeats)
+        epochs = [t * images / batch for t in times["step"]]
+        shares = [100 * u / e for u, e in zip(times["update"], epochs, strict=True)]
+        yield _row("mask update, share of an epoch", model, shares, "%")
+
+
+def selection(repeats: int) -> Iterator[Row]:
+    """Cost of one whole mask update against the number of weights: linear, 10^5 to 10^8."""
+    torch.set_num_threads(1)
+    for weights in (10**5, 10**6, 10**7, 10**8):
+        network = nn.Linear(1000, weights // 1000, bias=False)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        network.weight.grad = torch.randn_like(network.weight)
+        optimizer.step()
+        masking = Masking(network, optimizer, density=0.05)
+        few = 1 if weights >= 10**8 else repeats
+        times = _in_turn({"update": lambda m=masking: m.update(0.2)}, few)["update"]
+        yield _row(
+            "mask update, a weight",
+            f"{weights:.0e} weights",
+            [t / weights * 1e9 for t in times],
+            "ns",
+        )
+
+
+def figures(repeats: int) -> Iterator[Row]:
+    """Redrawing every figure and table of the quick profile, as a whole process."""
+    command = [sys.executable, "-m", "lib", "figures", "--profile", "quick"]
+    times = []
+    for _ in range(min(repeats, 3)):
+        start = time.perf_counter()
+        subprocess.run(command, cwd=paths.REPO, check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    yield _row("make figures, whole process", "quick", times, "s")
+
+
+# --------------------------------------------------------------------------------------------------
+# Helpers
+# --------------------------------------------------------------------------------------------------
+
+
+def describe_machine() -> str:
+    """Processor, cores, instruction sets that matter, system, versions, and the day."""
+    flags = ""
+    if Path("/proc/cpuinfo").exists():
+        words = set(Path("/proc/cpuinfo").read_text().split())
+        flags = " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in words)
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    versions = runner.versions()
+    day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    return (
+        f"{cores} x {runner.device_name()} ({flags}); torch {versions['torch']}, "
+        f"Python {versions['python']}, commit {versions['commit']}, load {load:.1f}, {day}"
+    )
+
+
+def _forward_backward(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, low: bool
+) -> Callable[[], None]:
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = F.cross_entropy(network(images), labels)
+        for parameter in network.parameters():
+            parameter.grad = None
+        loss.backward()
+
+    return step
+
+
+def _in_turn(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every variant, A B C A B C ..., after one warm-up of each."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for function in variants.values():
+        function()
+    for _ in range(repeats):
+        for name, function in variants.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _row(what: str, setting: str, values: list[float], unit: str) -> Row:
+    return {
+        "what": what,
+        "setting": setting,
+        "value": statistics.median(values),
+        "unit": unit,
+        "low": min(values),
+        "high": max(values),
+        "n": len(values),
+    }
+
+
+def _store(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
