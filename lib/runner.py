@@ -100,34 +100,85 @@ def run_experiment(
     workers write their checkpoints and KeyboardInterrupt goes on. Raises the first error of a
     worker after the other runs have ended; diverged runs are rows, not errors.
     """
-    todo = plan(
-        experiment,
+    found = run_experiments(
+        [experiment],
         profile,
         only=only,
         overrides=overrides,
         shard=shard,
         results_root=results_root,
+        jobs=jobs,
+        threads=threads,
+        device=device,
+        say=say,
     )
+    return found[experiment]
+
+
+def run_experiments(
+    names: Sequence[str],
+    profile: str = "quick",
+    *,
+    only: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    shard: tuple[int, int] = (1, 1),
+    results_root: str | Path | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """`run_experiment` for several experiments at once, without a pause between them: the first
+    seed of all of them, then the second. A run that several need is trained once.
+
+    Of several experiments, those in which no run has all that `only` asks are left out; ValueError
+    when none is left.
+    """
     say = say or print_line()
-    if todo.todo:
-        _copy_rows_of_other_experiments(todo)
-        todo = plan(
-            experiment,
-            profile,
-            only=only,
-            overrides=overrides,
-            shard=shard,
-            results_root=results_root,
-        )
-    if todo.todo:
+
+    def plans() -> list[Plan]:
+        found, refused = [], None
+        for name in names:
+            try:
+                found.append(
+                    plan(
+                        name,
+                        profile,
+                        only=only,
+                        overrides=overrides,
+                        shard=shard,
+                        results_root=results_root,
+                    )
+                )
+            except experiments.NoSuchRunError as error:
+                refused = error
+        if refused is not None and not found:
+            raise refused
+        return found
+
+    for one in plans():
+        _copy_rows_of_other_experiments(one)
+    planned = plans()
+    tasks: dict[str, tuple[Run, Plan]] = {}
+    for one in planned:
+        for run in one.todo:
+            tasks.setdefault(run.run_id, (run, one))
+    title = f"{' '.join(names) if len(names) < 4 else f'{len(names)} experiments'} ({profile})"
+    if tasks:
         device = device or default_device()
-        own_jobs, own_threads = default_jobs(todo.todo, device)
-        _train_all(todo, jobs or own_jobs, threads or own_threads, device, say)
+        own_jobs, own_threads = default_jobs([run for run, _ in tasks.values()], device)
+        in_order = sorted(tasks.values(), key=lambda task: task[0].seed)
+        _train_all(title, in_order, jobs or own_jobs, threads or own_threads, device, say)
+        for one in planned:
+            _copy_rows_of_other_experiments(one)
     else:
-        say(f"{experiment} ({profile}): all {len(todo.done)} runs are done\n")
-    wanted = {run.run_id for run in (*todo.done, *todo.todo)}
-    rows = results.read_runs(todo.csv)
-    return rows[rows["run_id"].isin(wanted)].reset_index(drop=True)
+        say(f"{title}: all {sum(len(one.done) for one in planned)} runs are done\n")
+    tables = {}
+    for one in planned:
+        wanted = {run.run_id for run in (*one.done, *one.todo)}
+        rows = results.read_runs(one.csv)
+        tables[one.experiment] = rows[rows["run_id"].isin(wanted)].reset_index(drop=True)
+    return tables
 
 
 def default_device() -> str:
@@ -156,11 +207,16 @@ def default_jobs(runs: Sequence[Run], device: str) -> tuple[int, int]:
 
 
 def _train_all(
-    todo: Plan, jobs: int, threads: int, device: str, say: Callable[[str], None]
+    title: str,
+    tasks: Sequence[tuple[Run, Plan]],
+    jobs: int,
+    threads: int,
+    device: str,
+    say: Callable[[str], None],
 ) -> None:
     context = get_context("spawn")
     messages, stop = context.Queue(), context.Event()
-    board = _Board(todo, device, jobs)
+    board = _Board(title, tasks, device, jobs)
     pool = ProcessPoolExecutor(
         max_workers=jobs,
         mp_context=context,
@@ -172,7 +228,7 @@ def _train_all(
     elsewhere = 0
     try:
         with _workers_ignore_interrupts():
-            for run in todo.todo:
+            for run, todo in tasks:
                 args = (run, todo.experiment, todo.profile, todo.csv, device)
                 pending.add(pool.submit(_work, *args))
         while pending:
@@ -221,10 +277,12 @@ def _workers_ignore_interrupts() -> Iterator[None]:
 class _Board:
     """Who is how far, in units of estimated cost: the line of progress and its ETA."""
 
-    def __init__(self, todo: Plan, device: str, jobs: int) -> None:
-        self.title = f"{todo.experiment} ({todo.profile})"
-        estimate = cost.Estimator(todo.csv.parent, device)
-        self.cost = {run.run_id: estimate.seconds(run) for run in todo.todo}
+    def __init__(
+        self, title: str, tasks: Sequence[tuple[Run, Plan]], device: str, jobs: int
+    ) -> None:
+        self.title = title
+        estimate = cost.Estimator(tasks[0][1].csv.parent, device)
+        self.cost = {run.run_id: estimate.seconds(run) for run, _ in tasks}
         self.part = dict.fromkeys(self.cost, 0.0)
         self.resumed: dict[str, float] = {}
         self.jobs = jobs
@@ -319,6 +377,7 @@ def train_and_store(
         outcome = train(
             run,
             _dataset(run.dataset, device, run.val_fraction, run.train_samples),
+            measures=experiments.measures(run, experiment, profile),
             device=device,
             checkpoint=checkpoint,
             checkpoint_seconds=checkpoint_seconds,
@@ -326,7 +385,7 @@ def train_and_store(
             should_stop=should_stop,
         )
         row = row_of(run, outcome, experiment, profile, device)
-        results.append_run(csv, row, outcome.curves, outcome.layers)
+        results.append_run(csv, row, outcome.curves, outcome.layers, outcome.measures)
         checkpoint.unlink(missing_ok=True)
     return outcome.status
 
@@ -364,8 +423,14 @@ def _claim(checkpoint: Path) -> Iterator[bool]:
 
 
 def _copy_rows_of_other_experiments(todo: Plan) -> None:
-    """The same run can be a cell of several experiments: its row is copied, not trained again."""
-    missing = {run.run_id for run in todo.todo}
+    """The same run can be a cell of several experiments: its row is copied, not trained again,
+    unless the other experiment did not take the measures that this one needs.
+    """
+    known = set(results.read_runs(todo.csv)["run_id"])
+    missing = {run.run_id for run in todo.todo} - known
+    if not missing:
+        return
+    needed = set(experiments.experiment(todo.experiment).measures)
     for other in experiments.EXPERIMENTS:
         source = todo.csv.with_name(f"{other}.csv")
         if other == todo.experiment or not source.exists():
@@ -376,13 +441,18 @@ def _copy_rows_of_other_experiments(todo: Plan) -> None:
             continue
         curves = results.read_curves(source, runs=rows)
         layers = results.read_layers(source, runs=rows)
+        measures = results.read_measures(source, runs=rows)
         for row in rows.to_dict("records"):
             mine = row["run_id"]
+            taken = measures[measures["run_id"] == mine]
+            if row["status"] == "ok" and not needed <= set(taken["measure"]):
+                continue
             results.append_run(
                 todo.csv,
                 {**{str(k): v for k, v in row.items()}, "experiment": todo.experiment},
                 curves[curves["run_id"] == mine].to_dict("records"),
                 layers[layers["run_id"] == mine].to_dict("records"),
+                taken.to_dict("records"),
             )
             missing.discard(mine)
 

@@ -40,7 +40,8 @@ SEGMENTS = 10  # of the training; the estimates are means within each, and sums 
 SAMPLES_PER_SEGMENT = 20  # mini-batches looked at; the official code looks at all
 ESTIMATES = ("dense_s", "channel_sparse_s", "full_sparse_s")
 NETWORK = "network"  # the layer of rows about the whole network
-_BATCH, _REPETITIONS = 100, 15
+_BATCH = 32  # images of the forward passes on the clock
+_FEWEST, _MOST, _SECONDS = 5, 51, 1.0  # of them per network; about so many seconds altogether
 
 # --------------------------------------------------------------------------------------------------
 # The measure: estimates during training, the clock afterwards
@@ -150,8 +151,9 @@ def _empty_inputs(weight: Tensor) -> float:
 
 
 def _on_the_clock(loop: TrainingLoop) -> list[tuple[str, float]]:
-    dense = copy.deepcopy(loop.model).eval()
-    images = loop.data.test_x[:_BATCH]
+    # One memory layout for both, or the clock would measure the layouts.
+    dense = copy.deepcopy(loop.model).eval().to(memory_format=torch.contiguous_format)
+    images = loop.data.test_x[:_BATCH].contiguous()
     small, gone = remove_empty_channels(dense, images[:1])
     with torch.no_grad():
         expected, got = dense(images), small(images)
@@ -169,9 +171,7 @@ def _on_the_clock(loop: TrainingLoop) -> list[tuple[str, float]]:
 
 
 @torch.no_grad()
-def time_in_turns(
-    models: list[nn.Module], images: Tensor, repetitions: int = _REPETITIONS
-) -> list[float]:
+def time_in_turns(models: list[nn.Module], images: Tensor) -> list[float]:
     """Median seconds of a forward pass of each model over `images`, run in turns.
 
     In turns, so that whatever else slows the machine meets all of them; on the CPU with one thread.
@@ -180,7 +180,10 @@ def time_in_turns(
     times: list[list[float]] = [[] for _ in models]
     torch.set_num_threads(1)
     try:
-        for repetition in range(-2, repetitions):  # the first two warm up
+        begun = time.perf_counter()
+        for repetition in range(-2, _MOST):  # the first two warm up
+            if repetition >= _FEWEST and time.perf_counter() - begun > _SECONDS:
+                break
             for model, seconds in zip(models, times, strict=True):
                 started = time.perf_counter()
                 model(images)
