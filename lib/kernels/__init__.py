@@ -1,6 +1,7 @@
 """Sparse training on the CPU: convolutions over the non-zero weights only (see sparse.hpp)."""
 
 from .library import available, keep_freed_memory, require
+from .network import SparseNetwork, dense_window, sparse_network
 from .ops import (
     LANES,
     Pattern,
@@ -17,9 +18,11 @@ from .ops import (
 __all__ = [
     "LANES",
     "Pattern",
+    "SparseNetwork",
     "available",
     "batch_norm",
     "conv2d",
+    "dense_window",
     "from_blocked",
     "gather",
     "keep_freed_memory",
@@ -27,5 +30,6 @@ __all__ = [
     "max_pool2d",
     "mean_pool2d",
     "require",
+    "sparse_network",
     "to_blocked",
 ]

@@ -152,16 +152,18 @@ def bench_layers(
     *,
     batch: int = 128,
     seconds: float = 0.3,
+    rounds: int = 3,
     masks: dict[str, Tensor] | None = None,
 ) -> list[Row]:
     """Times every layer at every density with uniform random masks, or with `masks` by layer name.
 
     The dense layer runs in contiguous and in channels-last memory format, and the faster of the
     two counts; both sides reuse freed memory (keep_freed_memory). `seconds` is the time per layer
-    and density beyond the least number of rounds.
+    and density, `rounds` the least number of turns.
 
     Raises:
         KernelsUnavailable: the kernels cannot be built here.
+        KeyError: `masks` lacks a layer.
     """
     require()
     keep_freed_memory()
@@ -190,7 +192,7 @@ def bench_layers(
             sparse = list(sparse_jobs(layer, blocked, pattern, blocked_grad, batch))
             if layer.first:
                 del sparse[1]
-            times = [1e3 * t for t in best_times([*dense, *sparse], seconds)]
+            times = [1e3 * t for t in best_times([*dense, *sparse], seconds, least=rounds)]
             plain, last, own = times[:2], times[2:4], times[4:]
             channels_last = sum(last) < sum(plain)
             dense_forward, dense_backward = last if channels_last else plain

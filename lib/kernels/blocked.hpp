@@ -102,15 +102,19 @@ static inline void norm_forward(const float* x, float* y, float* mean, float* va
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t c = 0; c < channels; ++c) {
     if (training) {
+      // Sums of differences from one value: deep layers have means far larger than deviations, and
+      // a channel without weights is constant to the last bit.
+      const float pivot = x[c * plane];
       double sum = 0, squares = 0;
       for (int64_t n = 0; n < blocks; ++n) {
         const float* p = x + (n * channels + c) * plane;
         V s{}, t{};
-        for (int64_t k = 0; k + 1 < pixels; k += 2) s += load(p + k * L), t += load(p + k * L + L);
-        if (pixels % 2) s += load(p + (pixels - 1) * L);
+        for (int64_t k = 0; k + 1 < pixels; k += 2)
+          s += load(p + k * L) - pivot, t += load(p + k * L + L) - pivot;
+        if (pixels % 2) s += load(p + (pixels - 1) * L) - pivot;
         sum += detail::lane_sum(detail::valid_lanes(n, samples) ? s + t : V{});
       }
-      mean[c] = float(sum / count);
+      mean[c] = float(pivot + sum / count);
       for (int64_t n = 0; n < blocks; ++n) {
         const float* p = x + (n * channels + c) * plane;
         V s{};
@@ -123,11 +127,11 @@ static inline void norm_forward(const float* x, float* y, float* mean, float* va
       var[c] = float(squares / count);
     }
     const float scale = float(weight[c] / std::sqrt(double(var[c]) + eps));
-    const float shift = bias[c] - mean[c] * scale;
+    const float m = mean[c], shift = bias[c];
     for (int64_t n = 0; n < blocks; ++n) {
       const int64_t at = (n * channels + c) * plane;
       for (int64_t k = at; k < at + plane; k += L) {
-        V v = load(x + k) * scale + shift;
+        V v = (load(x + k) - m) * scale + shift;
         if (relu) v = v < 0.0f ? V{} : v;  // in this order NaN stays NaN
         store(y + k, v);
       }
@@ -146,7 +150,7 @@ static inline void norm_backward(const float* x, const float* grad, float* dx, f
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t c = 0; c < channels; ++c) {
     const float inverse = float(1.0 / std::sqrt(double(var[c]) + eps)), m = mean[c];
-    const float scale = weight[c] * inverse, shift = bias[c] - m * scale;
+    const float scale = weight[c] * inverse, shift = bias[c];
     double sum = 0, dot = 0;
     for (int64_t n = 0; n < blocks; ++n) {
       const int64_t at = (n * channels + c) * plane;
@@ -154,7 +158,7 @@ static inline void norm_backward(const float* x, const float* grad, float* dx, f
       for (int64_t k = at; k < at + plane; k += L) {
         const V v = load(x + k);
         V g = load(grad + k);
-        if (relu) g = v * scale + shift > 0.0f ? g : V{};
+        if (relu) g = (v - m) * scale + shift > 0.0f ? g : V{};
         s += g;
         d += g * (v - m);
       }
@@ -174,7 +178,7 @@ static inline void norm_backward(const float* x, const float* grad, float* dx, f
       for (int64_t k = at; k < at + plane; k += L) {
         const V v = load(x + k);
         V g = load(grad + k);
-        if (relu) g = v * scale + shift > 0.0f ? g : V{};
+        if (relu) g = (v - m) * scale + shift > 0.0f ? g : V{};
         const V r = g * scale - a - (v - m) * b;
         store(dx + k, lanes ? r : V{});
       }

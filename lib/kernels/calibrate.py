@@ -55,8 +55,9 @@ def _line(few: int, few_seconds: float, many: int, many_seconds: float) -> tuple
 
 
 def measure(layer: bench.Layer, batch: int, seconds: float = 0.2) -> Cost:
-    """Times the layer dense and at two densities; takes about three times `seconds` and more."""
-    rows = bench.bench_layers([layer], DENSITIES, batch=batch, seconds=seconds)
+    """Times the layer dense and at two densities; takes about `seconds` for each."""
+    with torch.enable_grad():  # also when the first batch is one of an evaluation
+        rows = bench.bench_layers([layer], DENSITIES, batch=batch, seconds=seconds, rounds=2)
     weights = layer.in_channels * layer.out_channels * layer.kernel**2
     few, many = (round(r.density * weights) for r in rows)
     forward = _line(few, rows[0].forward_ms / 1e3, many, rows[1].forward_ms / 1e3)

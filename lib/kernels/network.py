@@ -278,7 +278,7 @@ class SparseNetwork(nn.Module):
         self, name: str, pattern: ops.Pattern, geometry: tuple[int, int], x: _Activation
     ) -> Choice:
         training = torch.is_grad_enabled()
-        side, first = x.side(), not x.requires_grad
+        side, first = x.side(), training and not x.requires_grad
         key = (name, x.samples, side, training, first, self.mode, torch.get_num_threads())
         known = self._decided.get(key)
         if known is not None and known[0] is pattern:
