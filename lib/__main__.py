@@ -1,4 +1,4 @@
-"""The command line: python -m lib run|status|notebooks|figures|verdict|bench (see --help of each)."""
+"""The command line, python -m lib COMMAND: see --help, and --help of each command."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def run(options: argparse.Namespace) -> None:
         threads=options.threads,
         device=options.device,
     )
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Collect the rows of run CSVs (of shards, say) in one; identical rows are kept once."""
+    from lib.results import merge as merge_csvs
+
+    added = merge_csvs(options.sources, options.target)
+    print(f"{options.target}: {added} runs added from {len(options.sources)} files")
 
 
 def status(options: argparse.Namespace) -> None:
@@ -113,6 +121,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, help="threads of each run")
     command.add_argument("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
 
+    command.add_argument(
+        "--executor", choices=["local", "slurm"], help="submit shards as jobs (submitit)"
+    )
+    command.add_argument("--shards", type=int, default=2, help="number of jobs for --executor")
+    command.add_argument(
+        "--job",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter of the jobs, for instance timeout_min=240 or slurm_partition=gpu",
+    )
+
+    command = commands.add_parser("merge", help=merge.__doc__, description=merge.__doc__)
+    command.set_defaults(command=merge, traceback=False)
+    command.add_argument("target", help="CSV that the rows go to")
+    command.add_argument("sources", nargs="+", help="run CSVs; curves and layers come along")
+
     command = add(status)
     command.add_argument("--device", default="cpu", help='"cpu" or "cuda"')
 
@@ -130,6 +155,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(names: Sequence[str]) -> list[str]:
     return list(experiments.EXPERIMENTS) if "all" in names else list(dict.fromkeys(names))
+
+
+def _submit(name: str, options: argparse.Namespace) -> None:
+    from lib.cluster import submit
+
+    jobs = submit(
+        name,
+        options.profile,
+        options.executor,
+        options.shards,
+        only=options.only,
+        overrides=_overrides(options.set),
+        results_root=options.results,
+        device=options.device,
+        **{k: int(v) if v.isdigit() else v for k, v in _raw_overrides(options.job).items()},
+    )
+    print(f"{name} ({options.profile}): submitted {', '.join(job.job_id for job in jobs)}")
+    if options.executor == "local":  # local jobs end with this process
+        for job in jobs:
+            print(job.result())
 
 
 def _overrides(texts: Sequence[str]) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import os
 import statistics
 import subprocess
@@ -116,13 +117,13 @@ def lenets(repeats: int) -> Iterator[Row]:
         times: dict[str, list[float]] = {"conventional": [], "threads": [], "processes": []}
         context = get_context("spawn")
         with ProcessPoolExecutor(cores, mp_context=context) as pool:
-            list(pool.map(_warm, [model] * cores))
+            list(pool.map(_steps_in_worker, [(model, time.time() + 8, 1)] * cores))
             for _ in range(repeats):
                 torch.set_num_threads(cores)
                 times["conventional"].append(conventional.steps(count) / count)
                 times["threads"].append(_timed_steps(loop, order, count))
                 start = time.time() + 0.2  # together, so that they compete for the machine
-                side_by_side = list(pool.map(_steps_in_worker, [(start, count)] * cores))
+                side_by_side = list(pool.map(_steps_in_worker, [(model, start, count)] * cores))
                 times["processes"].append(statistics.mean(side_by_side) / cores)
         steps = loop.steps_per_epoch
         for name, label in (
@@ -136,23 +137,20 @@ def lenets(repeats: int) -> Iterator[Row]:
             yield _row(f"ours over conventional, {label}", model, ratios, "x")
 
 
-_loop: TrainingLoop | None = None
-
-
-def _warm(model: str) -> None:
-    global _loop
+@functools.lru_cache(maxsize=1)
+def _loop_of_worker(model: str) -> tuple[TrainingLoop, Any]:
     torch.set_num_threads(1)
-    _loop = TrainingLoop(Run(model=model))
-    _timed_steps(_loop, _loop._order().split(_loop.run.batch_size), 20)
-    time.sleep(0.5)  # long enough that every worker takes one of these calls
+    loop = TrainingLoop(Run(model=model))
+    order = loop._order().split(loop.run.batch_size)
+    _timed_steps(loop, order, 20)
+    return loop, order
 
 
-def _steps_in_worker(job: tuple[float, int]) -> float:
-    start, count = job
-    assert _loop is not None
-    order = _loop._order().split(_loop.run.batch_size)
-    time.sleep(max(0.0, start - time.time()))
-    return _timed_steps(_loop, order, count)
+def _steps_in_worker(job: tuple[str, float, int]) -> float:
+    model, start, count = job
+    loop, order = _loop_of_worker(model)
+    time.sleep(max(0.2, start - time.time()))  # long enough that every worker takes one job
+    return _timed_steps(loop, order, count)
 
 
 def _timed_steps(loop: TrainingLoop, order: Any, count: int) -> float:
@@ -247,7 +245,8 @@ def mask_update(repeats: int) -> Iterator[Row]:
             masking.step()
 
         step()
-        times = _in_turn({"update": lambda m=masking: m.update(0.2), "step": step}, repeats)
+        update = functools.partial(masking.update, 0.2)
+        times = _in_turn({"update": update, "step": step}, repeats)
         epochs = [t * images / batch for t in times["step"]]
         shares = [100 * u / e for u, e in zip(times["update"], epochs, strict=True)]
         yield _row("mask update, share of an epoch", model, shares, "%")
@@ -263,7 +262,8 @@ def selection(repeats: int) -> Iterator[Row]:
         optimizer.step()
         masking = Masking(network, optimizer, density=0.05)
         few = 1 if weights >= 10**8 else repeats
-        times = _in_turn({"update": lambda m=masking: m.update(0.2)}, few)["update"]
+        update = functools.partial(masking.update, 0.2)
+        times = _in_turn({"update": update}, few)["update"]
         yield _row(
             "mask update, a weight",
             f"{weights:.0e} weights",

@@ -250,7 +250,7 @@ def _train_all(
         say(board.line() + "\n")
         if elsewhere:
             say(f"{elsewhere} of these runs are being trained by another process\n")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or a scheduler's time limit
         stop.set()
         for future in pending:
             future.cancel()

@@ -1,0 +1,70 @@
+"""Shards as jobs: submitit's local executor runs them, and their CSVs merge into one."""
+
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lib import experiments, paths, results
+from lib.cluster import Shard, submit
+
+TINY = {"epochs": 1, "train_samples": 500}
+ONLY = ("density=0.05", "seed=0")
+
+
+def expected():
+    runs = experiments.select(experiments.runs("main_results", "smoke"), ONLY)
+    return {run.overridden(**TINY).run_id for run in runs}
+
+
+def test_local_jobs_train_each_run_once_and_merge(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path / "cache")
+    target = paths.results_csv("smoke", "main_results", tmp_path)
+    jobs = submit(
+        "main_results",
+        "smoke",
+        "local",
+        2,
+        only=ONLY,
+        overrides=TINY,
+        results_root=tmp_path,
+        timeout_min=5,
+    )
+    said = [job.result() for job in jobs]
+    rows = results.read_runs(target)
+    assert set(rows["run_id"]) == expected()
+    assert sum(int(text.split()[-2]) for text in said) == len(rows)
+    assert set(results.read_curves(target)["run_id"]) == expected()
+    # Once more: everything is done, and nothing changes.
+    before = target.read_bytes()
+    again = Shard("main_results", "smoke", 1, 2, ONLY, TINY, str(tmp_path))
+    assert again() == "main_results (smoke), shard 1/2: 0 runs"
+    assert target.read_bytes() == before
+
+
+def test_a_shard_put_back_into_the_queue_is_the_same_shard():
+    shard = Shard("main_results", "smoke", 1, 2, ONLY, TINY, None, "cpu")
+    again = shard.checkpoint()
+    assert again.function == shard
+    assert not again.args
+
+
+def test_no_shards():
+    with pytest.raises(ValueError, match="shards must be at least 1, got 0"):
+        submit("main_results", "smoke", "local", 0)
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm on this machine")
+def test_slurm(tmp_path):
+    command = [sys.executable, "-m", "lib", "run", "main_results", "--profile", "smoke"]
+    command += [word for field in ONLY for word in ("--only", field)]
+    command += [word for k, v in TINY.items() for word in ("--set", f"{k}={v}")]
+    command += ["--results", str(tmp_path), "--executor", "slurm", "--shards", "2"]
+    subprocess.run([*command, "--job", "timeout_min=5"], cwd=paths.REPO, check=True)
+    target = paths.results_csv("smoke", "main_results", tmp_path)
+    deadline = time.monotonic() + 120
+    while set(results.read_runs(target)["run_id"]) != expected():
+        assert time.monotonic() < deadline, results.read_runs(target)
+        time.sleep(1)
