@@ -34,6 +34,7 @@ from lib.reading import (
 )
 from lib.stats import (
     Interval,
+    Verdict,
     holm,
     paired_difference,
     t_interval,
@@ -480,12 +481,15 @@ def _judged(claim: Claim, profile: str, results_root: str | Path | None) -> dict
     except NoRuns as reason:
         return {**row, "detail": str(reason)}
     shown = measured.shown
+    said = verdict(claim.kind, measured.decides, claim.margin, profile)
+    if profile == "smoke":
+        said = Verdict.NOT_COMPARABLE
     notes = (measured.detail, paper.note if paper else "")
     return {
         **row,
         "ours": f"{_number(claim, *shown[:3])} {claim.unit}",
         "n": shown.n,
-        "verdict": str(verdict(claim.kind, measured.decides, claim.margin, profile)),
+        "verdict": str(said),
         "detail": "; ".join(filter(None, notes)),
         "scale": measured.runs.scale(),
         "ours_mean": shown.mean,

@@ -80,7 +80,7 @@ class Plot(Figure):
         return _bytes(self, "png")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """A table of texts: one caption, one row per line, and a note below (scale, how to read)."""
 
@@ -125,6 +125,9 @@ class Table:
                 "",
             ]
         )
+
+    def __repr__(self) -> str:
+        return f"Table({self.caption!r}, {len(self.frame)} rows)"
 
     def _repr_markdown_(self) -> str:
         return self.markdown()
@@ -753,3 +756,7 @@ def _p(value: float) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
+
+
+# Figures of further experiments; last, because these modules need what is above.
+from lib import figures_measured  # noqa: E402, F401

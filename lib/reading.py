@@ -137,11 +137,15 @@ class Runs:
             said += " (reduced scale, not the paper's)"
         if rows.empty:
             return f"{said}: no runs yet"
+        ids = set(rows["run_id"])
         images = [f"{n:,}" if n else "all" for n in sorted(set(rows["train_samples"].fillna(0)))]
+        tested = {getattr(run, "test_samples", 0) for run in self.planned if _id(run) in ids}
+        test = [f"{n:,}" if n else "all" for n in sorted(tested)] if tested - {0} else []
         seeds = rows.groupby([c for c in _CELL if c in rows], dropna=False)["seed"].nunique()
         parts = [
             f"{_range(rows['epochs'])} epochs",
             f"{' or '.join(images)} training images",
+            f"{' or '.join(test)} test images" if test else "",
             f"{_range(seeds)} {'seed' if set(seeds) == {1} else 'seeds'}",
             " and ".join(sorted(set(rows["device"]))),
         ]
@@ -149,7 +153,7 @@ class Runs:
             parts.append(f"{self.missing} of {len(self.planned)} runs missing")
         if len(self.diverged):
             parts.append(f"{len(self.diverged)} diverged")
-        return f"{said}: {', '.join(parts)}"
+        return f"{said}: {', '.join(filter(None, parts))}"
 
 
 # What tells one cell from another: the settings of a run that have a column, without the seed.
@@ -242,6 +246,14 @@ def published_rows(table: str, **wanted: Any) -> pd.DataFrame:
     if rows.empty:
         raise ValueError(f"results/published/{table}.csv has no row with {wanted}")
     return rows.reset_index(drop=True)
+
+
+def model_name(model: str) -> str:
+    """Display name of a model; the families' members ("wrn-10-1", "mlp-100x4") by their form."""
+    if model.startswith("mlp-"):
+        width, _, layers = model.removeprefix("mlp-").partition("x")
+        return f"MLP {layers} × {width}"
+    return MODEL_NAMES.get(model) or model.upper()
 
 
 def interval_text(mean: float, low: float, high: float, digits: int = 2, sign: bool = False) -> str:
