@@ -405,7 +405,6 @@ class _Norm(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.arguments = (eps, int(relu), int(not training), *shape)
-        ctx.mark_non_differentiable(mean, var)
         return y
 
     @staticmethod

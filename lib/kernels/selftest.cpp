@@ -105,7 +105,7 @@ static bool surroundings(int64_t samples, int64_t channels, int64_t h, int64_t w
 int main() {
   std::uniform_real_distribution<double> uniform;
   auto pick = [&](int64_t lo, int64_t hi) { return lo + int64_t(rng() % uint64_t(hi - lo + 1)); };
-  for (int round = 0; round < 80; ++round) {
+  for (int round = 0; round < 60; ++round) {
     Shape s{pick(1, 9), pick(1, 9), pick(1, 5), pick(1, 5), pick(1, 3), pick(0, 3),
             pick(1, 11), pick(1, 11)};
     if (round % 4 == 0) s.height = s.width = s.kernel_h = s.kernel_w = s.stride = 1, s.padding = 0;
