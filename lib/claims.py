@@ -95,6 +95,19 @@ class Measure(Protocol):
         ...
 
 
+class PaperSource(Protocol):
+    """How to read the paper's value."""
+
+    @property
+    def says(self) -> str:
+        """How the value is printed, with {value}; empty: as a number."""
+        ...
+
+    def read(self, only: Iterable[Any] | None = None) -> PaperValue:
+        """The value; `only` restricts what it is averaged over to the cells that we ran."""
+        ...
+
+
 @dataclass(frozen=True)
 class Published:
     """A value of results/published/<table>.csv: of row `a`, or of `a` minus `b` (row of `b_table`,
@@ -166,7 +179,9 @@ class Difference:
 
     def cells(self, profile: str) -> list[Any] | None:
         """The values of `over` planned for both sides."""
-        return _shared(self.experiment, profile, self.over, self.a, self.b) if self.over else None
+        return (
+            shared_cells(self.experiment, profile, self.over, self.a, self.b) if self.over else None
+        )
 
     def measure(
         self, profile: str, results_root: str | Path | None, paper: PaperValue | None
@@ -178,7 +193,7 @@ class Difference:
         if cells is not None:
             a, b = a.where(**{self.over: cells}), b.where(**{self.over: cells})
         both = every.only((*a.planned, *b.planned))
-        pooled = paired_difference(_mean_by_seed(a, self.over), _mean_by_seed(b, self.over))
+        pooled = paired_difference(mean_by_seed(a, self.over), mean_by_seed(b, self.over))
         if pooled.n == 0:
             a.needed()
             b.needed()
@@ -232,7 +247,7 @@ class Reduction:
 
     def cells(self, profile: str) -> list[Any] | None:
         """The values of `over` planned for all sides."""
-        return _shared(self.experiment, profile, self.over, self.a, *self.others)
+        return shared_cells(self.experiment, profile, self.over, self.a, *self.others)
 
     def measure(
         self, profile: str, results_root: str | Path | None, paper: PaperValue | None
@@ -289,7 +304,7 @@ class Claim:
     kind: Literal["lower", "match", "value"]
     margin: float
     ours: Measure
-    paper: Published | None
+    paper: PaperSource | None
     notebook: str
     unit: str = "points"
 
@@ -417,7 +432,15 @@ _MNIST = (
     *(_mnist_value("sparse_momentum", share) for share in (0.01, 0.02, 0.03, 0.04, 0.05, 0.1)),
 )
 
-CLAIMS: tuple[Claim, ...] = (*_MNIST,)
+CLAIMS: list[Claim] = [*_MNIST]
+
+
+def add(*claims: Claim) -> None:
+    """Append the claims of another topic (lib/claims_*.py); ValueError for an id that is taken."""
+    for claim in claims:
+        if any(claim.id == other.id for other in CLAIMS):
+            raise ValueError(f"two claims have the id {claim.id!r}")
+        CLAIMS.append(claim)
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -542,13 +565,14 @@ def sentences(
     return said
 
 
-def _shared(experiment: str, profile: str, over: str, *sides: Where) -> list[Any]:
+def shared_cells(experiment: str, profile: str, over: str, *sides: Where) -> list[Any]:
+    """The values of `over` that are planned for all sides."""
     runs = planned_runs(experiment, profile)
     values = [{getattr(run, over) for run in select(runs, **side)} for side in sides]
     return sorted(set.intersection(*values))
 
 
-def _mean_by_seed(runs: Runs, over: str) -> pd.Series:
+def mean_by_seed(runs: Runs, over: str) -> pd.Series:
     """Test error by seed; with `over` the mean over all its planned values, NaN where one lacks."""
     if not over:
         return runs.by_seed()
@@ -583,7 +607,9 @@ def _number(claim: Claim, mean: float, low: float = NAN, high: float = NAN) -> s
 
 
 def _paper_text(claim: Claim, paper: PaperValue | None) -> str:
-    if paper is None or math.isnan(paper.value):
+    if paper is None:
+        return "not published"
+    if math.isnan(paper.value):
         return "–"
     if claim.paper is not None and claim.paper.says:
         return claim.paper.says.format(value=paper.value)
@@ -607,3 +633,7 @@ def _line(row: Mapping[Any, Any], widths: Mapping[str, int]) -> str:
 def _unbroken(text: str) -> str:
     """With the space between a number and its per cent sign kept on one line."""
     return text.replace(" %", "\u00a0%")
+
+
+# The claims of the other topics add themselves; last, as they use what stands above.
+from lib import claims_ablations  # noqa: E402, F401
