@@ -657,7 +657,7 @@ class Masking:
         momentum_sum = sum(row[2] for row in table)
         for layer, row in zip(layers, table, strict=True):
             layer.active = int(row[0])
-            if layer.active == 0:
+            if layer.active == 0 and self.prune.name != "none":  # SNIP may well cut a network
                 raise ValueError(
                     f"{layer.name} has no active weight among {layer.numel}: give it at least one, "
                     "raise the density or name it in keep_dense"

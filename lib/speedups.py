@@ -351,7 +351,8 @@ def _through(part: list[nn.Module], value: Tensor) -> Tensor:
 
 
 def _narrow_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, keep: Tensor) -> nn.Module:
-    narrow = type(norm)(int(keep.sum()), eps=norm.eps, momentum=norm.momentum).to(keep.device)
+    narrow = type(norm)(int(keep.sum()), eps=norm.eps, momentum=norm.momentum)
+    narrow = narrow.to(keep.device, norm.weight.dtype)
     for name, tensor in norm.state_dict().items():
         narrow.state_dict()[name].copy_(tensor[keep] if tensor.dim() else tensor)
     return narrow.eval()
@@ -390,9 +391,10 @@ def _narrow_layer(
             layer.padding,  # type: ignore[arg-type]
             bias=has_bias,
             device=weight.device,
+            dtype=weight.dtype,
         )
     else:
-        narrow = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device=weight.device)
+        narrow = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias).to(weight)
     narrow.weight.copy_(weight)
     if narrow.bias is not None:
         narrow.bias.copy_(bias)
