@@ -77,9 +77,9 @@ class PublishedSpecialisation:
 
     def read(self, only: Iterable[Any] | None = None) -> PaperValue:
         """The difference; one network each, so that there is no standard error."""
-        means = 100 * measured.official_means(self.model)[self.weighting]
+        means = measured.official_means(self.model)
         return PaperValue(
-            float(means["sparse_momentum"] - means["dense"]),
+            means["sparse_momentum"][self.weighting] - means["dense"][self.weighting],
             note="the density of the official networks is not recorded",
         )
 
@@ -108,7 +108,7 @@ class Estimate:
         wide = ours.pivot(index="seed", columns=["model", "density"], values=self.kind)
         planned = {(run.model, run.density) for run in runs.planned if run.method != "dense"}
         whole = wide[np.isfinite(wide).all(axis=1)]
-        if whole.empty or set(wide.columns) != planned:
+        if whole.empty or len(wide.columns) < len(planned):
             raise NoRuns(
                 f"{self.experiment} ({profile}): no seed has finished all {len(planned)} networks"
             )

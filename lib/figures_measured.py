@@ -43,7 +43,7 @@ from lib.reading import (
 from lib.stats import paired_difference
 
 _KIND_MARKERS = {"full": "o", "channel": "s", "removed": "D"}
-_KIND_LINES = {"full": "-", "channel": (0, (4, 2)), "removed": (0, (1, 1.5))}
+_KIND_LINES: dict[str, Any] = {"full": "-", "channel": (0, (4, 2)), "removed": (0, (1, 1.5))}
 
 
 def model_name(model: str) -> str:
@@ -71,8 +71,9 @@ def _of_kinds(value: float, low: float, high: float) -> str:
 def published_range() -> tuple[float, float]:
     """The least and the largest estimated speed-up of the paper's table (version 2)."""
     rows = published_rows("headline_and_speedup_claims", dataset="cifar10")
-    rows = rows[rows["setting"].str.startswith("version 2")].set_index("quantity")["value"]
-    return float(rows["speedup_min_x"]), float(rows["speedup_max_x"])
+    rows = rows[rows["setting"].str.startswith("version 2")]
+    values = dict(zip(rows["quantity"], rows["value"], strict=True))
+    return float(values["speedup_min_x"]), float(values["speedup_max_x"])
 
 
 @figure("speedups_by_weights")
@@ -144,15 +145,15 @@ def _speedup_panel(ax: Axes, part: pd.DataFrame, low: float, high: float) -> Non
     methods = [m for m in METHOD_NAMES if m in set(part["method"])]
     for i, method in enumerate(methods):
         rows = part[part["method"] == method]
-        shares = sorted(set(rows["density"]))
+        densities = sorted(set(rows["density"]))
         for k, kind in enumerate(measured.SPEEDUPS):
             # Beside each other: the methods, and a step further the three kinds of each.
             dodge = 1 + 0.05 * (i - (len(methods) - 1) / 2) + 0.16 * (k - 1)
             values = [
                 [v for v in rows.loc[rows["density"] == share, kind] if math.isfinite(v)]
-                for share in shares
+                for share in densities
             ]
-            known = [(s, v) for s, v in zip(shares, values, strict=True) if v]
+            known = [(s, v) for s, v in zip(densities, values, strict=True) if v]
             if not known:
                 continue
             drawn = draw_ours(
@@ -271,7 +272,11 @@ def features_histograms(profile: str, results_root: str | Path | None) -> Plot:
         below = panels[k + columns] if k + columns < len(panels) else None
         if below is None:
             ax.set_xlabel("% of channels")
-        official = measured.official_specialisation(model).set_index(["layer_index", "method"])
+        published = measured.official_specialisation(model)
+        official = {
+            (row["layer_index"], row["method"]): float(row["mean"])
+            for row in published.to_dict("records")
+        }
         widest = 0.0
         for method, side in zip(_PAIR, (-1, 1), strict=True):
             shares = 100 * found.get((model, method, i), np.zeros(len(centres)))
@@ -282,8 +287,8 @@ def features_histograms(profile: str, results_root: str | Path | None) -> Plot:
             if (model, i, method) in means.index:
                 at = float(means[model, i, method])
                 ax.plot(0.9 * side * widest, at, "o", color=_MARK, ms=3, mec="white", mew=0.4)
-            if (i, method) in official.index:
-                at = float(official.loc[(i, method), "mean"])
+            if (i, method) in official:
+                at = official[i, method]
                 ax.plot(0.9 * side * widest, at, "o", mfc="white", mec=_MARK, ms=3.6, mew=0.9)
         ax.axvline(0, color="white", lw=0.6)
         ax.set_title(f"{model_name(model)}, {i + 1}", fontsize=7)
@@ -345,10 +350,8 @@ def features_means(profile: str, results_root: str | Path | None) -> Plot:
                 if not math.isnan(pair.low):
                     ax.plot([pair.low, pair.high], [y, y], color=colours[kind], lw=1.6)
                 ax.plot(pair.mean, y, markers[kind], color=colours[kind], zorder=3)
-            if set(_PAIR) <= set(official.index):
-                theirs = 100 * float(
-                    official.loc["sparse_momentum", kind] - official.loc["dense", kind]
-                )
+            if set(_PAIR) <= set(official):
+                theirs = official["sparse_momentum"][kind] - official["dense"][kind]
                 ax.plot(
                     theirs,
                     y,
@@ -392,7 +395,7 @@ def features_table(profile: str, results_root: str | Path | None) -> Table:
     kept = layers.groupby(["model", "method", "seed"])["kept"].sum()
     lines = []
     for model in _models(found):
-        official = 100 * measured.official_means(model)
+        official = measured.official_means(model)
         for kind, name in measured.WEIGHTINGS.items():
             pair = _paired(found, model, kind)
             line = {"network": model_name(model), "weighting": name}
@@ -405,14 +408,14 @@ def features_table(profile: str, results_root: str | Path | None) -> Table:
             )
             line["n"] = str(pair.n)
             line["official: dense, sparse (%)"] = (
-                ", ".join(f"{official.loc[m, kind]:.2f}" for m in _PAIR)
-                if set(_PAIR) <= set(official.index)
+                ", ".join(f"{official[m][kind]:.2f}" for m in _PAIR)
+                if set(_PAIR) <= set(official)
                 else "–"
             )
             lines.append(line)
-    means = kept.groupby(["model", "method"]).mean()
+    means: dict[Any, float] = kept.groupby(["model", "method"]).mean().to_dict()
     channels = "; ".join(
-        f"{model_name(str(model))} {METHOD_NAMES[str(method)].lower()} {value:.0f}"
+        f"{model_name(model)} {METHOD_NAMES[method].lower()} {value:.0f}"
         for (model, method), value in means.items()
     )
     note = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -123,12 +124,11 @@ def histograms(runs: Runs) -> dict[tuple[str, str, int], np.ndarray]:
     rows = measures(runs, "features").merge(index, on=["run_id", "layer"])
     rows = rows[rows["quantity"] == "histogram"]
     kept = index.merge(runs.rows[["run_id", "model", "method"]], on="run_id")
-    totals = kept.groupby(["model", "method", "index"])["kept"].sum()
-    found = {key: np.zeros(len(BIN_EDGES) - 1) for key in totals.index}
-    for (model, method, i, position), value in (
-        rows.groupby(["model", "method", "index", "position"])["value"].sum().items()
-    ):
-        found[model, method, i][int(position)] = value / totals[model, method, i]
+    totals = kept.groupby(["model", "method", "index"])["kept"].sum().to_dict()
+    found: dict[Any, np.ndarray] = {key: np.zeros(len(BIN_EDGES) - 1) for key in totals}
+    counts: Any = rows.groupby(["model", "method", "index", "position"])["value"].sum()
+    for (model, method, i, position), value in dict(counts).items():
+        found[model, method, i][position] = value / totals[model, method, i]
     return found
 
 
@@ -138,29 +138,27 @@ def official_specialisation(model: str) -> pd.DataFrame:
         rows = published_rows("class_specialization_official_feature_data", model=model)
     except ValueError:  # a network of the reduced scale, which the paper doesn't have
         return pd.DataFrame(columns=["layer_index", "method", "mean", "kept"])
-    return rows.rename(columns={"value": "mean", "n": "kept"})[
-        ["layer_index", "method", "mean", "kept"]
-    ]
+    columns = {"layer_index": "layer_index", "method": "method", "value": "mean", "n": "kept"}
+    return pd.DataFrame({new: rows[old] for old, new in columns.items()})
 
 
-def official_means(model: str) -> pd.DataFrame:
-    """By method (index) the official `pooled` and `equal` means of a model; empty if none."""
-    rows = official_specialisation(model)
-    found = {
-        method: {
-            POOLED: float((part["mean"] * part["kept"]).sum() / part["kept"].sum()),
-            EQUAL: float(part["mean"].mean()),
+def official_means(model: str) -> dict[str, dict[str, float]]:
+    """Method -> the official `pooled` and `equal` means of a model, in per cent; empty if none."""
+    return {
+        str(method): {
+            POOLED: 100 * float((part["mean"] * part["kept"]).sum() / part["kept"].sum()),
+            EQUAL: 100 * float(part["mean"].mean()),
         }
-        for method, part in rows.groupby("method")
+        for method, part in official_specialisation(model).groupby("method")
     }
-    return pd.DataFrame.from_dict(found, orient="index", columns=[POOLED, EQUAL])
 
 
 def layer_densities(runs: Runs) -> pd.DataFrame:
     """model, layer, epoch -> mean density (0 to 1) over the runs; layers in the network's order."""
     rows = runs.layers().merge(runs.rows[["run_id", "model"]], on="run_id")
     rows["density"] = rows["active"] / rows["weights"]
-    return rows.groupby(["model", "layer", "epoch"], sort=False, as_index=False)["density"].mean()
+    means = rows.groupby(["model", "layer", "epoch"], sort=False)["density"].mean()
+    return means.reset_index()
 
 
 def cells(table: pd.DataFrame) -> Iterable[tuple[str, str, float]]:
