@@ -69,7 +69,7 @@ status: env ## say what is done, what is missing and how long the rest takes
 
 ##@ Develop
 test: env ## run the tests (ARGS="-k data" passes options to pytest)
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: env ## check format and style with ruff and the types of lib/ with mypy
 	$(PYTHON) -m ruff format --check .
