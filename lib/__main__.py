@@ -77,6 +77,14 @@ def figures(options: argparse.Namespace) -> None:
         print(path)
 
 
+def report(options: argparse.Namespace) -> None:
+    """Write figures/report.pdf and report.html from the saved CSVs."""
+    from lib.report import report as write
+
+    for path in write(options.profile, options.results):
+        print(path)
+
+
 def verdict(options: argparse.Namespace) -> None:
     """Print the table: claim, the paper's value, ours, verdict."""
     from lib.claims import verdict_text
@@ -147,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="PARAMETER=VALUE", help="papermill parameter"
     )
     add(figures)
+    add(report)
     add(verdict)
     command = add(bench)
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
