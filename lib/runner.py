@@ -332,7 +332,6 @@ def _start_worker(threads: int, messages: Any, stop: Any, parent: int) -> None:
 
 def _work(run: Run, experiment: str, profile: str, csv: Path, device: str) -> str:
     """In a worker: train one run and store its row. Returns what became of it."""
-    from lib.train import Interrupted
 
     def told(progress: Any) -> None:
         part = progress.epoch / progress.epochs
@@ -340,6 +339,10 @@ def _work(run: Run, experiment: str, profile: str, csv: Path, device: str) -> st
 
     def should_stop() -> bool:
         return _stop.is_set() or os.getppid() != _parent
+
+    if should_stop():  # before the seconds that importing and loading take
+        return "interrupted"
+    from lib.train import Interrupted
 
     try:
         state = train_and_store(

@@ -34,6 +34,14 @@ from lib.masking import (
 # and exactly where the numbers are small multiples of a power of two, as they are made here.
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads only cost time on tensors this small
+    yield
+    torch.set_num_threads(before)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -1,0 +1,372 @@
+"""Training runs on real data: same bits, kill and resume, the protocol, what a row says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib import data as datasets
+from lib import results, runner
+from lib import train as training
+from lib.config import Run
+from lib.masking import Masking
+from lib.models import build_model
+from lib.train import Interrupted, TrainingLoop, stream, train
+
+SMALL = Run(epochs=2, train_samples=2000, lr_decay_every_steps=30)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def mnist() -> datasets.Dataset:
+    """The first 2,000 training images, 500 for validation and 500 for the test."""
+    whole = datasets.load("mnist", train_subset=2000)
+    return short(whole, 500)
+
+
+@pytest.fixture(scope="module")
+def cifar() -> datasets.Dataset:
+    return short(datasets.load("cifar10", train_subset=256), 100)
+
+
+def short(whole: datasets.Dataset, n: int) -> datasets.Dataset:
+    return replace(
+        whole,
+        val_x=whole.val_x[:n],
+        val_y=whole.val_y[:n],
+        test_x=whole.test_x[:n],
+        test_y=whole.test_y[:n],
+    )
+
+
+def bits(loop: TrainingLoop) -> list[torch.Tensor]:
+    """Weights, buffers, momentum and masks."""
+    momentum = [s["momentum_buffer"] for s in loop.optimizer.state.values()]
+    return [*loop.model.state_dict().values(), *momentum, *loop.masking.masks.values()]
+
+
+def same(a: TrainingLoop, b: TrainingLoop) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(bits(a), bits(b), strict=True))
+
+
+def trained(run: Run, data: datasets.Dataset) -> TrainingLoop:
+    loop = TrainingLoop(run, data)
+    loop.run_to_end()
+    return loop
+
+
+# ------------------------------------------------------------------------------------- same bits
+
+
+@pytest.mark.parametrize("method", ["sparse_momentum", "set", "dsr", "deepr", "rigl", "snip"])
+def test_same_seed_same_bits(method, mnist):
+    run = replace(SMALL, method=method, prune="", redistribution="", growth="", method_version=0)
+    one = trained(run, mnist)
+    torch.rand(7)  # the process's own stream is of no matter
+    two = trained(run, mnist)
+    assert same(one, two)
+    assert one.state.curves == two.state.curves and one.state.layers == two.state.layers
+    other = trained(replace(run, seed=1), mnist)
+    assert not any(torch.equal(a, b) for a, b in zip(bits(one)[:2], bits(other)[:2], strict=True))
+
+
+def test_streams_are_separate(mnist):
+    """Start, order and masks depend on the seed alone: methods are compared on the same ones."""
+    a = TrainingLoop(SMALL, mnist)
+    b = TrainingLoop(Run(method="dense", epochs=2, train_samples=2000), mnist)
+    for name, p in a.model.named_parameters():
+        mask = a.masking.masks.get(name, torch.ones_like(p, dtype=torch.bool))
+        assert torch.equal(p[mask], b.model.get_parameter(name)[mask])
+    assert torch.equal(a._order(), b._order())
+    c = TrainingLoop(replace(SMALL, seed=1), mnist)
+    assert not torch.equal(a._order(), c._order())
+    a.state.epoch = 1
+    assert not torch.equal(a._order(), b._order())
+    assert sorted(a._order().tolist()) == list(range(2000))
+
+
+def test_the_steps_are_those_of_a_plain_loop(mnist):
+    """Dense training, written down in the usual way with plain SGD, gives the same weights."""
+    run = Run(method="dense", epochs=1, train_samples=2000, lr_decay_every_steps=8)
+    loop = trained(run, mnist)
+    model = build_model("lenet300-100", generator=stream(run, "init"))
+    order = torch.randperm(2000, generator=stream(run, "order", 0))
+    sgd = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, foreach=False
+    )
+    losses = []
+    for step, index in enumerate(order.split(100)):
+        for group in sgd.param_groups:
+            group["lr"] = 0.1 * 0.1 ** (step // 8)
+        sgd.zero_grad()
+        loss = F.nll_loss(F.log_softmax(model(mnist.train_x[index]), 1), mnist.train_y[index])
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+    for ours, plain in zip(loop.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+    assert loop.state.curves[0]["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    model.eval()
+    wrong = (loop.model.eval()(mnist.test_x).argmax(1) != mnist.test_y).float().mean()
+    assert loop.outcome().test_error_pct == pytest.approx(100 * float(wrong), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------- kill and resume
+
+
+def test_killed_runs_end_with_the_same_bits(tmp_path):
+    """SIGKILL at random moments, within epochs too, until the run is done."""
+    here = Path(__file__).parent
+    methods = ["sparse_momentum", "set", "deepr"]
+    done = subprocess.run(
+        [sys.executable, str(here / "kill_and_resume.py"), str(tmp_path), *methods],
+        cwd=here.parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(here.parent),
+            "CHECKPOINT_ROOT": str(tmp_path / "checkpoints"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kills = json.loads(done.stdout)
+    assert set(kills) == set(methods) and min(kills.values()) >= 2, kills
+    for method in methods:
+        whole, killed = tmp_path / method / "whole.csv", tmp_path / method / "killed.csv"
+        rows = [results.read_runs(path) for path in (whole, killed)]
+        assert [len(r) for r in rows] == [1, 1]
+        compared = [c for c in results.COLUMNS if c not in results.PROVENANCE]
+        pd.testing.assert_frame_equal(rows[0][compared], rows[1][compared], check_exact=True)
+        assert len(results.read_curves(whole)) == 2
+        for path in (results.curves_path, results.layers_path):
+            assert path(whole).read_bytes() == path(killed).read_bytes()
+    left = [p.name for p in (tmp_path / "checkpoints").rglob("*.pt")]
+    assert left == []
+
+
+def interrupted(run: Run, data: datasets.Dataset, checkpoint: Path, every: int) -> TrainingLoop:
+    """Stop after `every` steps, go on from the file in a new loop, and so on."""
+    for _ in range(100):
+        loop = TrainingLoop(run, data)
+        if checkpoint.exists():
+            loop.load(checkpoint)
+        calls = iter(range(every, -1, -1))
+        try:
+            loop.run_to_end(checkpoint, should_stop=lambda calls=calls: next(calls) == 1)
+        except Interrupted:
+            torch.rand(3)
+            continue
+        return loop
+    raise AssertionError("never ended")
+
+
+def test_dropout_and_augmentation_resume_identically(cifar, tmp_path):
+    run = Run(
+        dataset="cifar10",
+        model="wrn-10-1",
+        epochs=2,
+        batch_size=32,
+        train_samples=256,
+        dropout=0.3,
+        density=0.2,
+        lr_decay_every_steps=10,
+        update_every_steps=3,
+    )
+    whole = trained(run, cifar)
+    parts = interrupted(run, cifar, tmp_path / "a.pt", every=3)
+    assert same(whole, parts)
+    assert whole.state.curves == parts.state.curves
+    assert whole.outcome().test_error_pct == parts.outcome().test_error_pct
+    assert not same(whole, trained(replace(run, dropout=0.0), cifar))
+    assert not same(whole, trained(replace(run, augment=False), cifar))
+
+
+@pytest.mark.parametrize("every", [1, 7, 20, 21])
+def test_interrupted_runs_resume_identically(every, mnist, tmp_path):
+    run = replace(SMALL, method="set", growth="", redistribution="", prune="")
+    assert same(trained(run, mnist), interrupted(run, mnist, tmp_path / "a.pt", every))
+
+
+def test_a_checkpoint_of_another_run_is_refused(mnist, tmp_path):
+    TrainingLoop(SMALL, mnist).save(tmp_path / "a.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    with pytest.raises(ValueError, match=r"a\.pt is the checkpoint of lenet300-100_sparse.*_s0-"):
+        train(replace(SMALL, seed=5), mnist, checkpoint=tmp_path / "a.pt")
+
+
+def test_snip_masks_depend_on_the_seed_alone(cifar):
+    run = Run(dataset="cifar10", model="wrn-10-1", method="snip", train_samples=256, batch_size=32)
+    torch.manual_seed(1)
+    one = TrainingLoop(run, cifar)
+    torch.manual_seed(2)
+    two = TrainingLoop(run, cifar)
+    assert same(one, two)
+    assert one.masking.density == pytest.approx(0.05, abs=1e-4)
+    dense = TrainingLoop(replace(run, method="dense"), cifar)
+    for name, buffer in dense.model.named_buffers():
+        assert torch.equal(buffer, one.model.get_buffer(name))
+
+
+# ------------------------------------------------------------------------------------- protocol
+
+
+def test_learning_rate_decays_and_warms_up(mnist):
+    loop = TrainingLoop(replace(SMALL, warmup_epochs=1, lr_decay_every_steps=25), mnist)
+    rates = []
+    for step in range(60):
+        loop.state.step = step
+        rates.append(loop.lr())
+    assert rates[:20] == pytest.approx([0.1 * (s + 1) / 20 for s in range(20)])
+    assert rates[20:] == pytest.approx([0.1] * 5 + [0.01] * 25 + [0.001] * 10)
+    curves = trained(replace(SMALL, lr_decay_every_steps=30), mnist).state.curves
+    assert [c["lr"] for c in curves] == pytest.approx([0.1, 0.01])
+
+
+def test_prune_rate_is_annealed_and_logged(mnist):
+    curves = trained(replace(SMALL, epochs=4, schedule="linear"), mnist).state.curves
+    assert [c["prune_rate"] for c in curves] == pytest.approx([0.15, 0.1, 0.05, 0.0])
+    assert {c["density"] for c in curves} == {13_310 / 266_200}
+
+
+@pytest.mark.parametrize(("every", "updates"), [(0, 2), (7, 8), (20, 2), (60, 0), (1, 59)])
+def test_masks_move_after_every_epoch_but_the_last(every, updates, mnist, monkeypatch):
+    seen = []
+    update = Masking.update
+
+    def counted(self, *args):
+        seen.append(self.steps)
+        return update(self, *args)
+
+    monkeypatch.setattr(Masking, "update", counted)
+    run = replace(SMALL, epochs=3, update_every_steps=every)
+    loop = trained(run, mnist)
+    period = every or 20
+    assert seen == [s for s in range(1, 60) if s % period == 0]
+    assert len(seen) == updates and loop.masking.steps == loop.state.step == 60
+
+
+def test_the_test_set_is_read_once_after_the_end(mnist, monkeypatch):
+    reads = []
+    measure = TrainingLoop.error_pct
+
+    def counted(self, images, labels):
+        sets = {mnist.test_x.data_ptr(): "test", mnist.val_x.data_ptr(): "val"}
+        reads.append((sets.get(images.data_ptr()), self.state.step))
+        return measure(self, images, labels)
+
+    monkeypatch.setattr(TrainingLoop, "error_pct", counted)
+    outcome = train(SMALL, mnist)
+    assert reads == [("val", 20), ("val", 40), ("test", 40)]
+    assert outcome.status == "ok" and 0 < outcome.test_error_pct < 100
+    assert outcome.val_error_pct == outcome.curves[-1]["val_error_pct"]
+
+
+def test_ragged_last_batch_and_layers(mnist):
+    run = replace(SMALL, batch_size=300, epochs=3)
+    loop = trained(run, mnist)
+    assert loop.steps_per_epoch == 7 and loop.state.step == 21
+    frame = pd.DataFrame(loop.state.layers)
+    assert sorted(frame["epoch"].unique()) == [1, 2, 3]
+    assert (frame.groupby("epoch")["active"].sum() == 13_310).all()
+    assert frame.groupby("epoch")["momentum_share"].sum().tolist() == pytest.approx([1, 1, 1])
+    assert frame["weights"].unique().tolist() == [235_200, 30_000, 1_000]
+
+
+# ------------------------------------------------------------------------------------ divergence
+
+
+def test_a_diverging_run_is_recorded_without_errors(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT_ROOT", str(tmp_path / "checkpoints"))
+    run = replace(SMALL, lr=1e6)
+    csv = tmp_path / "a.csv"
+    assert runner.train_and_store(run, "main_results", "smoke", csv) == "diverged"
+    row = results.read_runs(csv).iloc[0]
+    assert row["status"] == "diverged" and row["run_id"] == run.run_id and row["lr"] == 1e6
+    for name in ("test_error_pct", "val_error_pct", "train_loss", "density_final"):
+        assert pd.isna(row[name])
+    assert runner.train_and_store(run, "main_results", "smoke", csv) == "done"
+    assert not list((tmp_path / "checkpoints").rglob("*.pt"))
+
+
+def test_divergence_in_the_very_last_step(mnist, monkeypatch):
+    step = TrainingLoop.step
+
+    def spoilt(self, index):
+        loss = step(self, index)
+        if self.state.step == self.total_steps:
+            next(self.model.parameters()).data[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(TrainingLoop, "step", spoilt)
+    outcome = train(SMALL, mnist)
+    assert outcome.status == "diverged" and outcome.test_error_pct is None
+    assert len(outcome.curves) == 1
+
+
+# ----------------------------------------------------------------------------------------- FLOPs
+
+
+def test_flops_relations(mnist):
+    def flops(**fields) -> tuple[float, float]:
+        outcome = trained(Run(epochs=2, train_samples=500, **fields), data).outcome()
+        return outcome.train_flops_rel, outcome.inference_flops_rel
+
+    data = replace(mnist, train_x=mnist.train_x[:500], train_y=mnist.train_y[:500])
+    assert flops(method="dense") == (1.0, 1.0)
+    train_static, static = flops(method="static")
+    assert static == pytest.approx(0.05, rel=1e-4) and train_static == pytest.approx(static)
+    assert flops(method="set")[0] == pytest.approx(flops(method="set")[1])
+    train_rigl, rigl = flops(method="rigl")
+    assert train_rigl == pytest.approx((2 * rigl + 1 / 5 + 4 / 5 * rigl) / 3)  # 5 steps an epoch
+    loop = trained(Run(epochs=2, train_samples=500, prune_rate=0.5), data)
+    ours = [  # LeNet-300-100's FLOPs are its weights
+        sum(layer["active"] for layer in loop.state.layers if layer["epoch"] == e) / 266_200
+        for e in (1, 2)
+    ]
+    start = round(0.05 * 266_200) / 266_200
+    mean = (start + ours[0]) / 2  # the second epoch has the masks of the first update
+    assert loop.outcome().train_flops_rel == pytest.approx((2 * mean + 1) / 3)
+    assert loop.outcome().inference_flops_rel == pytest.approx(ours[1])
+
+
+def test_kept_dense_layers_count(mnist):
+    last = list(TrainingLoop(SMALL, mnist).masking.masks)[-1]
+    outcome = trained(replace(SMALL, keep_dense=(last,)), mnist).outcome()
+    assert outcome.weights_total == 266_200
+    assert outcome.weights_active == 1_000 + round(0.05 * 265_200)
+    assert outcome.density_final == round(0.05 * 265_200) / 265_200
+
+
+def test_small_dense_has_the_budget_in_fewer_channels(mnist):
+    outcome = trained(Run(method="small_dense", epochs=1, train_samples=2000), mnist).outcome()
+    assert outcome.weights_total == outcome.weights_active
+    assert outcome.weights_total == pytest.approx(0.05 * 266_200, rel=0.05)
+    assert outcome.density_final == 1.0
+
+
+def test_progress_is_told_once_an_epoch(mnist):
+    told = []
+    train(SMALL, mnist, progress=told.append)
+    ends = [(p.epoch, p.epochs) for p in told if p.epoch == int(p.epoch) and p.val_error_pct]
+    assert ends[-1] == (2, 2) and (1, 2) in ends
+    assert training.Progress(1.0, 2, None).val_error_pct is None
