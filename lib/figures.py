@@ -44,7 +44,7 @@ from lib.reading import (
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 
-# Colour-blind safe (after Okabe and Ito 2008; Tol's wine for the last), marker as second key.
+# Colour-blind safe (after Okabe and Ito 2008; darker static and small dense), marker as second key.
 PALETTE = {
     "dense": "#000000",
     "sparse_momentum": "#0072B2",
@@ -53,8 +53,8 @@ PALETTE = {
     "deepr": "#CC79A7",
     "rigl": "#56B4E9",
     "snip": "#D55E00",
-    "static": "#7F7F7F",
-    "small_dense": "#882255",
+    "static": "#666666",
+    "small_dense": "#661100",
 }
 MARKERS = {
     "dense": "_",

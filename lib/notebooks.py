@@ -141,6 +141,7 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
             str(unfinished),
             parameters=parameters,
             kernel_name="python3",
+            language="python",
             progress_bar=False,
             cwd=str(notebook.parent),
         )

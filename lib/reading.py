@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lib import experiments, paths, results
@@ -116,14 +117,15 @@ class Runs:
 
         Raises ValueError if a seed comes twice, so that two cells never mix.
         """
-        rows = self.where(**wanted).rows
-        series = rows.set_index("seed")[value]
-        if not series.index.is_unique:
+        ids = set(map(_id, select(self.planned, **wanted)))
+        rows = _of(self.rows, ids)
+        if rows["seed"].duplicated().any():
+            twice = rows.loc[rows["seed"].duplicated(), "seed"].iloc[0]
             raise ValueError(
-                f"{self.experiment}: {wanted} is not one cell, seed "
-                f"{series.index[series.index.duplicated()][0]} comes twice; name more fields."
+                f"{self.experiment}: {wanted} is not one cell, seed {twice} comes twice; name more "
+                "fields."
             )
-        return series
+        return pd.Series(rows[value].to_numpy(), index=rows["seed"].to_numpy())
 
     def reduced(self) -> bool:
         """Whether the profile is a reduced one, not the paper's."""
@@ -242,7 +244,7 @@ def published_rows(table: str, **wanted: Any) -> pd.DataFrame:
     for name, value in wanted.items():
         if name not in rows:
             raise ValueError(unknown(f"column of {table}", name, rows.columns))
-        rows = rows[[_is(v, value) for v in rows[name]]]
+        rows = rows[np.fromiter((_is(v, value) for v in rows[name]), bool, len(rows))]
     if rows.empty:
         raise ValueError(f"results/published/{table}.csv has no row with {wanted}")
     return rows.reset_index(drop=True)
@@ -274,7 +276,8 @@ def _is(value: Any, wanted: Any) -> bool:
 
 
 def _of(rows: pd.DataFrame, run_ids: Collection[str]) -> pd.DataFrame:
-    return rows[rows["run_id"].isin(run_ids)].reset_index(drop=True)
+    kept = np.fromiter((run_id in run_ids for run_id in rows["run_id"]), bool, len(rows))
+    return rows[kept].reset_index(drop=True)
 
 
 def _range(values: Any) -> str:
