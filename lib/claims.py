@@ -539,7 +539,7 @@ def verdict_text(profile: str, results_root: str | Path | None = None, width: in
         lines.insert(0, f"Profile {profile}: reduced scale, not the paper's\n")
     for row in table.to_dict("records"):
         lines.append(_line(row, widths))
-        if row["detail"]:
+        if row["detail"] and row["verdict"] != NO_RUNS:  # the scale below says what is missing
             lines += textwrap.wrap(
                 _unbroken(row["detail"]), width, initial_indent="    ", subsequent_indent="    "
             )

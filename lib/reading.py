@@ -100,7 +100,7 @@ class Runs:
             lost = f", {len(self.diverged)} diverged" if len(self.diverged) else ""
             raise NoRuns(
                 f"{self.experiment} ({self.profile}): none of {len(self.planned)} runs in "
-                f"{self.csv}{lost}; python -m lib run {self.experiment} --profile {self.profile}"
+                f"{_short(self.csv)}{lost}; python -m lib run {self.experiment} --profile {self.profile}"
             )
         return self
 
@@ -278,6 +278,11 @@ def _is(value: Any, wanted: Any) -> bool:
 def _of(rows: pd.DataFrame, run_ids: Collection[str]) -> pd.DataFrame:
     kept = np.fromiter((run_id in run_ids for run_id in rows["run_id"]), bool, len(rows))
     return rows[kept].reset_index(drop=True)
+
+
+def _short(path: Path) -> str:
+    """Relative to the repository where it lies in it: the text goes into committed notebooks."""
+    return str(path.relative_to(paths.REPO) if path.is_relative_to(paths.REPO) else path)
 
 
 def _range(values: Any) -> str:
