@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,8 +85,8 @@ def families(models: Iterable[str]) -> list[Family]:
     }
     found = [Family("MLPs", "hidden layers", mlps)]
     for name, axis, this, other in (
-        ("WRN-·-{}", "depth (layers)", 0, 1),
-        ("WRN-{}-·", "width (factor)", 1, 0),
+        ("WRN-d-{}", "depth (layers)", 0, 1),
+        ("WRN-{}-k", "width (factor)", 1, 0),
     ):
         groups: dict[int, dict[str, int]] = {}
         for model, size in wrns.items():
@@ -189,7 +190,7 @@ def mean_shift(curves: pd.DataFrame, reference: float) -> pd.Series:
     return others.sub(curves[reference], axis=0).abs().mean(axis=1, skipna=False)
 
 
-def within(settings: Iterable[float], low: float, high: float) -> list[float]:
+def within(settings: Iterable[Any], low: float, high: float) -> list[float]:
     """The settings in [low, high]."""
     return [float(at) for at in settings if low <= at <= high]
 

@@ -468,7 +468,10 @@ def draw_density_curves(
                 line = ax.axhline(level, color=PALETTE["dense"], lw=0.9, ls=(0, (3, 2)), zorder=1.7)
                 line.set_alpha(PUBLISHED_ALPHA)
         elif len(rows):
-            draw_published(ax, x, published, rows["standard_error"].tolist(), method=method)
+            drawn = draw_published(ax, x, published, rows["standard_error"].tolist(), method=method)
+            if method not in runs.methods:
+                drawn.set_label(f"{METHOD_NAMES[method]} (published)")
+                handles.append(drawn)
             if clip:
                 mark_clipped(ax, x, published, method=method, published=True)
     return handles
@@ -759,4 +762,4 @@ def _sentence(text: str) -> str:
 
 
 # Figures of further experiments; last, because these modules need what is above.
-from lib import figures_measured  # noqa: E402, F401
+from lib import figures_ablations, figures_measured, figures_sensitivity  # noqa: E402, F401
