@@ -626,7 +626,7 @@ def main_results_lenet(profile: str, results_root: str | Path | None) -> Plot:
     for row in _corrected(slips).itertuples():
         x, error = 100 * float(str(row.density)), float(str(row.test_error_pct))
         star: dict[str, Any] = {"marker": "*", "ms": 8, "mec": "k", "mew": 0.5, "ls": "none"}
-        label = f"published {row.label} at {x:g} %, from its raw runs"
+        label = f"published {row.label} at {x:g} %: raw runs"
         for ax, y in ((window, 100 - error), (whole, error)):
             (drawn,) = ax.plot(x, y, color=PALETTE[str(row.method)], label=label, zorder=4, **star)
         handles.append(drawn)

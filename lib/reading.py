@@ -98,9 +98,10 @@ class Runs:
             if not self.planned:
                 raise NoRuns(f"{self.experiment} ({self.profile}): no such runs in this profile")
             lost = f", {len(self.diverged)} diverged" if len(self.diverged) else ""
+            command = f"python -m lib run {self.experiment} --profile {self.profile}"
             raise NoRuns(
                 f"{self.experiment} ({self.profile}): none of {len(self.planned)} runs in "
-                f"{_short(self.csv)}{lost}; python -m lib run {self.experiment} --profile {self.profile}"
+                f"{_short(self.csv)}{lost}; {command}"
             )
         return self
 

@@ -175,7 +175,7 @@ def test_a_partial_grid_says_what_is_missing_and_has_no_interval_at_one_seed(roo
     assert f"{runs.missing} of {len(runs.planned)} runs missing" in stamped(plot)
     labels = [text.get_text() for text in plot.legends[0].get_texts()]
     assert "Sparse momentum (n = 1)" in labels and "DSR (n = 2)" in labels
-    assert not any(label.startswith("SET") for label in labels)
+    assert [label for label in labels if label.startswith("SET")] == ["SET (published)"]
     frame = figures.main_results_lenet_table("paper", root).frame.set_index("method")
     assert set(frame.loc["Sparse momentum", "95 % interval"]) == {"–"}
     assert " to " in frame.loc["DSR", "95 % interval"].iloc[0]
