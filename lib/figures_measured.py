@@ -281,7 +281,8 @@ def features_histograms(profile: str, results_root: str | Path | None) -> Plot:
         for method, side in zip(_PAIR, (-1, 1), strict=True):
             shares = 100 * found.get((model, method, i), np.zeros(len(centres)))
             widest = max(widest, float(shares.max()))
-            ax.barh(centres, side * shares, height=height, color=PALETTE[method], lw=0)
+            some = shares > 0
+            ax.barh(centres[some], side * shares[some], height, color=PALETTE[method], lw=0)
         ax.set_xlim(-1.15 * widest or -1, 1.15 * widest or 1)
         for method, side in zip(_PAIR, (-1, 1), strict=True):
             if (model, i, method) in means.index:

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 
 from lib import claims, experiments, figures, paths
-from lib.figures import FIGURES, TABLES, Plot, Table, save
+from lib.figures import FIGURES, STYLE, TABLES, Plot, Table
 from lib.reading import NoRuns, Runs, load
+from lib.stats import Verdict
 
 TITLE = "Sparse Networks from Scratch, reproduced"
 SUBTITLE = "Sparse momentum (Dettmers and Zettlemoyer 2019, arXiv 1907.04840)"
@@ -56,8 +58,8 @@ _REDUCED = (
 QUESTIONS = {
     "main_results": "At equal weights, is LeNet-300-100 trained with sparse momentum more accurate "
     "than with SET, DSR, DeepR or a fixed mask, and with how many weights is it as good as dense?",
-    "lenets": "How do the sparse LeNets compare with the results published by methods that "
-    "compress a trained network?",
+    "mnist_compression": "How do the sparse LeNets compare with the results published by methods "
+    "that compress a trained network?",
     "cifar10_table": "Is sparse momentum more accurate than SNIP, and how far below the dense "
     "network, for each network of the paper's CIFAR-10 table?",
     "wrn28_2_curve": "How does the error of a wide residual network on CIFAR-10 grow as weights "
@@ -79,6 +81,11 @@ QUESTIONS = {
 
 # What was decided where the sources say nothing or disagree.
 DEVIATIONS = (
+    "The algorithm. The official code steers the number of weights back by feedback, so that it "
+    "drifts, fills at most 99 % of a layer, lets a weight that is pruned and grown in one update "
+    "keep its value, and stops when a layer is left empty. Here the number of weights is exact "
+    "after every update, layers can fill, grown weights start at zero as in the paper, and every "
+    "layer keeps a weight. The prune rate falls to 0, not to 0.005.",
     "Length of training. The sources at hand don't agree on epochs and batch sizes. Taken: MNIST "
     "100 epochs, batches of 100, learning rate decayed every 25,000 mini-batches; CIFAR-10 250 "
     "epochs, batches of 128, decays every 30,000. The number of seeds is not documented; 10 are "
@@ -137,9 +144,9 @@ class Items:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure: stem of its files (.pdf, .png), its size in inches, and what it shows."""
+    """A drawn figure: its SVG file, its size in inches, and what it shows."""
 
-    stem: Path
+    file: Path
     size: tuple[float, float]
     caption: str
 
@@ -189,8 +196,14 @@ def compose(profile: str, results_root: str | Path | None, scratch: Path) -> lis
     """The blocks of the report; its figures are saved in the directory `scratch`."""
     root = results_root or None
     scales = [s for s in dict.fromkeys(("paper", profile)) if _done(s, root)]
+    judged = {scale: claims.verdict_table(scale, root) for scale in scales}
     blocks: list[Block] = [Heading(1, "What this is"), *map(Text, _WHAT)]
-    blocks += [Heading(1, "Scope and scale")]
+    for scale in scales:
+        name = _scale_name(scale)
+        blocks.append(Text(f"At {name}: {_counts(judged[scale])}"))
+    if "paper" not in scales:
+        blocks.append(Text("At the paper's scale nothing has been computed yet."))
+    blocks.append(Heading(1, "Scope and scale"))
     if scales:
         blocks += [Numbers(_scope(scale, root)) for scale in scales]
     else:
@@ -202,9 +215,9 @@ def compose(profile: str, results_root: str | Path | None, scratch: Path) -> lis
         )
     blocks += [Heading(1, "The rule from numbers to verdicts"), Text(_RULE), Text(claims.RULE)]
     for scale in scales:
-        blocks += _chapter(scale, root, scratch)
+        blocks += _chapter(scale, root, scratch, judged[scale])
     blocks += [Heading(1, "Guesses and departures from the paper"), Items(DEVIATIONS)]
-    blocks += [Heading(1, "What remains open"), *_open(scales, root)]
+    blocks += [Heading(1, "What remains open"), *_open(judged, root)]
     return blocks
 
 
@@ -245,8 +258,8 @@ def _scope(profile: str, root: str | Path | None) -> Table:
         f"{len(rows)} different runs, {rows['train_seconds'].sum() / 3600:.2g} hours of training "
         "in all (a run that belongs to several experiments is trained once). "
         + " ".join(f"{what}: {said}." for what, said in versions.items())
-        + f" Trained from {rows['commit'].nunique()} commits of this repository"
-        + (f", {changed} runs with changes that were not committed." if changed else ".")
+        + f" Commits: {_list(rows['commit'].str[:10])}"
+        + (f"; {changed} runs with changes that were not committed." if changed else ".")
     )
     return Table(pd.DataFrame(lines), f"The runs at {_scale_name(profile)}", note)
 
@@ -263,18 +276,20 @@ def _list(values: pd.Series) -> str:
     return ", ".join(sorted({str(v) for v in values}))
 
 
-def _chapter(profile: str, root: str | Path | None, scratch: Path) -> list[Block]:
+def _chapter(
+    profile: str, root: str | Path | None, scratch: Path, judged: pd.DataFrame
+) -> list[Block]:
     """Verdicts and experiments at one profile."""
-    judged = claims.verdict_table(profile, root)
     blocks: list[Block] = [Heading(1, f"Verdicts at {_scale_name(profile)}")]
     if profile != "paper":
         blocks.append(Text(_REDUCED))
-    blocks.append(Text(_counts(judged)))
-    try:
-        whole = TABLES["verdicts"](profile, root)
-        blocks.append(Numbers(Table(whole.frame, whole.caption)))
-    except NoRuns as reason:
-        blocks.append(Text(f"{reason}."))
+    counts = _counts(judged)
+    blocks.append(Text(f"{counts[0].upper()}{counts[1:]}"))
+    columns = {n: n for n in ("claim", "paper", "ours", "n", "verdict")}
+    columns["ours"] = "ours [95 % interval]"
+    frame = judged[list(columns)].rename(columns=columns).astype(str)
+    caption = f"The paper's claims and what the runs at {_scale_name(profile)} say"
+    blocks.append(Numbers(Table(frame, caption)))
     blocks.append(Heading(1, f"Experiments at {_scale_name(profile)}"))
     shown = {name: owner(name) for name in dict.fromkeys([*FIGURES, *TABLES])}
     for name in [*experiments.EXPERIMENTS, ""]:
@@ -286,8 +301,11 @@ def _chapter(profile: str, root: str | Path | None, scratch: Path) -> list[Block
 
 def _counts(judged: pd.DataFrame) -> str:
     counts = judged["verdict"].value_counts()
-    texts = [f"{number} {verdict}" for verdict, number in counts.items()]
-    return f"Of {len(judged)} claims: {', '.join(texts)}."
+    texts = [
+        f"{number} {'without runs' if verdict == claims.NO_RUNS else verdict}"
+        for verdict, number in counts.items()
+    ]
+    return f"of {len(judged)} claims {', '.join(texts)}."
 
 
 def owner(name: str) -> str:
@@ -311,7 +329,7 @@ def _section(
                 plot = FIGURES[item](profile, root)
             except NoRuns:
                 continue
-            found.append(_picture(plot, FIGURES[item].__doc__, scratch / f"{profile}_{item}"))
+            found.append(_picture(plot, FIGURES[item].__doc__, scratch / f"{profile}_{item}.svg"))
     for item in own:
         if item in TABLES:
             try:
@@ -347,13 +365,15 @@ def _sentence_on(row: Any) -> str:
     return text
 
 
-def _picture(plot: Plot, doc: str | None, stem: Path) -> Picture:
-    save(plot, stem)
+def _picture(plot: Plot, doc: str | None, file: Path) -> Picture:
+    """Save a figure as vectors that both outputs take; equal figures give equal bytes."""
+    with mpl.rc_context({"svg.hashsalt": file.stem}, fname=STYLE):
+        plot.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     width, height = plot.get_size_inches()
-    return Picture(stem, (float(width), float(height)), " ".join((doc or "").split()))
+    return Picture(file, (float(width), float(height)), " ".join((doc or "").split()))
 
 
-def _open(scales: list[str], root: str | Path | None) -> list[Block]:
+def _open(judged: dict[str, pd.DataFrame], root: str | Path | None) -> list[Block]:
     """What no row answers yet."""
     lines = []
     for name, this in experiments.EXPERIMENTS.items():
@@ -376,16 +396,11 @@ def _open(scales: list[str], root: str | Path | None) -> list[Block]:
         ).replace("`", "")
         caption = "Experiments that are not complete at the paper's scale"
         blocks.append(Numbers(Table(pd.DataFrame(lines), caption, note)))
-    for scale in scales:
-        judged = claims.verdict_table(scale, root)
-        for verdict, said in (
-            ("inconclusive", "Inconclusive at this n"),
-            (claims.NO_RUNS, "Without runs"),
-        ):
-            names = judged.loc[judged["verdict"] == verdict, "claim"]
-            if len(names):
-                blocks.append(Text(f"{said} at {_scale_name(scale)}, {len(names)} claims:"))
-                blocks.append(Items(tuple(f"{claim}." for claim in names)))
+    for scale, table in judged.items():
+        names = table.loc[table["verdict"] == Verdict.INCONCLUSIVE, "claim"]
+        if len(names):
+            blocks.append(Text(f"Inconclusive at {_scale_name(scale)}, at this n:"))
+            blocks.append(Items(tuple(f"{claim}." for claim in names)))
     blocks += map(Text, _UNPUBLISHED)
     return blocks
 
@@ -446,12 +461,12 @@ def to_typst(blocks: Iterable[Block]) -> str:
             case Items(texts):
                 items = ", ".join(f"{{{_pieces(text)}}}" for text in texts)
                 parts.append(f"#list({items}, spacing: 0.8em)")
-            case Picture(stem, (width, height), caption):
+            case Picture(file, (width, height), caption):
                 pictures += 1
                 shown = min(0.95 * 2.54 * width, _PAGE[0], _PAGE[1] * width / height)
                 parts.append(
                     f"#picture({_quoted(f'Figure {pictures}.')}, {_quoted(caption)}, "
-                    f"{_quoted(stem.name + '.pdf')}, {shown:.2f}cm)"
+                    f"{_quoted(file.name)}, {shown:.2f}cm)"
                 )
             case Numbers(table):
                 tables += 1
@@ -541,13 +556,13 @@ def to_html(blocks: Iterable[Block]) -> str:
                 body.append(f"<p>{_inline(text)}</p>")
             case Items(texts):
                 body.append("<ul>" + "".join(f"<li>{_inline(t)}</li>" for t in texts) + "</ul>")
-            case Picture(stem, (width, _), caption):
+            case Picture(file, (width, _), caption):
                 pictures += 1
-                data = base64.b64encode(Path(f"{stem}.png").read_bytes()).decode()
+                data = base64.b64encode(file.read_bytes()).decode()
                 said = html.escape(caption, quote=True)
                 body.append(
                     f'<figure><img alt="{said}" style="width:{width * 115:.0f}px" '
-                    f'src="data:image/png;base64,{data}">'
+                    f'src="data:image/svg+xml;base64,{data}">'
                     f"<figcaption><b>Figure {pictures}.</b> {said}</figcaption></figure>"
                 )
             case Numbers(table):
