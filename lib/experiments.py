@@ -96,6 +96,22 @@ for _scale in _CIFAR.values():
 for _scale in _LENET5.values():
     _scale["model"] = "lenet5"
 
+# ImageNet: 5,004 steps an epoch, decays at epochs 30, 60 and 90; trained by `torchrun -m
+# lib.imagenet`. Three seeds: the paper's number isn't known, and a run takes GPU days.
+_IMAGENET: Block = {
+    "dataset": "imagenet",
+    "model": "resnet50",
+    "batch_size": 256,
+    "epochs": 100,
+    "lr_decay_every_steps": 150_120,
+    "weight_decay": 1e-4,
+    "seeds": 3,
+}
+# "Partially dense" (DSR's code base): the first and the downsampling convolutions aren't masked.
+_PARTIALLY_DENSE = ("conv1", "layer?.0.downsample.0.weight")
+# The tuned training, whose sparse networks are sparse everywhere.
+_TUNED: Block = {"label_smoothing": 0.1, "warmup_epochs": 5, "prune_rate": 0.5}
+
 # DeepR replaces weight decay by its own L1 (Bellec et al. 2018; the DSR authors' runs do the same).
 _DEEPR: Block = {"method": "deepr", "weight_decay": 0.0}
 _OTHERS = ["set", "dsr", "static"]
@@ -286,6 +302,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             "paper": _curve(
                 {**_CIFAR["paper"], "model": "wrn-28-2"}, 10, [0.1, 0.2, 0.3, 0.4, 0.5]
             ),
+        },
+    ),
+    "imagenet": Experiment(
+        title="ResNet-50 on ImageNet",
+        notebook="01_main_results",
+        blocks={
+            "paper": (
+                {**_IMAGENET, "method": "dense"},
+                {**_IMAGENET, "density": [0.1, 0.2], "keep_dense": _PARTIALLY_DENSE},
+                {**_IMAGENET, **_TUNED, "method": "dense"},
+                {**_IMAGENET, **_TUNED, "density": [0.1, 0.2]},
+            )
         },
     ),
     "ablations": Experiment(

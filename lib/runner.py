@@ -162,7 +162,14 @@ def run_experiments(
     tasks: dict[str, tuple[Run, Plan]] = {}
     for one in planned:
         for run in one.todo:
-            tasks.setdefault(run.run_id, (run, one))
+            if run.dataset != "imagenet":
+                tasks.setdefault(run.run_id, (run, one))
+    if any(run.dataset == "imagenet" for one in planned for run in one.todo):
+        from lib.imagenet import missing
+
+        say(
+            (missing() or "ImageNet runs are left out: torchrun -m lib.imagenet trains them") + "\n"
+        )
     title = f"{' '.join(names) if len(names) < 4 else f'{len(names)} experiments'} ({profile})"
     if tasks:
         device = device or default_device()

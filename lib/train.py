@@ -98,6 +98,7 @@ def train(
     run: Run,
     dataset: datasets.Dataset | None = None,
     *,
+    loop: TrainingLoop | None = None,
     measures: Sequence[str] = (),
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
@@ -109,14 +110,15 @@ def train(
 
     The file is replaced about every `checkpoint_seconds` and removed by whoever stored the
     outcome. Continuing gives the same bits as never stopping (CPU; same machine, versions and
-    number of threads). `measures` (of MEASURES) are taken of the trained network, unless it
-    diverged: a loss, weight or momentum that isn't finite ends the run with status "diverged".
+    number of threads). `loop` is one made already (lib/imagenet.py). `measures` (of MEASURES) are
+    taken of the trained network, unless it diverged: a loss, weight or momentum that isn't finite
+    ends the run with status "diverged".
     Raises Interrupted when `should_stop()` is true, after writing the checkpoint.
     """
     for name in measures:
         if name not in MEASURES:
             raise ValueError(unknown("measure", name, MEASURES))
-    loop = TrainingLoop(run, dataset, device=device)
+    loop = loop or TrainingLoop(run, dataset, device=device)
     rows_of = [MEASURES[name](loop) for name in measures]
     if checkpoint is not None and checkpoint.exists():
         loop.load(checkpoint)
@@ -432,7 +434,7 @@ class TrainingLoop:
         """Forward, input gradient and weight gradient of one step, relative to dense."""
         sparse = self._flops_rel(active)
         dense_share = 0.0
-        if active and "momentum" in (self.masking.growth.needs, self.masking.redistribution.needs):
+        if active and self.masking.growth.needs == "momentum":  # of inactive weights too
             dense_share = 1.0
         elif active and self.masking.growth.needs == "gradient":
             dense_share = 1 / (self.run.update_every_steps or self.steps_per_epoch)
