@@ -23,7 +23,16 @@ import pandas as pd
 
 from lib import claims, experiments, figures, paths
 from lib.figures import FIGURES, STYLE, TABLES, Plot, Table
-from lib.reading import NoRuns, Runs, load
+from lib.reading import (
+    METHOD_NAMES,
+    MODEL_NAMES,
+    NoRuns,
+    Runs,
+    interval_text,
+    load,
+    published_rows,
+    summarise,
+)
 from lib.stats import Verdict
 
 TITLE = "Sparse Networks from Scratch, reproduced"
@@ -64,6 +73,8 @@ QUESTIONS = {
     "network, for each network of the paper's CIFAR-10 table?",
     "wrn28_2_curve": "How does the error of a wide residual network on CIFAR-10 grow as weights "
     "are taken away, under each method?",
+    "imagenet": "How accurate is ResNet-50 on ImageNet with 10 and 20 % of its weights, and what "
+    "does it change to leave the first and the downsampling convolutions dense?",
     "ablations": "Which part of sparse momentum does the work: redistribution by momentum, growth "
     "by momentum, or neither?",
     "depth_scaling": "The paper says that both parts matter more the deeper and larger the network "
@@ -108,6 +119,13 @@ DEVIATIONS = (
     "The held-out part of the training set is the last tenth, as in the official code, and nothing "
     "is selected on it: the test set is read once, after the last epoch.",
 )
+
+# Tables of the literature that have the same cells as an experiment.
+_PUBLISHED = {
+    "cifar10_table": ("cifar10_table",),
+    "wrn28_2_curve": ("wrn28-2_cifar10_summary",),
+    "mnist_compression": ("mnist_lenet300-100", "mnist_lenet5"),
+}
 
 _UNPUBLISHED = (
     "Numbers of the paper that no public source has, so that nothing can be compared with them: "
@@ -287,15 +305,20 @@ def _chapter(
     blocks.append(Text(f"{counts[0].upper()}{counts[1:]}"))
     columns = {n: n for n in ("claim", "paper", "ours", "n", "verdict")}
     columns["ours"] = "ours [95 % interval]"
-    frame = judged[list(columns)].rename(columns=columns).astype(str)
+    frame = judged.loc[judged["verdict"] != claims.NO_RUNS, list(columns)]
+    frame = frame.rename(columns=columns).astype(str)
     caption = f"The paper's claims and what the runs at {_scale_name(profile)} say"
-    blocks.append(Numbers(Table(frame, caption)))
+    if len(frame):
+        blocks.append(Numbers(Table(frame, caption)))
     blocks.append(Heading(1, f"Experiments at {_scale_name(profile)}"))
     shown = {name: owner(name) for name in dict.fromkeys([*FIGURES, *TABLES])}
     for name in [*experiments.EXPERIMENTS, ""]:
         own = [item for item, belongs in shown.items() if belongs == name and item != "verdicts"]
         mine = judged[(judged["experiment"] == name) & (judged["verdict"] != claims.NO_RUNS)]
         blocks += _section(name, profile, root, scratch, own, mine)
+    without = [n for n in experiments.EXPERIMENTS if load(n, profile, root).rows.empty]
+    if without:
+        blocks.append(Text(f"Not yet computed at this scale: {', '.join(without)}."))
     return blocks
 
 
@@ -321,7 +344,11 @@ def _section(
     own: list[str],
     judged: pd.DataFrame,
 ) -> list[Block]:
-    """One experiment: question, figures, tables, and each claim with its numbers."""
+    """One experiment: question, figures, tables, and each claim with its numbers; nothing where it
+    has no runs.
+    """
+    if name and load(name, profile, root).rows.empty:
+        return []
     found: list[Block] = []
     for item in own:
         if item in FIGURES:
@@ -341,20 +368,42 @@ def _section(
     runs: Runs = load(name, profile, root)
     this = experiments.experiment(name)
     head: list[Block] = [Heading(2, this.title), Text(QUESTIONS.get(name, f"{this.title}."))]
-    if runs.rows.empty:
-        lost = f", {len(runs.diverged)} of them diverged" if len(runs.diverged) else ""
-        head.append(
-            Text(
-                f"Not yet computed: {len(runs.planned) - len(runs.rows)} of {len(runs.planned)} "
-                f"runs are missing{lost}; `python -m lib run {name} --profile {profile}`."
-            )
-        )
-        return head
     scale = runs.scale()
+    if not any(isinstance(block, Numbers) for block in found):
+        found.append(Numbers(_errors(runs)))
     head.append(Text(f"{scale[0].upper()}{scale[1:]}. Notebook: `{this.notebook}`."))
     if len(judged):
         head.append(Items(tuple(map(_sentence_on, judged.to_dict("records")))))
     return head + found
+
+
+def _errors(runs: Runs) -> Table:
+    """Test error of each cell beside the published one: for experiments without own tables."""
+    key = ["model", "method", "density"]
+    cells = runs.rows.groupby(key)
+    more = {"keep_dense": "left dense", "overrides": "other settings"}
+    more = {name: title for name, title in more.items() if (cells[name].nunique() > 1).any()}
+    theirs: dict[Any, str] = {}
+    for source in _PUBLISHED.get(runs.experiment, ()):
+        for row in published_rows(source, method=list(METHOD_NAMES)).to_dict("records"):
+            value, error = row["test_error_pct"], row["standard_error"]
+            if value == value:
+                text = f"{value:.2f}" + (f" ± {error:.2f}" if error == error else "")
+                theirs.setdefault((row["model"], row["method"], row["density"]), text)
+    lines = [
+        {
+            "network": MODEL_NAMES.get(cell["model"], cell["model"].upper()),
+            "method": METHOD_NAMES[cell["method"]],
+            "weights (%)": f"{100 * cell['density']:g}",
+            **{title: cell[name] or "–" for name, title in more.items()},
+            "test error (%)": interval_text(cell["mean"], cell["low"], cell["high"]),
+            "n": str(cell["n"]),
+            "published (%)": theirs.get(tuple(cell[name] for name in key), "–"),
+        }
+        for cell in summarise(runs.rows, [*key, *more]).to_dict("records")
+    ]
+    note = "Mean with 95 % interval over the seeds; published: mean ± standard error."
+    return Table(pd.DataFrame(lines), "Test error by network, method and share of weights", note)
 
 
 def _sentence_on(row: Any) -> str:
@@ -401,6 +450,16 @@ def _open(judged: dict[str, pd.DataFrame], root: str | Path | None) -> list[Bloc
         if len(names):
             blocks.append(Text(f"Inconclusive at {_scale_name(scale)}, at this n:"))
             blocks.append(Items(tuple(f"{claim}." for claim in names)))
+    every = [table.set_index("id") for table in judged.values()]
+    at_paper = judged["paper"] if "paper" in judged else claims.verdict_table("paper", root)
+    without = [
+        row
+        for row in at_paper.to_dict("records")
+        if all(table.loc[row["id"], "verdict"] == claims.NO_RUNS for table in every)
+    ]
+    if without:
+        frame = pd.DataFrame(without)[["claim", "paper", "source"]]
+        blocks.append(Numbers(Table(frame, "Claims that no run speaks to yet")))
     blocks += map(Text, _UNPUBLISHED)
     return blocks
 
