@@ -554,18 +554,33 @@ def print_line() -> Callable[[str], None]:
 
 
 def status_table(profile: str, results_root: str | Path | None = None, device: str = "cpu") -> str:
-    """One line per experiment: runs done, diverged and missing, and the hours left here."""
+    """One line per experiment: runs done, diverged and missing, and the hours left here.
+
+    The last line counts a run that several experiments need once.
+    """
     cores = default_jobs([Run()] * 1000, device)[0]
-    lines = [f"{'experiment':<16}{'done':>6}{'diverged':>10}{'missing':>9}{'left':>12}"]
+    width = 20
+
+    def line(name: str, finished: int, diverged: int, left: dict[str, float]) -> str:
+        hours = sum(left.values()) / cores / 3600
+        return f"{name:<{width}}{finished:>6}{diverged:>10}{len(left):>9}{hours:>10.1f} h"
+
+    each: dict[str, float] = {}
+    done: set[str] = set()
+    bad: set[str] = set()
+    lines = [f"{'experiment':<{width}}{'done':>6}{'diverged':>10}{'missing':>9}{'left':>12}"]
     for name in experiments.EXPERIMENTS:
         todo = plan(name, profile, results_root=results_root)
         rows = results.read_runs(todo.csv)
-        wanted = {run.run_id for run in todo.done}
-        diverged = int((rows[rows["run_id"].isin(wanted)]["status"] == "diverged").sum())
+        here = {run.run_id for run in todo.done}
+        diverged = set(rows["run_id"][rows["status"] == "diverged"]) & here
         estimate = cost.Estimator(todo.csv.parent, device)
-        hours = sum(estimate.seconds(run) for run in todo.todo) / cores / 3600
-        lines.append(
-            f"{name:<16}{len(todo.done):>6}{diverged:>10}{len(todo.todo):>9}{hours:>10.1f} h"
-        )
+        seconds = {run.run_id: estimate.seconds(run) for run in todo.todo}
+        lines.append(line(name, len(here), len(diverged), seconds))
+        each |= seconds
+        done |= here
+        bad |= diverged
+    missing = {run_id: seconds for run_id, seconds in each.items() if run_id not in done}
+    lines.append(line("all, each run once", len(done), len(bad), missing))
     lines.append(f"profile {profile}, on {cores} x {device_name(device)}, one run per core")
     return "\n".join(lines)
