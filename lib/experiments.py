@@ -83,8 +83,8 @@ _CIFAR: dict[str, Block] = {
     },
     "quick": {
         "epochs": 5,
-        "lr_decay_every_steps": 27,
-        "train_samples": 2_000,
+        "lr_decay_every_steps": 20,
+        "train_samples": 1_500,
         "batch_size": 128,
         "val_fraction": 0.01,
         "test_samples": 5_000,
