@@ -236,8 +236,8 @@ def _families(profile: str, **depths_and_widths: Any) -> tuple[Block, ...]:
 # The experiments
 # --------------------------------------------------------------------------------------------------
 
-# The paper's CIFAR-10 table.
-_TABLE = {
+# The paper's CIFAR-10 table: the share of weights of each network.
+CIFAR10_TABLE = {
     "alexnet-s": 0.10,
     "alexnet-b": 0.10,
     "vgg16-c": 0.05,
@@ -270,11 +270,16 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_table(_LENET5["smoke"], 2, [0.05], [0.05]),
             ),
             "quick": (
-                *_table(_MNIST["quick"], 3, [0.02, 0.05], [0.01, 0.015, 0.02, 0.05, 0.08]),
+                *_table(_MNIST["quick"], 3, [0.02, 0.05], [0.01, 0.015, 0.02, 0.05, 0.08, 0.2]),
                 *_table(_LENET5["quick"], 3, [0.01], [0.01, 0.05]),
             ),
             "paper": (
-                *_table({}, 10, [0.02, 0.05], [0.01, 0.015, 0.018, 0.02, 0.044, 0.05, 0.08, 0.083]),
+                *_table(
+                    {},
+                    10,
+                    [0.02, 0.05],
+                    [0.01, 0.015, 0.018, 0.02, 0.044, 0.05, 0.08, 0.083, 0.2],
+                ),
                 *_table(
                     _LENET5["paper"],
                     10,
@@ -290,7 +295,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         blocks={
             "smoke": _cifar_table("smoke", _SMALL_TABLE),
             "quick": _cifar_table("quick", _SMALL_TABLE),
-            "paper": _cifar_table("paper", _TABLE),
+            "paper": _cifar_table("paper", CIFAR10_TABLE),
         },
     ),
     "wrn28_2_curve": Experiment(
@@ -413,7 +418,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 {**_CIFAR["quick"], "model": _NARROW, "density": [0.1, 0.3], "seeds": 3},
             ),
             "paper": (
-                *_cifar_table("paper", _TABLE),
+                *_cifar_table("paper", CIFAR10_TABLE),
                 {
                     **_CIFAR["paper"],
                     "model": ["vgg16-d", "wrn-16-10"],
