@@ -291,6 +291,7 @@ def features_histograms(profile: str, results_root: str | Path | None) -> Plot:
             if (i, method) in official:
                 at = official[i, method]
                 ax.plot(0.9 * side * widest, at, "o", mfc="white", mec=_MARK, ms=3.6, mew=0.9)
+        ax.set_ylim(0.08, 0.52)
         ax.axvline(0, color="white", lw=0.6)
         ax.set_title(f"{model_name(model)}, {i + 1}", fontsize=7)
         ax.xaxis.set_major_locator(MaxNLocator(2, symmetric=True))
@@ -322,11 +323,10 @@ def features_histograms(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-def _paired(found: pd.DataFrame, model: str, kind: str) -> Any:
-    """Sparse minus dense over shared seeds, in percentage points."""
+def _sides(found: pd.DataFrame, model: str, kind: str) -> list[pd.Series]:
+    """Sparse and dense by seed, in per cent."""
     part = found[found["model"] == model].set_index("seed")
-    sides = [100 * part.loc[part["method"] == m, kind] for m in reversed(_PAIR)]
-    return paired_difference(sides[0], sides[1])
+    return [100 * part.loc[part["method"] == method, kind] for method in reversed(_PAIR)]
 
 
 @figure("features_means")
@@ -337,7 +337,7 @@ def features_means(profile: str, results_root: str | Path | None) -> Plot:
     names = _models(found)
     plot, axes = new_plot(1, 1, size=(5.6, 1.6 + 0.55 * len(names)))
     ax = axes[0][0]
-    colours = {measured.POOLED: PALETTE["sparse_momentum"], measured.EQUAL: PALETTE["dsr"]}
+    colour = PALETTE["sparse_momentum"]
     markers = {measured.POOLED: "o", measured.EQUAL: "s"}
     labels = []
     for i, model in enumerate(names):
@@ -345,19 +345,23 @@ def features_means(profile: str, results_root: str | Path | None) -> Plot:
         counts = 0
         for j, kind in enumerate(measured.WEIGHTINGS):
             y = i + 0.22 * (2 * j - 1)
-            pair = _paired(found, model, kind)
+            sparse, dense = _sides(found, model, kind)
+            pair = paired_difference(sparse, dense)
             counts = pair.n
             if pair.n:
+                seeds = (sparse - dense).dropna()
+                below = [y + 0.11] * len(seeds)  # on the line they would not be seen
+                ax.plot(seeds, below, ".", color=colour, ms=4, alpha=0.6, mew=0)
                 if not math.isnan(pair.low):
-                    ax.plot([pair.low, pair.high], [y, y], color=colours[kind], lw=1.6)
-                ax.plot(pair.mean, y, markers[kind], color=colours[kind], zorder=3)
+                    ax.plot([pair.low, pair.high], [y, y], color=colour, lw=1.6)
+                ax.plot(pair.mean, y, markers[kind], color=colour, zorder=3)
             if set(_PAIR) <= set(official):
                 theirs = official["sparse_momentum"][kind] - official["dense"][kind]
                 ax.plot(
                     theirs,
                     y,
                     markers[kind],
-                    color=colours[kind],
+                    color=colour,
                     mfc="white",
                     alpha=PUBLISHED_ALPHA,
                     zorder=2.9,
@@ -371,7 +375,7 @@ def features_means(profile: str, results_root: str | Path | None) -> Plot:
     ax.set_xlabel("sparse − dense class specialisation (percentage points)")
     ax.set_title("Left of 0: channels of the sparse network are more general")
     handles: list[Any] = [
-        Line2D([], [], color=colours[kind], marker=markers[kind], lw=1.6, label=name)
+        Line2D([], [], color=colour, marker=markers[kind], lw=1.6, label=name)
         for kind, name in measured.WEIGHTINGS.items()
     ]
     handles.append(
@@ -381,8 +385,8 @@ def features_means(profile: str, results_root: str | Path | None) -> Plot:
     stamp(
         plot,
         runs,
-        "Mean of the differences over the seeds with the paired Student-t 95 % interval; the "
-        "official data are one network each, at densities that were not recorded.",
+        "Mean of the differences over the seeds (dots below) with the paired Student-t 95 % "
+        "interval; the official data are one network each, at densities that were not recorded.",
     )
     return plot
 
@@ -398,7 +402,8 @@ def features_table(profile: str, results_root: str | Path | None) -> Table:
     for model in _models(found):
         official = measured.official_means(model)
         for kind, name in measured.WEIGHTINGS.items():
-            pair = _paired(found, model, kind)
+            sparse, dense = _sides(found, model, kind)
+            pair = paired_difference(sparse, dense)
             line = {"network": model_name(model), "weighting": name}
             for method in _PAIR:
                 mine = found[(found["model"] == model) & (found["method"] == method)][kind]
