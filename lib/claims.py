@@ -644,4 +644,4 @@ def _unbroken(text: str) -> str:
 
 
 # The claims of the other topics add themselves; last, as they use what stands above.
-from lib import claims_ablations, claims_measured  # noqa: E402, F401
+from lib import claims_ablations, claims_main, claims_measured  # noqa: E402, F401

@@ -300,7 +300,7 @@ def test_sentences_have_the_numbers(judge: Judge, tmp_path: Path) -> None:
     judge(as_published)
     said = claims.sentences("quick", tmp_path, "01_main_results")
     assert len(said) == len([c for c in CLAIMS if c.notebook == "01_main_results"])
-    (against_set,) = [s for s in said if "than SET" in s]
+    (against_set,) = [s for s in said if "MNIST: lower error than SET" in s]
     assert against_set.startswith("**reproduced**: MNIST") and "n = 3" in against_set
 
 
