@@ -330,7 +330,7 @@ def draw_ours(
     rows = pd.DataFrame({"x": np.repeat(x, [len(v) for v in values]), "y": np.concatenate(values)})
     cells = summarise(rows, ["x"], "y").sort_values("x")
     if dots:
-        ax.plot(rows["x"], rows["y"], ".", color=colour, ms=2.6, alpha=0.45, mew=0, zorder=2.4)
+        ax.plot(rows["x"], rows["y"], ".", color=colour, ms=4.4, alpha=0.45, mew=0, zorder=2.4)
     known = cells[cells["n"] > 1]
     if len(known):
         ax.errorbar(
@@ -762,4 +762,9 @@ def _sentence(text: str) -> str:
 
 
 # Figures of further experiments; last, because these modules need what is above.
-from lib import figures_ablations, figures_measured, figures_sensitivity  # noqa: E402, F401
+from lib import (  # noqa: E402, F401
+    figures_ablations,
+    figures_main,
+    figures_measured,
+    figures_sensitivity,
+)
