@@ -212,7 +212,7 @@ mkdir -p "$prefix/bin"; cp bin/venv-python "$prefix/bin/python"
 def test_python_given_by_hand_creates_no_environment(clone: Path) -> None:
     result = make(clone, "test", "ARGS=-k data", "PYTHON=bin/venv-python")
     assert result.returncode == 0, result.stderr
-    assert "bin/venv-python -m pytest -k data" in result.stdout
+    assert "bin/venv-python -m pytest -n auto --dist loadfile -k data" in result.stdout
     assert not (clone / "log").exists()
     assert not list(clone.glob(".venv*"))
     result = make(clone, "test", "PYTHON=/nowhere/python")
