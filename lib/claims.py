@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 import pandas as pd
 
+from lib.effects import untrained
 from lib.reading import (
     METHOD_NAMES,
     NoRuns,
@@ -203,6 +204,7 @@ class Difference:
             details.append(f"not yet whole: seeds {', '.join(map(str, pooled.left_out))}")
         if len(both.diverged):
             details.append(f"{len(both.diverged)} runs diverged")
+        details.append(untrained(both))
         return Measured(pooled.interval, pooled.interval, both, "; ".join(filter(None, details)))
 
 

@@ -18,7 +18,7 @@ from lib import claims, effects
 from lib.claims import Claim, Difference, Measured, PaperValue
 from lib.effects import FULL, MOMENTA, REFERENCE, WITHOUT, rules
 from lib.experiments import KEPT_DENSE
-from lib.reading import NoRuns, Where, load, published_rows
+from lib.reading import NoRuns, Runs, Where, load, published_rows
 from lib.stats import PairedDifference, paired_difference
 
 NAN = math.nan
@@ -75,7 +75,12 @@ class Worst:
         listed = ", ".join(f"{other} {pair.mean:+.2f}" for other, pair in pairs.items())
         runs = every.only(run for side in (a, *sides.values()) for run in side.planned)
         one = pairs[name].interval
-        return Measured(one, one, runs, f"decided by {name}; {listed}".replace("-", "−"))
+        detail = f"decided by {name}; {listed}".replace("-", "−")
+        return Measured(one, one, runs, _with_untrained(detail, runs))
+
+
+def _with_untrained(detail: str, runs: Runs) -> str:
+    return "; ".join(filter(None, (detail, effects.untrained(runs))))
 
 
 def _highest(pairs: dict[str, PairedDifference]) -> str:
@@ -133,7 +138,7 @@ class Growing:
         detail = f"benefit {benefits} {found[0].axis}".replace("-", "−")
         if len(seen.cells) < len(models):
             detail += f"; {len(models) - len(seen.cells)} networks missing"
-        return Measured(falling, falling, runs, detail)
+        return Measured(falling, falling, runs, _with_untrained(detail, runs))
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class Moved:
         at, one = effects.decisive(pairs, self.margin)
         listed = ", ".join(f"{pair.mean:+.2f} at {key:g}" for key, pair in pairs.items())
         detail = f"decided by {at:g}; against {reference:g}: {listed}".replace("-", "−")
-        return Measured(one, one, runs, detail)
+        return Measured(one, one, runs, _with_untrained(detail, runs))
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class MoreSensitive:
             raise NoRuns(f"{self.experiment} ({profile}): no seed has finished all momenta")
         runs = every.only(run for side in sides for run in side.planned)
         detail = f"sparse {sparse.mean():.2f}, dense {dense.mean():.2f} points"
-        return Measured(pair.interval, pair.interval, runs, detail)
+        return Measured(pair.interval, pair.interval, runs, _with_untrained(detail, runs))
 
 
 _SPARSE_AND_DENSE = ("sparse_momentum", "dense")

@@ -40,7 +40,16 @@ WITHOUT = {"redistribution": rules("none", "momentum"), "growth": rules("momentu
 
 # The paper leaves momentum 0.99 out of its test: neither kind of network trains well there.
 MOMENTA = (0.5, 0.95)
+CHANCE = 80.0  # %: ten classes, so that guessing errs in 90
 REFERENCE = {"prune_rate": 0.2, "momentum": 0.9}
+
+
+def untrained(runs: Runs) -> str:
+    """How many runs did not learn; a difference between two of them means nothing."""
+    count = int((runs.rows["test_error_pct"] > CHANCE).sum())
+    return f"{count} of {len(runs.rows)} runs did not learn (error above {CHANCE:g} %)" * bool(
+        count
+    )
 
 
 # ------------------------------------------------------------------------------ effect against size
@@ -93,7 +102,8 @@ def families(models: Iterable[str]) -> list[Family]:
             groups.setdefault(size[other], {})[model] = size[this]
         if groups:
             most = min(groups, key=lambda at: (-len(groups[at]), at))
-            found.append(Family(name.format(most), axis, groups[most]))
+            if not any(groups[most].keys() <= family.sizes.keys() for family in found):
+                found.append(Family(name.format(most), axis, groups[most]))
     return [
         Family(f.name, f.axis, dict(sorted(f.sizes.items(), key=lambda item: item[1])))
         for f in found
@@ -210,4 +220,5 @@ def compare_curves(
             left[model], right[model] = a[model].loc[shared], b[model].loc[shared]
     if not left:
         return None
-    return sensitivity(left, right, reference), list(left)
+    with np.errstate(divide="ignore", invalid="ignore"):  # curves without any spread: no test
+        return sensitivity(left, right, reference), list(left)

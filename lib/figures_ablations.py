@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from lib.effects import FULL, Family, Scaling, families, rules, scaling
+from lib.effects import FULL, Family, Scaling, families, rules, scaling, untrained
 from lib.figures import (
     PALETTE,
     Plot,
@@ -51,6 +51,11 @@ PARTS = {
     "redistribution": "momentum redistribution instead of none",
     "growth": "momentum growth instead of random growth",
 }
+
+
+def _untrained(runs: Runs) -> str:
+    said = untrained(runs)
+    return f" {said}: their differences mean nothing." if said else ""
 
 
 # --------------------------------------------------------------------------------- 02: ablations
@@ -196,7 +201,7 @@ def ablations(profile: str, results_root: str | Path | None) -> Plot:
         runs,
         "Test error minus that of full sparse momentum in percentage points (red: worse), with the "
         "paired 95 % interval over shared seeds; * p < 0.05 after Holm within the network. "
-        f"{WHICH_NONE}",
+        f"{WHICH_NONE}{_untrained(runs)}",
     )
     return plot
 
@@ -227,7 +232,7 @@ def ablations_table(profile: str, results_root: str | Path | None) -> Table:
     note = (
         "Percentage points of test error, positive: worse than full sparse momentum (momentum "
         "redistribution and growth); paired t-test over shared seeds, p adjusted by Holm over the "
-        f"variants of each network. {WHICH_NONE} {_sentence(runs.scale())}"
+        f"variants of each network. {WHICH_NONE}{_untrained(runs)} {_sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "What redistribution and growth contribute", note)
 
@@ -329,7 +334,8 @@ def depth_scaling(profile: str, results_root: str | Path | None) -> Plot:
         plot,
         runs,
         "Benefit: test error without the part minus with it, above zero it helps. Redistribution: "
-        f"against none, growth: against random growth. {WHICH_NONE.partition('; ')[0]}.",
+        f"against none, growth: against random growth. {WHICH_NONE.partition('; ')[0]}."
+        f"{_untrained(runs)}",
     )
     return plot
 
@@ -365,7 +371,8 @@ def depth_scaling_table(profile: str, results_root: str | Path | None) -> Table:
                 )
     note = (
         "Benefit: test error without the part minus with it, paired t-test over shared seeds, p "
-        f"adjusted by Holm within a family. {WHICH_NONE} {_sentence(runs.scale())}"
+        f"adjusted by Holm within a family. {WHICH_NONE}{_untrained(runs)} "
+        f"{_sentence(runs.scale())}"
     )
     caption = "Benefit of momentum redistribution and momentum growth by network"
     return Table(pd.DataFrame(lines), caption, note)

@@ -364,9 +364,9 @@ def sensitivity_tests(profile: str, results_root: str | Path | None) -> Table:
                     "SD of the first (points)": f"{tested.sd_a:.2f}",
                     "SD of the second (points)": f"{tested.sd_b:.2f}",
                     "largest range (points)": f"{spread:.2f}",
-                    "Levene W": f"{tested.levene.statistic:.3f}",
+                    "Levene W": _statistic(tested.levene.statistic, ".3f"),
                     "p": _p(tested.levene.p),
-                    "Wilcoxon": f"{tested.wilcoxon.statistic:g}",
+                    "Wilcoxon": _statistic(tested.wilcoxon.statistic, "g"),
                     "p (Wilcoxon)": _p(tested.wilcoxon.p),
                 }
             )
@@ -380,6 +380,10 @@ def sensitivity_tests(profile: str, results_root: str | Path | None) -> Table:
         raise NoRuns(f"sensitivity ({profile}): no two curves to compare")
     caption = "The paper's tests of sensitivity to hyper-parameters"
     return Table(pd.DataFrame(lines), caption, note)
+
+
+def _statistic(value: float, form: str) -> str:
+    return f"{value:{form}}" if math.isfinite(value) else "–"
 
 
 # ------------------------------------------------------------------------------ 07: dense layers

@@ -151,6 +151,7 @@ def test_families_differ_in_one_thing_only() -> None:
         Family("WRN-16-k", "width (factor)", {"wrn-16-1": 1, "wrn-16-2": 2, "wrn-16-4": 4}),
     ]
     assert effects.families(["lenet300-100"]) == []
+    assert [family.name for family in effects.families(["wrn-10-1"])] == ["WRN-d-1"]
 
 
 def pair(low: float, high: float) -> PairedDifference:
@@ -205,6 +206,19 @@ def test_the_worst_is_decided_by_the_least_clear(tmp_path: Path) -> None:
     ).measure("quick", tmp_path, None)
     assert worst.decides.mean == pytest.approx(-0.1)
     assert worst.detail.startswith("decided by no redistribution")
+
+
+def test_runs_that_did_not_learn_are_told(tmp_path: Path) -> None:
+    def error(run: Run) -> float:
+        return 90.0 if run.seed == 1 and run.growth == "random" else Effects().error(run)
+
+    write(tmp_path, "quick", error, ("ablations", "depth_scaling"))
+    rows = claims.verdict_table("quick", tmp_path).set_index("id")
+    assert (
+        "2 of 12 runs did not learn" in rows.loc["ablation_random_growth_suffices_mnist", "detail"]
+    )
+    assert "4 of 24 runs did not learn" in rows.loc["scaling_growth_mnist_depth", "detail"]
+    assert "did not learn" not in rows.loc["scaling_redistribution_mnist_depth", "detail"]
 
 
 def test_mean_shift_needs_every_setting() -> None:
