@@ -316,9 +316,13 @@ def _chapter(
         own = [item for item, belongs in shown.items() if belongs == name and item != "verdicts"]
         mine = judged[(judged["experiment"] == name) & (judged["verdict"] != claims.NO_RUNS)]
         blocks += _section(name, profile, root, scratch, own, mine)
-    without = [n for n in experiments.EXPERIMENTS if load(n, profile, root).rows.empty]
-    if without:
-        blocks.append(Text(f"Not yet computed at this scale: {', '.join(without)}."))
+    every = [load(name, profile, root) for name in experiments.EXPERIMENTS]
+    for said, names in (
+        ("Not complete at this scale", [r.experiment for r in every if r.missing]),
+        ("Not run at this scale", [r.experiment for r in every if not r.planned]),
+    ):
+        if names:
+            blocks.append(Text(f"{said}: {', '.join(names)}."))
     return blocks
 
 

@@ -56,7 +56,10 @@ def test_scales_have_chapters_of_their_own(blocks: list[report.Block]) -> None:
         dense = table.frame.set_index("method").loc["Dense"]
         assert float(dense["test error (%)"]) == pytest.approx(mean, abs=0.1)
     assert any("profile paper" in b.text.lower() for b in paper if isinstance(b, Text))
-    assert any("reduced scale" in b.text for b in quick if isinstance(b, Text))
+    said = [b.text for b in quick if isinstance(b, Text)]
+    assert any("reduced scale" in text for text in said)
+    assert any(text.startswith("Not complete") and "ablations" in text for text in said)
+    assert "Not run at this scale: imagenet." in said
 
 
 def test_scope_counts_the_runs(blocks: list[report.Block]) -> None:
