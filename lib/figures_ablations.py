@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from lib.effects import FULL, Family, Scaling, families, rules, scaling, untrained
@@ -33,6 +32,8 @@ from lib.figures import (
 )
 from lib.reading import NoRuns, Runs, interval_text, load, model_name
 from lib.stats import holm, paired_difference, t_interval
+
+_TREND = (0, (5, 2))
 
 # From most to least informed.
 REDISTRIBUTION_NAMES = {
@@ -293,7 +294,7 @@ def _draw_scaling(ax: Axes, family: Family, one: Scaling) -> list[int]:
             middle + one.slope.mean * (x - x.mean()),
             color=colour,
             lw=1.1,
-            ls=(0, (5, 2)),
+            ls=_TREND,
             alpha=0.8,
             zorder=2.3,
         )
@@ -325,10 +326,24 @@ def depth_scaling(profile: str, results_root: str | Path | None) -> Plot:
     legend_below(
         plot,
         [
-            _key(f"mean ({n_text(counts)}) with paired 95 % interval, dots: seeds"),
-            Patch(color="none", label="dashed: mean of the slopes of the seeds"),
+            Line2D(
+                [],
+                [],
+                color=PALETTE["sparse_momentum"],
+                marker="o",
+                ls="none",
+                label=f"mean ({n_text(counts)}) with paired 95 % interval, dots: seeds",
+            ),
+            Line2D(
+                [],
+                [],
+                color=PALETTE["sparse_momentum"],
+                ls=_TREND,
+                lw=1.1,
+                label="mean of the lines through the seeds",
+            ),
         ],
-        columns=2,
+        columns=2 if len(found) > 2 else 1,
     )
     stamp(
         plot,
@@ -338,11 +353,6 @@ def depth_scaling(profile: str, results_root: str | Path | None) -> Plot:
         f"{_untrained(runs)}",
     )
     return plot
-
-
-def _key(label: str) -> Line2D:
-    colour = PALETTE["sparse_momentum"]
-    return Line2D([], [], color=colour, marker="o", linestyle=(0, (5, 2)), lw=1.1, label=label)
 
 
 @table("depth_scaling")
