@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from lib import claims
+from lib import claims, experiments
 from lib.figures import (
     PALETTE,
     Plot,
@@ -458,3 +458,21 @@ def _imagenet_published(cell: Mapping[Any, Any]) -> float:
         & (table["density"] == cell["density"])
     ]
     return float(found["test_error_pct"].iloc[0]) if len(found) else math.nan
+
+
+def meaning(
+    experiment: str, profile: str, results_root: str | Path | None = None
+) -> Table | Absent:
+    """The verdicts on the claims that rest on one experiment, those with runs."""
+    notebook = experiments.experiment(experiment).notebook
+    judged = claims.verdict_table(profile, results_root or None, notebook)
+    mine = judged[judged["experiment"] == experiment]
+    known = mine[mine["verdict"] != claims.NO_RUNS]
+    if known.empty:
+        return Absent(f"{experiment} ({profile}): no claim has runs")
+    columns = {"claim": "claim", "paper": "paper", "ours": "ours [95 % interval]", "n": "n"}
+    columns |= {"verdict": "verdict", "detail": "detail"}
+    frame = known[list(columns)].rename(columns=columns).astype(str)
+    left = len(mine) - len(known)
+    note = f"{left} further claims have no runs at this profile." if left else ""
+    return Table(frame, f"What the runs of {experiment} say", note)
