@@ -225,8 +225,8 @@ def _wrn_lower(method: str) -> Claim:
     theirs: Where = {"model": "wrn-28-2"}
     return Claim(
         id=f"wrn28_2_lower_than_{method}",
-        statement=f"WRN-28-2 on CIFAR-10: lower error than {METHOD_NAMES[method]}, mean over the "
-        "weights",
+        statement="CIFAR-10, wide residual network (the paper's: WRN-28-2): lower error than "
+        f"{METHOD_NAMES[method]}, mean over the weights",
         source=_WRN_FIGURE + ("; static: raw runs of the DSR authors" if raw else ""),
         kind="lower",
         margin=_TEN_IMAGES,
@@ -275,7 +275,7 @@ claims.add(
     _variational_dropout("lenet5", 0.004),
     Claim(
         id="cifar10_lower_than_snip",
-        statement="CIFAR-10: lower error than SNIP, mean over the networks of the table",
+        statement="CIFAR-10: lower error than SNIP, mean over the networks",
         source=f"{_TABLE}; SNIP quoted there",
         kind="lower",
         margin=_TABLE_MARGIN,
@@ -290,7 +290,7 @@ claims.add(
     Claim(
         id="cifar10_relative_reduction",
         statement="CIFAR-10: error reduced by 15 % against other sparse algorithms (DSR, SET and "
-        "DeepR on WRN-28-2, mean over the weights)",
+        "DeepR on a wide residual network, mean over the weights)",
         source="abstract, versions 1 and 2; which algorithms, networks and weights is not said",
         kind="value",
         margin=_HALF_OF_15_PERCENT,
