@@ -96,7 +96,7 @@ def bench(options: argparse.Namespace) -> None:
     """Measure the training speed: against a conventional script, and against the machine."""
     from lib.bench import bench as measure
 
-    measure(options.repeats, options.results)
+    measure(options.repeats, options.results, options.only)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add(verdict)
     command = add(bench)
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
+    command.add_argument("--only", action="append", default=[], metavar="TOPIC", help="one topic")
     return parser
 
 

@@ -1,11 +1,12 @@
 """How fast the training is, against a conventional script and against the machine: `make bench`.
 
 Every figure is a ratio of medians over repeats taken in turn in one process run, because machines
-are shared and noisy. Rows go to results/bench/<topic>.csv with the machine's description.
+are shared and noisy. Rows go to results/bench/ with the machine's description.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
 import functools
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +27,9 @@ from torch import nn
 
 from lib import data as datasets
 from lib import paths, runner
-from lib.config import Run
+from lib.config import Run, unknown
+from lib.kernels import SparseNetwork, dense_window, keep_freed_memory, sparse_network
+from lib.kernels import bench as layers
 from lib.masking import Masking
 from lib.models import build_model, forward_flops
 from lib.train import TrainingLoop
@@ -37,23 +40,33 @@ HEADER = ["topic", "what", "setting", "value", "unit", "low", "high", "n", "mach
 Row = dict[str, Any]
 
 
-def bench(repeats: int = REPEATS, results_root: str | Path | None = None) -> list[Row]:
-    """Measure everything, print each row, and store the rows; see the functions below."""
-    rows: list[Row] = []
-    folder = paths.results_dir("bench", results_root)
+def bench(
+    repeats: int = REPEATS, results_root: str | Path | None = None, only: Sequence[str] = ()
+) -> list[Row]:
+    """Measure every topic of TOPICS (or of `only`), print each row and store it.
+
+    Rows go to results/bench/<file>.csv at the end of each topic, in place of the topic's rows of an
+    earlier measurement. Raises ValueError for an unknown topic.
+    """
+    if strange := [name for name in only if name not in TOPICS]:
+        raise ValueError(unknown("topic", strange[0], TOPICS))
     machine = describe_machine()
     print(machine)
-    for topic in (lenets, peak_share, layouts, augmentation, mask_update, selection, figures):
-        found = [{"topic": topic.__name__, "machine": machine, **row} for row in topic(repeats)]
-        for row in found:
+    rows: list[Row] = []
+    for name, (file, topic) in TOPICS.items():
+        if only and name not in only:
+            continue
+        found = []
+        for row in topic(repeats):
+            found.append({"topic": name, **row, "machine": machine})
             spread = f" [{row['low']:.3g}, {row['high']:.3g}]" if row["n"] > 1 else ""
             print(
-                f"{row['topic']:<13} {row['what']:<44} {row['setting']:<26} "
+                f"{name:<13} {row['what']:<46} {row['setting']:<28} "
                 f"{row['value']:>9.4g} {row['unit']}{spread}",
                 flush=True,
             )
+        _store(paths.results_dir("bench", results_root) / f"{file}.csv", name, found)
         rows += found
-    _store(folder / "speed.csv", rows)
     return rows
 
 
@@ -284,6 +297,143 @@ def figures(repeats: int) -> Iterator[Row]:
 
 
 # --------------------------------------------------------------------------------------------------
+# Sparse kernels, on the clock
+# --------------------------------------------------------------------------------------------------
+
+
+def sparse_layers(repeats: int) -> Iterator[Row]:
+    """VGG16-D's convolutions, forward and backward, uniform random masks, batch 128, all threads:
+    torch's dense fp32 over the sparse kernels.
+    """
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    for density in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
+        rows = layers.bench_layers(densities=(density,), seconds=0.0, rounds=repeats)
+        total = layers.total_ratio(rows)
+        setting = f"vgg16-d, {100 * density:g} %"
+        yield _row("all convolutions, dense over sparse", setting, [total], "x")
+        for row in rows:
+            yield _row(row.layer, setting, [row.ratio], "x")
+
+
+def sparse_steps(repeats: int) -> Iterator[Row]:
+    """Whole training steps and inference at 5 % of the weights, masks moved by sparse momentum
+    itself on CIFAR-10, all threads: dense over sparse, where each layer runs the faster way.
+
+    In the last K steps before an update the weight gradients are dense (`dense_window`); an epoch
+    has 352 steps, so K of 352 cost that and the others the fast step.
+    """
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    keep_freed_memory()
+    for model, batch in (("alexnet-s", 128), ("vgg16-d", 128), ("wrn-16-8", 64)):
+        loop = _after_updates(model, batch)
+        images, labels = loop._batch(torch.arange(batch))
+        share = min(1.0, dense_window(loop.run.momentum) / 352)
+        variants: dict[str, Callable[[], None]] = {}
+        for name, layout, low in (
+            ("contiguous", torch.contiguous_format, False),
+            ("channels last", torch.channels_last, False),
+            ("bf16", torch.channels_last, True),
+        ):
+            network = copy.deepcopy(loop.model).to(memory_format=layout)
+            variants[name] = _training_step(
+                network, images.contiguous(memory_format=layout), labels, low
+            )
+            if not low:
+                variants[f"{name}, inference"] = _inference(
+                    network, images.contiguous(memory_format=layout)
+                )
+        sparse = sparse_network(loop.model, loop.masking.masks)
+        for name, window in (("outside", False), ("inside", True)):
+            step = _training_step(sparse, images, labels, False, loop)
+            variants[name] = functools.partial(_with_window, sparse, window, step)
+        variants["sparse, inference"] = _inference(sparse, images)
+        times = _in_turn(variants, repeats)
+        dense = list(map(min, times["contiguous"], times["channels last"]))
+        inference = list(
+            map(min, times["contiguous, inference"], times["channels last, inference"])
+        )
+        mixed = [
+            share * a + (1 - share) * b
+            for a, b in zip(times["inside"], times["outside"], strict=True)
+        ]
+        setting = f"{model}, 5 %, batch {batch}"
+        flops = loop._flops_rel(loop.masking.active())
+        yield _row("forward FLOPs of the masks, of dense", setting, [100 * flops], "%")
+        for what, slow, fast in (
+            ("training step, dense window counted", dense, mixed),
+            ("training step outside the window", dense, times["outside"]),
+            ("training step inside the window", dense, times["inside"]),
+            ("inference", inference, times["sparse, inference"]),
+            ("dense bf16 step over sparse fp32", times["bf16"], mixed),
+        ):
+            yield _row(what, setting, [a / b for a, b in zip(slow, fast, strict=True)], "x")
+
+
+def _after_updates(model: str, batch: int, updates: int = 3, steps: int = 8) -> TrainingLoop:
+    """A network whose masks sparse momentum has moved three times, eight mini-batches apart."""
+    loop = TrainingLoop(Run(dataset="cifar10", model=model, batch_size=batch))
+    order = loop._order().split(batch)
+    for update in range(updates):
+        for index in order[update * steps : (update + 1) * steps]:
+            loop.step(index)
+        loop.masking.update()
+    return loop
+
+
+def _training_step(
+    network: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    low: bool,
+    loop: TrainingLoop | None = None,
+) -> Callable[[], None]:
+    """Forward, backward, optimizer step, and the masks where the network has them."""
+    parameters = list(network.parameters())
+    optimizer: torch.optim.Optimizer = (
+        loop.optimizer
+        if loop is not None
+        else torch.optim.SGD(
+            parameters, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+        )
+    )
+    once = _forward_backward(network, images, labels, low)
+
+    def step() -> None:
+        network.train()
+        once()
+        optimizer.step()
+        if loop is not None:
+            loop.masking.step()
+
+    return step
+
+
+def _with_window(network: SparseNetwork, window: bool, step: Callable[[], None]) -> None:
+    network.dense_gradients = window
+    step()
+
+
+def _inference(network: nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    def infer() -> None:
+        network.eval()
+        with torch.no_grad():
+            network(images)
+
+    return infer
+
+
+# Topic -> file of its rows, and the function that measures.
+TOPICS: dict[str, tuple[str, Callable[[int], Iterator[Row]]]] = {
+    function.__name__: (file, function)
+    for file, functions in {
+        "speed": (lenets, peak_share, layouts, augmentation, mask_update, selection, figures),
+        "kernels": (sparse_layers, sparse_steps),
+    }.items()
+    for function in functions
+}
+
+
+# --------------------------------------------------------------------------------------------------
 # Helpers
 # --------------------------------------------------------------------------------------------------
 
@@ -342,11 +492,16 @@ def _row(what: str, setting: str, values: list[float], unit: str) -> Row:
     }
 
 
-def _store(path: Path, rows: list[Row]) -> None:
+def _store(path: Path, topic: str, rows: list[Row]) -> None:
+    """Put the topic's rows into the file, in place of its former ones; one replacement."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[Row] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["topic"] != topic]
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, HEADER, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*kept, *rows])
     os.replace(temporary, path)

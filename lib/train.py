@@ -491,8 +491,3 @@ def stream(
 ) -> torch.Generator:
     """The random stream of one purpose of a run; streams never share draws."""
     return torch.Generator(device=device).manual_seed(stream_seed(run.seed, purpose, *index))
-
-
-def model_of(run: Run) -> nn.Module:
-    """The run's network as it is before the first step."""
-    return TrainingLoop(run).model
