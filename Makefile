@@ -39,7 +39,7 @@ PHONY := help env requirements runs notebooks figures report verdict reproduce s
 .PHONY: $(PHONY)
 
 ##@ Reproduce
-reproduce: env runs notebooks figures verdict ## everything: environment, runs, notebooks, figures, verdict table
+reproduce: env runs notebooks figures report verdict ## everything: environment, runs, notebooks, figures, report, verdict table
 
 env: ## create or update the environment from environment.yml (instant when it is up to date)
 ifdef READY
