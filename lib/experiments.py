@@ -312,7 +312,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         notebook="01_main_results",
         blocks={
             "smoke": _curve({**_CIFAR["smoke"], "model": _NARROW}, 2, [0.1]),
-            "quick": _curve({**_CIFAR["quick"], "model": _NARROW}, 3, [0.1, 0.3]),
+            "quick": _curve({**_CIFAR["quick"], "model": _NARROW}, 3, [0.1]),
             "paper": _curve(
                 {**_CIFAR["paper"], "model": "wrn-28-2"}, 10, [0.1, 0.2, 0.3, 0.4, 0.5]
             ),
@@ -391,7 +391,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         blocks={
             "smoke": _sensitivity(_MNIST["smoke"], 2, [0.2, 0.5], [0.5, 0.9]),
             "quick": (
-                *_sensitivity(_MNIST["quick"], 3, [0.2, 0.3, 0.5, 0.7], [0.5, 0.9, 0.95, 0.99]),
+                *_sensitivity(_MNIST["quick"], 3, [0.2, 0.5, 0.7], [0.5, 0.9, 0.99]),
                 {
                     **_cifar("quick", "alexnet-s"),
                     "density": 0.1,
