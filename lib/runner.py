@@ -18,6 +18,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -326,6 +327,7 @@ class _Board:
 _messages: Any = None
 _stop: Any = None
 _parent = 0
+_training = threading.Lock()  # held by a worker while it trains
 
 
 def _start_worker(threads: int, messages: Any, stop: Any, parent: int) -> None:
@@ -338,10 +340,26 @@ def _start_worker(threads: int, messages: Any, stop: Any, parent: int) -> None:
     torch.set_num_threads(threads)
     keep_freed_memory()  # a fifth of a LeNet-5 step would be spent on getting zeroed pages back
     _messages, _stop, _parent = messages, stop, parent
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+
+
+def _leave_with_the_parent() -> None:
+    """In a worker: end when the parent was killed. Waiting for work, it would never be told: each
+    worker holds the others' pipe open. A run in training stops by itself, after its checkpoint.
+    """
+    while os.getppid() == _parent:
+        time.sleep(1)
+    with _training:
+        os._exit(1)
 
 
 def _work(run: Run, experiment: str, profile: str, csv: Path, device: str) -> str:
     """In a worker: train one run and store its row. Returns what became of it."""
+    with _training:
+        return _train_one(run, experiment, profile, csv, device)
+
+
+def _train_one(run: Run, experiment: str, profile: str, csv: Path, device: str) -> str:
 
     def told(progress: Any) -> None:
         part = progress.epoch / progress.epochs

@@ -148,6 +148,34 @@ def test_ctrl_c_keeps_checkpoints_and_the_same_command_goes_on(folder):
     assert not list(locks.iterdir())
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(folder, how):
+    """Whoever stops the command, its workers leave their checkpoint and end."""
+    process = start(folder, *SET, "--set", "epochs=1000", "--set", "train_samples=1000")
+    group = process.pid
+    deadline = time.monotonic() + 60
+    while not list((folder / "checkpoints").rglob("*.lock")):  # a run is being trained
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    os.kill(process.pid, how)
+    process.communicate(timeout=60)
+    assert process.returncode in (143, -how)
+    deadline = time.monotonic() + 30
+    while members(group):
+        assert time.monotonic() < deadline, members(group)
+        time.sleep(0.2)
+    assert list((folder / "checkpoints").rglob("*.pt"))
+
+
+def members(group: int) -> list[str]:
+    """What still runs in a process group (zombies don't)."""
+    listed = subprocess.run(
+        ["ps", "-eo", "pgid,stat,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[1:]
+    found = [line.split(None, 2) for line in listed]
+    return [args for pgid, stat, args in found if int(pgid) == group and stat[0] != "Z"]
+
+
 def test_ctrl_c_while_the_workers_start(folder):
     process = start(folder, *SET, *TINY, "--jobs", "2")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
