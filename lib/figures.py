@@ -17,6 +17,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,19 +199,31 @@ def draw_all(
         raise ValueError(
             f"no figure or table {sorted(names - set(FIGURES) - set(TABLES))}: {known}"
         )
-    folder = output_dir(profile, results_root)
+    jobs = [
+        (kind, name, profile, results_root)
+        for kind, registry in (("figure", FIGURES), ("table", TABLES))
+        for name in registry
+        if not names or name in names
+    ]
     written: list[Path] = []
-    for kind, registry in (("figure", FIGURES), ("table", TABLES)):
-        for name, make in registry.items():
-            if names and name not in names:
-                continue
-            try:
-                made = make(profile, results_root)
-            except NoRuns as reason:
-                say(f"skipped {kind} {name}: {reason}")
-                continue
-            written += save(made, folder / name)
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        for paths_of, skipped in pool.map(_draw_one, *zip(*jobs, strict=True)):
+            written += paths_of
+            if skipped:
+                say(skipped)
     return written
+
+
+def _draw_one(
+    kind: str, name: str, profile: str, results_root: str | Path | None
+) -> tuple[list[Path], str]:
+    """In a process of its own: the files of one figure or table, or the line that says why not."""
+    make = FIGURES[name] if kind == "figure" else TABLES[name]
+    try:
+        made = make(profile, results_root)
+    except NoRuns as reason:
+        return [], f"skipped {kind} {name}: {reason}"
+    return save(made, output_dir(profile, results_root) / name), ""
 
 
 def save(made: Plot | Table, stem: Path) -> list[Path]:

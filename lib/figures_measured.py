@@ -210,7 +210,9 @@ def kernels_table(profile: str, results_root: str | Path | None) -> Table:
     """Sparse layers against dense ones on the clock, from results/bench/kernels.csv."""
     path = paths.results_dir("bench", results_root) / "kernels.csv"
     if not path.exists():
-        raise NoRuns(f"speedups: no {path}, the sparse kernels have not been timed")
+        raise NoRuns(
+            "speedups: no results/bench/kernels.csv, the sparse kernels have not been timed"
+        )
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
