@@ -98,7 +98,7 @@ def test_reproduce_keeps_its_order_with_parallel_make(tmp_path: Path) -> None:
     calls = [line for line in (tmp_path / "log").read_text().splitlines() if line[:2] == "-m"]
     assert calls == [
         f"-m lib {command} --profile smoke"
-        for command in ("run all", "notebooks", "figures", "verdict")
+        for command in ("run all", "notebooks", "figures", "report", "verdict")
     ]
 
 

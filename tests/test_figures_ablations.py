@@ -167,7 +167,7 @@ def test_trends_find_what_was_put_in(root: Path) -> None:
     assert list(mlps["conclusion"]) == ["grows", "grows"]
     for row in mlps.to_dict("records"):
         slope = float(row["slope (points per doubling)"])
-        assert slope == pytest.approx(0.5, abs=0.1) and row["networks"] == "4"
+        assert slope == pytest.approx(0.5, abs=0.1) and row["networks"] == "3"
     plot = FIGURES["depth_scaling"]("quick", root)
     (title,) = [t.get_text() for t in texts(plot) if t.get_text() == "MLPs: redistribution"]
     assert title and len(re.findall(r"per doubling, p ", words(plot))) == 6
