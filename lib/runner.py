@@ -275,11 +275,22 @@ def _workers_ignore_interrupts() -> Iterator[None]:
     """Processes started inside never see Ctrl-C, which goes to the whole group of processes: not
     even while they import. For this process it is only put off.
     """
+    caught: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    # Blocking is inherited by the children, but holds for this thread only: a library's thread may
+    # take the signal, and Python would then run the handler here.
+    defer = threading.current_thread() is threading.main_thread() and callable(handler)
+    if defer:
+        signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if defer:
+            signal.signal(signal.SIGINT, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 class _Board:
