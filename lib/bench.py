@@ -153,6 +153,7 @@ def lenets(repeats: int) -> Iterator[Row]:
 @functools.lru_cache(maxsize=1)
 def _loop_of_worker(model: str) -> tuple[TrainingLoop, Any]:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every worker of the runner does
     loop = TrainingLoop(Run(model=model))
     order = loop._order().split(loop.run.batch_size)
     _timed_steps(loop, order, 20)
