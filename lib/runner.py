@@ -565,11 +565,14 @@ def versions() -> dict[str, Any]:
 
 def print_line() -> Callable[[str], None]:
     """Progress for people: one line rewritten on a terminal or notebook, one a minute in a log."""
-    if "ipykernel" in sys.modules:
+    # An imported ipykernel is not yet a notebook: only a running kernel has a display to update.
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    if kernel is not None and kernel.IPKernelApp.initialized():
         from IPython.display import display
 
         handle = display({"text/plain": ""}, raw=True, display_id=True)
-        return lambda text: handle.update({"text/plain": text.strip()}, raw=True)
+        if handle is not None:
+            return lambda text: handle.update({"text/plain": text.strip()}, raw=True)
     last = [-60.0]
 
     def say(text: str) -> None:

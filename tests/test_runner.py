@@ -250,6 +250,15 @@ def test_status_counts(folder, capsys):
     assert lines[0].split() == ["experiment", "done", "diverged", "missing", "left"]
 
 
+def test_an_imported_kernel_is_no_notebook(capsys):
+    """Another part of the process may have imported ipykernel; progress is then printed."""
+    import ipykernel.kernelapp  # noqa: F401
+    import IPython.display  # noqa: F401
+
+    runner.print_line()("3 of 7 runs\n")
+    assert capsys.readouterr().out.strip() == "3 of 7 runs"
+
+
 def test_a_run_is_claimed_once(folder):
     checkpoint = folder / "checkpoints" / "a.pt"
     with runner._claim(checkpoint) as first:
