@@ -61,8 +61,8 @@ class Run:
     the method's own rules.
 
     Units: `density` and `prune_rate` are shares (0 to 1), `lr_decay_every_steps`,
-    `update_every_steps` and `dense_window_steps` mini-batches (0: once per epoch; gradients of
-    inactive weights in every step), `warmup_epochs` and `epochs` passes over the training set,
+    `update_every_steps` and `dense_window_steps` mini-batches (0: once per epoch; as many as
+    float32 resolves, lib/kernels), `warmup_epochs` and `epochs` passes over the training set,
     `train_samples` and `test_samples` images, the first ones (0: all).
     """
 
@@ -96,6 +96,8 @@ class Run:
     test_samples: int = 0
     augment: bool = True
     precision: str = "fp32"
+    kernels: str = "auto"
+    dense_window_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +124,7 @@ class Run:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in (
             "update_every_steps",
+            "dense_window_steps",
             "train_samples",
             "test_samples",
             "warmup_epochs",
@@ -140,6 +143,8 @@ class Run:
             raise ValueError(f"val_fraction must be in (0, 1), got {self.val_fraction}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if self.kernels not in ("auto", "torch"):
+            raise ValueError(f"kernels must be 'auto' or 'torch', got {self.kernels!r}")
 
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their default; a method's own rules count as defaults."""

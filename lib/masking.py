@@ -503,6 +503,10 @@ class Masking:
         if self.method in EVERY_STEP:
             EVERY_STEP[self.method](self)
 
+    def advance(self) -> None:
+        """In place of `step` where whoever moved the weights left the inactive ones at zero."""
+        self.steps += 1
+
     @torch.no_grad()
     def update(self, prune_rate: float | None = None) -> list[LayerReport]:
         """One cycle: prune, redistribute, grow. The number of active weights stays the same.

@@ -77,6 +77,7 @@ COLUMNS: dict[str, type] = {
     "inference_flops_rel": float,
     "train_seconds": float,
     "threads": int,
+    "kernels": str,
     "device": str,
     "commit": str,
     "dirty": bool,
@@ -163,6 +164,7 @@ PROVENANCE = frozenset(
     {
         "train_seconds",
         "threads",
+        "kernels",
         "device",
         "commit",
         "dirty",

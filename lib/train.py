@@ -25,11 +25,23 @@ from lib import data as datasets
 from lib.baselines import snip_masks
 from lib.config import UNMASKED, Run, stream_seed, unknown
 from lib.features import observe_features
-from lib.masking import DivergenceError, LayerReport, Masking
+from lib.kernels import (
+    MAX_SAMPLES,
+    PerceptronTrainer,
+    SparseNetwork,
+    Track,
+    available,
+    dense_window,
+    perceptron_layers,
+    sparse_network,
+)
+from lib.masking import EVERY_STEP, DivergenceError, LayerReport, Masking
 from lib.models import build_model, layer_flops, small_dense_scale
 from lib.speedups import observe_speedups
 
 EVALUATION_BATCH = 1000
+# Convolutional networks up to this density go through the sparse kernels where those are faster.
+SPARSE_NETWORK_UP_TO = 0.2
 
 
 class Interrupted(Exception):
@@ -43,7 +55,8 @@ class Outcome:
     `curves`, `layers` and `measures` are rows of the other files (lib/results.py). FLOPs are
     relative to the dense network's: inference with the final densities; training as the mean over
     all steps of forward, input-gradient and weight-gradient products, the weight gradient counted
-    densely in the steps whose growth rule reads it (RigL, appendix H).
+    densely in the steps whose growth rule reads it (RigL, appendix H). `kernels` names what
+    computed the run: "perceptron", "sparse" (lib/kernels) or "torch".
     """
 
     status: str = "ok"
@@ -57,6 +70,7 @@ class Outcome:
     train_flops_rel: float | None = None
     inference_flops_rel: float | None = None
     train_seconds: float = 0.0
+    kernels: str = "torch"
     data_sha256: str = ""
     curves: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -157,11 +171,13 @@ class TrainingLoop:
             ),
             generator=stream(run, "init"),
         ).to(self.device)
-        # Convolutions run faster with channels last (`make bench`); DeepR indexes flat weights.
+        # Convolutions run faster with channels last (`make bench`); DeepR and the sparse kernels
+        # index flat weights.
+        kernels = self._kernels()
         convolutional = any(isinstance(m, nn.Conv2d) for m in self.model.modules())
         self.format = (
             torch.channels_last
-            if convolutional and run.method != "deepr"
+            if convolutional and run.method != "deepr" and kernels == "torch"
             else torch.contiguous_format
         )
         self.model = self.model.to(memory_format=self.format)
@@ -199,6 +215,15 @@ class TrainingLoop:
         if run.method == "snip":
             self.masking.masks = self._snip()
             self.masking.apply()
+        self.perceptron: PerceptronTrainer | None = None
+        self.sparse: SparseNetwork | None = None
+        if kernels == "perceptron":
+            below = 0.0 if run.method in EVERY_STEP else None  # its masks are new after each step
+            self.perceptron = PerceptronTrainer(
+                self.model, self.optimizer, self.masking, sparse_below=below
+            )
+        elif kernels == "sparse":
+            self.sparse = sparse_network(self.model, self.masking.masks)
 
     # ---- the loop ----
 
@@ -255,19 +280,17 @@ class TrainingLoop:
         lr = self.lr()
         if self.optimizer.param_groups[0]["lr"] != lr:
             self.optimizer.param_groups[0]["lr"] = lr
-        images, labels = self._batch(index)
-        with self._autocast():
-            loss = F.cross_entropy(self.model(images), labels, label_smoothing=run.label_smoothing)
-        for parameter in self.parameters:  # optimizer.zero_grad() costs 3 % of a LeNet step
-            parameter.grad = None
-        loss.backward()
-        self.optimizer.step()
-        self.masking.step()
+        loss = self._torch_step(index) if self.perceptron is None else self._perceptron_step(index)
         state.step += 1
         every = run.update_every_steps  # 0: at the end of the epoch, after validation
         if every and state.step % every == 0 and state.step < self.total_steps:
             self._update_masks()
-        return loss.detach()
+        return loss
+
+    def use_torch(self) -> None:
+        """From now on compute by torch's operators alone: each layer as its module."""
+        self._write_back()
+        self.perceptron = self.sparse = None
 
     def lr(self) -> float:
         """Learning rate of the next mini-batch: linear warm-up, then x`lr_decay` in steps."""
@@ -280,14 +303,18 @@ class TrainingLoop:
     @torch.no_grad()
     def error_pct(self, images: Tensor, labels: Tensor) -> float:
         """Share of wrong predictions in per cent: wrong images over all images, in eval mode."""
-        self.model.eval()
+        if self.perceptron is not None:
+            images = images.contiguous()
+            return 100.0 * self.perceptron.wrong(images, labels) / len(labels)
+        network = self.sparse or self.model
+        network.eval()
         right = torch.zeros((), dtype=torch.long, device=self.device)
         for start in range(0, len(labels), EVALUATION_BATCH):
             part = slice(start, start + EVALUATION_BATCH)
             with self._autocast():
-                logits = self.model(images[part])
+                logits = network(images[part])
             right += (logits.argmax(1) == labels[part]).sum()
-        self.model.train()
+        network.train()
         return 100.0 * (len(labels) - int(right)) / len(labels)
 
     def training_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -303,6 +330,7 @@ class TrainingLoop:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint in one step: a kill leaves the old one or the new one."""
+        self._write_back()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")  # one name: a kill leaves one at most
         torch.save(
@@ -330,6 +358,8 @@ class TrainingLoop:
         self.augment_stream.set_state(saved["augment_stream"].cpu())
         self.dropout_stream = saved["dropout_stream"].cpu()
         self.state = _State(**saved["state"])
+        if self.perceptron is not None:
+            self.perceptron.reload()
 
     def outcome(self, status: str = "ok") -> Outcome:
         """The finished run's numbers; reads the test set, once."""
@@ -339,6 +369,7 @@ class TrainingLoop:
             weights_total=sum(p.numel() for p in self.model.parameters() if p.dim() > 1),
             steps=state.step,
             train_seconds=state.seconds,
+            kernels="perceptron" if self.perceptron else "sparse" if self.sparse else "torch",
             data_sha256=self.data.sha256,
             curves=state.curves,
             layers=state.layers,
@@ -356,6 +387,77 @@ class TrainingLoop:
         return done
 
     # ---- inside ----
+
+    def _kernels(self) -> str:
+        """What computes this run: "perceptron", "sparse" or "torch"."""
+        run = self.run
+        if (
+            run.kernels == "torch"
+            or self.device.type != "cpu"
+            or run.precision != "fp32"
+            or not available()
+        ):
+            return "torch"
+        if perceptron_layers(self.model):
+            known = run.batch_size <= MAX_SAMPLES and run.momentum > 0 and not run.label_smoothing
+            known = known and not (run.augment and self.data.augment is not None)
+            return "perceptron" if known else "torch"
+        sparse = run.method not in UNMASKED and run.method not in EVERY_STEP
+        return "sparse" if sparse and run.density <= SPARSE_NETWORK_UP_TO else "torch"
+
+    def _torch_step(self, index: Tensor) -> Tensor:
+        images, labels = self._batch(index)
+        network = self.model
+        if self.sparse is not None:
+            network, left = self.sparse, self._until_update()
+            self.sparse.dense_gradients = left <= max(self._window(), 1)
+        with self._autocast():
+            loss = F.cross_entropy(
+                network(images), labels, label_smoothing=self.run.label_smoothing
+            )
+        for parameter in self.parameters:  # optimizer.zero_grad() costs 3 % of a LeNet step
+            parameter.grad = None
+        loss.backward()
+        self.optimizer.step()
+        self.masking.step()
+        return loss.detach()
+
+    def _perceptron_step(self, index: Tensor) -> Tensor:
+        assert self.perceptron is not None
+        left, window = self._until_update(), self._window()
+        track = Track.NOTHING
+        if left <= window:
+            # A window that began before the last update goes on; a new one starts from zero.
+            whole = window >= (self.run.update_every_steps or self.steps_per_epoch)
+            track = Track.FIRST if left == window and not whole else Track.MORE
+        loss = self.perceptron.step(
+            self.data.train_x,
+            self.data.train_y,
+            index,
+            track=track,
+            gradients=left == 1 and self.masking.growth.needs == "gradient",
+        )
+        if self.run.method in EVERY_STEP:
+            self.masking.step()
+        else:
+            self.masking.advance()
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def _until_update(self) -> float:
+        """Mini-batches up to the next update of the masks, the next one included; inf: none."""
+        if self.masking.prune.name == "none" or not self.masking.masks:
+            return math.inf
+        period = self.run.update_every_steps or self.steps_per_epoch
+        left = period - self.state.step % period
+        return left if self.state.step + left < self.total_steps else math.inf
+
+    def _window(self) -> int:
+        """Mini-batches before an update that gather the momentum of inactive weights."""
+        return self.run.dense_window_steps or dense_window(self.run.momentum)
+
+    def _write_back(self) -> None:
+        if self.perceptron is not None:
+            self.perceptron.sync()
 
     def _batch(
         self, index: Tensor, augment: torch.Generator | None = None
@@ -378,6 +480,7 @@ class TrainingLoop:
 
     def _end_epoch(self, loss_sum: float) -> None:
         state, run = self.state, self.run
+        self._write_back()
         if not math.isfinite(loss_sum):
             raise DivergenceError(f"the loss is {loss_sum} in epoch {state.epoch + 1}")
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
@@ -405,7 +508,10 @@ class TrainingLoop:
         state.step_in_epoch, state.loss_sum = 0, 0.0
 
     def _update_masks(self) -> None:
+        self._write_back()
         self.state.report = [tuple(line) for line in self.masking.update()]
+        if self.perceptron is not None:
+            self.perceptron.reload()
 
     def _record_layers(self) -> None:
         shares = {LayerReport(*line).name: line[-1] for line in self.state.report}
@@ -432,11 +538,13 @@ class TrainingLoop:
     def _train_flops_rel(self, active: dict[str, int]) -> float:
         """Forward, input gradient and weight gradient of one step, relative to dense."""
         sparse = self._flops_rel(active)
+        period = self.run.update_every_steps or self.steps_per_epoch
         dense_share = 0.0
         if active and self.masking.growth.needs == "momentum":  # of inactive weights too
-            dense_share = 1.0
+            windowed = self.perceptron is not None or self.sparse is not None
+            dense_share = min(1.0, self._window() / period) if windowed else 1.0
         elif active and self.masking.growth.needs == "gradient":
-            dense_share = 1 / (self.run.update_every_steps or self.steps_per_epoch)
+            dense_share = 1 / period
         return (2 * sparse + dense_share + (1 - dense_share) * sparse) / 3
 
     def _progress(self) -> Progress:

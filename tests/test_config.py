@@ -63,6 +63,7 @@ def test_every_other_field_changes_the_id():
         "nesterov": False,
         "augment": False,
         "precision": "bf16",
+        "kernels": "torch",
         "momentum": 0.8,
     }
     ids = {Run().run_id}

@@ -214,7 +214,7 @@ def _field(name: str, value: str, line: int = 3) -> Callable[[str], str]:
         ("runs", lambda t: t.replace("\n", "\r\n"), ":1:", "header"),
         ("runs", lambda t: t[:-1], ":4:", "last line is not ended"),
         ("runs", lambda t: t[:-40], ":4:", "last line is not ended"),
-        ("runs", lambda t: t + "lenet,1,2\n", ":5:", "3 fields, expected 46"),
+        ("runs", lambda t: t + "lenet,1,2\n", ":5:", "3 fields, expected 47"),
         ("runs", lambda t: t + "\n", ":5:", "0 fields"),
         ("runs", lambda t: t + t.split("\n")[1] + "\n", ":5:", "is on line 2 already"),
         ("runs", _field("density", "5 %"), ":3:", "density is '5 %', expected a finite number"),

@@ -14,11 +14,15 @@ from .ops import (
     mean_pool2d,
     to_blocked,
 )
+from .perceptron import MAX_SAMPLES, PerceptronTrainer, Track, perceptron_layers
 
 __all__ = [
     "LANES",
+    "MAX_SAMPLES",
     "Pattern",
+    "PerceptronTrainer",
     "SparseNetwork",
+    "Track",
     "available",
     "batch_norm",
     "conv2d",
@@ -29,6 +33,7 @@ __all__ = [
     "linear",
     "max_pool2d",
     "mean_pool2d",
+    "perceptron_layers",
     "require",
     "sparse_network",
     "to_blocked",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -56,7 +57,8 @@ def _line(few: int, few_seconds: float, many: int, many_seconds: float) -> tuple
 
 def measure(layer: bench.Layer, batch: int, seconds: float = 0.2) -> Cost:
     """Times the layer dense and at two densities; takes about `seconds` for each."""
-    with torch.enable_grad():  # also when the first batch is one of an evaluation
+    # Also when the first batch is one of an evaluation, and without draws from the caller's stream.
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         rows = bench.bench_layers([layer], DENSITIES, batch=batch, seconds=seconds, rounds=2)
     weights = layer.in_channels * layer.out_channels * layer.kernel**2
     few, many = (round(r.density * weights) for r in rows)
@@ -106,17 +108,23 @@ def cost(layer: bench.Layer, batch: int) -> Cost:
     known = _memory()
     if key not in known:
         stored = _read().get(key)
-        known[key] = Cost(**stored) if stored else measure(layer, batch)
-        if not stored:
-            _write(key, known[key])
+        known[key] = Cost(**(stored or _write(key, measure(layer, batch))))
     return known[key]
 
 
-def _write(key: str, value: Cost) -> None:
+def _write(key: str, value: Cost) -> dict:
+    """Store a measurement unless another process was faster; what is stored now.
+
+    The first measurement counts for all: a run that is resumed must choose as it did before.
+    """
     path = _path()
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    everything = {**_read(), key: asdict(value)}
-    handle, name = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(everything, file, indent=1, sort_keys=True)
-    os.replace(name, path)  # two processes at once: one measurement is lost, nothing is damaged
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        everything = _read()
+        everything.setdefault(key, asdict(value))
+        handle, name = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(everything, file, indent=1, sort_keys=True)
+        os.replace(name, path)
+    return everything[key]

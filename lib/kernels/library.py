@@ -23,7 +23,7 @@ from typing import Any
 import torch  # noqa: F401  loads the OpenMP runtime that the library shares
 
 _HERE = Path(__file__).resolve().parent
-SOURCES = ("sparse.hpp", "blocked.hpp", "sparse.cpp")
+SOURCES = ("sparse.hpp", "blocked.hpp", "perceptron.hpp", "sparse.cpp")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -34,7 +34,7 @@ FLAGS = (
     "-Wno-psabi",
 )
 
-_PTR, _INT, _I64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_PTR, _INT, _I64, _F32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "sparse_plan_create": [_PTR, _PTR, _I64, _INT, _I64, _I64, _I64, _INT, _PTR],
     "sparse_plan_free": [_PTR],
@@ -46,8 +46,16 @@ _SIGNATURES: dict[str, list[Any]] = {
     "sparse_channel_sum": [_PTR, _PTR, _I64, _I64, _I64, _INT],
     "sparse_max_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _PTR, _INT],
     "sparse_mean_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _INT],
+    "perceptron_step": [_PTR, _I64] + [_PTR] * 3 + [_I64] + [_F32] * 3 + [_INT] * 3 + [_PTR],
+    "perceptron_wrong": [_PTR, _I64, _PTR, _PTR, _I64, _INT, _PTR],
 }
-_FALLIBLE = ("sparse_plan_create", "sparse_convolve", "sparse_weight_gradient")
+_FALLIBLE = (
+    "sparse_plan_create",
+    "sparse_convolve",
+    "sparse_weight_gradient",
+    "perceptron_step",
+    "perceptron_wrong",
+)
 
 
 class KernelsUnavailable(RuntimeError):

@@ -1,6 +1,7 @@
 // The kernels behind a C interface, called through ctypes (ops.py): no torch headers, so the library
 // builds in seconds and serves every torch version.  Sizes and types are checked by the caller.
 #include "blocked.hpp"
+#include "perceptron.hpp"
 
 #include <string>
 
@@ -100,6 +101,23 @@ void sparse_mean_pool(int backward, int64_t planes, int64_t height, int64_t widt
   const sparse::Pool p{planes, height, width, size, stride};
   if (backward) sparse::mean_pool_backward(p, from, to, threads);
   else sparse::mean_pool_forward(p, from, to, threads);
+}
+
+// See perceptron.hpp.
+int perceptron_step(const sparse::PerceptronLayer* layers, int64_t depth, const float* x,
+                    const int64_t* labels, const int64_t* index, int64_t samples, float lr,
+                    float momentum, float weight_decay, int nesterov, int track, int threads,
+                    double* loss) {
+  return guarded([&] {
+    const sparse::Sgd rule{lr, momentum, weight_decay, nesterov};
+    *loss = sparse::perceptron_step(layers, depth, x, labels, index, samples, rule, track, threads);
+  });
+}
+
+int perceptron_wrong(const sparse::PerceptronLayer* layers, int64_t depth, const float* x,
+                     const int64_t* labels, int64_t images, int threads, int64_t* wrong) {
+  return guarded(
+      [&] { *wrong = sparse::perceptron_wrong(layers, depth, x, labels, images, threads); });
 }
 
 }  // extern "C"

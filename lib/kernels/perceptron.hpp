@@ -1,0 +1,454 @@
+// A whole training step of a perceptron in one call: forward, softmax cross-entropy, backward, SGD
+// with Nesterov momentum.  Small networks are otherwise mostly the cost of calling operators.
+//
+// Activations are [features, samples], samples padded to whole vectors with zero gradients, so that
+// a weight is one scalar times contiguous vectors, sparse or dense.  Each layer is one of two:
+//
+//   dense   the weight [out, in] itself; the update happens while the gradient is still in registers
+//   sparse  the values of the non-zeros by row, with their own momentum; the dense momentum is only
+//           touched where a step asks for the gradients of inactive weights (see `Track`)
+//
+// A sum over samples or features is always taken in the same order: the bits do not depend on the
+// number of threads.  Free of torch.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+#include "sparse.hpp"
+
+namespace sparse {
+
+// Whether a step gathers the gradients g of inactive weights in the dense momentum m of its sparse
+// layers: not at all, m = a * m + g, or m = g (the first step of a window).
+enum Track : int32_t { kTrackNothing = 0, kTrackMore = 1, kTrackFirst = 2 };
+
+// One layer; mirrored by perceptron.py.  Pointers to floats are float32 in torch's memory.
+struct PerceptronLayer {
+  int64_t in, out;
+  float *weight, *momentum;        // [out, in]
+  const float* multiplier;         // [out, in], the mask as 0 and 1, of a dense layer; may be null
+  float* gradient;                 // [out, in], takes the loss's gradient; may be null
+  float *bias, *bias_momentum;     // [out]
+  int64_t nonzeros;                // -1: a dense layer, and nothing below counts
+  const int32_t *row_start, *column;        // [out + 1], [nonzeros]
+  float *value, *value_momentum;            // [nonzeros]
+  const int32_t *column_start, *row, *place;  // [in + 1], [nonzeros] by column; place in `value`
+};
+
+// SGD as in torch.optim.SGD: g += decay * w; m = a * m + g; w -= lr * (g + a * m with Nesterov, m).
+struct Sgd {
+  float lr, momentum, weight_decay;
+  int32_t nesterov;
+};
+
+namespace detail {
+
+#define SPARSE_INLINE __attribute__((always_inline))
+
+template <class F, int... I>
+static inline SPARSE_INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+// f(0), ..., f(N - 1) with constants, so that an array of vectors stays in registers.
+template <int N, class F>
+static inline SPARSE_INLINE void unroll(F&& f) {
+  unroll(std::make_integer_sequence<int, N>(), f);
+}
+
+// y[r] = bias[r] + sum over c of weight(r, c) x[c] for R rows and Q vectors of samples; the weight of
+// (r, c) is at w + r * row_step + c * column_step, rows of x and y are `pitch` floats apart. With
+// `gate`, laid out as y, y is zero where gate is not positive.
+template <int R, int Q>
+static inline void product_tile(const float* w, int64_t row_step, int64_t column_step,
+                                int64_t columns, const float* x, int64_t pitch, const float* bias,
+                                bool relu, const float* gate, float* y) {
+  V sum[R * Q];
+  unroll<R * Q>([&](auto k) SPARSE_INLINE { sum[k] = bias ? broadcast(bias[k / Q]) : V{}; });
+  for (int64_t c = 0; c < columns; ++c) {
+    V in[Q];
+    unroll<Q>([&](auto q) SPARSE_INLINE { in[q] = load(x + c * pitch + q * L); });
+    unroll<R>([&](auto r) SPARSE_INLINE {
+      const V factor = broadcast(w[r * row_step + c * column_step]);
+      unroll<Q>([&](auto q) SPARSE_INLINE { sum[r * Q + q] += factor * in[q]; });
+    });
+  }
+  unroll<R * Q>([&](auto k) SPARSE_INLINE {
+    const int64_t at = (k / Q) * pitch + (k % Q) * L;
+    V s = sum[k];
+    if (relu) s = s < 0.0f ? V{} : s;  // in this order NaN stays NaN
+    if (gate) s = load(gate + at) > 0.0f ? s : V{};
+    store(y + at, s);
+  });
+}
+
+// All rows of Q vectors of samples; see product_tile.
+template <int Q>
+static void product_strip(const float* w, int64_t row_step, int64_t column_step, int64_t rows,
+                          int64_t columns, const float* x, int64_t pitch, const float* bias,
+                          bool relu, const float* gate, float* y, int threads) {
+  constexpr int R = 24 / Q;
+  const int64_t whole = rows / R, tiles = whole + rows % R;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t r = t < whole ? t * R : whole * R + (t - whole);
+    const float *b = bias ? bias + r : nullptr, *g = gate ? gate + r * pitch : nullptr;
+    const float* from = w + r * row_step;
+    float* const to = y + r * pitch;
+    if (t < whole)
+      product_tile<R, Q>(from, row_step, column_step, columns, x, pitch, b, relu, g, to);
+    else
+      product_tile<1, Q>(from, row_step, column_step, columns, x, pitch, b, relu, g, to);
+  }
+}
+
+template <int NV>
+static void product(const float* w, int64_t row_step, int64_t column_step, int64_t rows,
+                    int64_t columns, const float* x, const float* bias, bool relu,
+                    const float* gate, float* y, int threads) {
+  constexpr int64_t P = NV * L;
+  for (int v = 0; v + 4 <= NV; v += 4)
+    product_strip<4>(w, row_step, column_step, rows, columns, x + v * L, P, bias, relu,
+                     gate ? gate + v * L : nullptr, y + v * L, threads);
+  if constexpr (NV % 4 != 0) {
+    constexpr int v = NV / 4 * 4;
+    product_strip<NV % 4>(w, row_step, column_step, rows, columns, x + v * L, P, bias, relu,
+                          gate ? gate + v * L : nullptr, y + v * L, threads);
+  }
+}
+
+// The same over the non-zeros of each row: those from start[r] to start[r + 1], in columns `column`,
+// with the values value[place[k]] (value[k] without places).
+template <int NV>
+static void sparse_product(const int32_t* start, const int32_t* column, const int32_t* place,
+                           const float* value, int64_t rows, const float* x, const float* bias,
+                           bool relu, const float* gate, float* y, int threads) {
+  constexpr int64_t P = NV * L;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t r = 0; r < rows; ++r) {
+    V sum[NV];
+    unroll<NV>([&](auto v) SPARSE_INLINE { sum[v] = bias ? broadcast(bias[r]) : V{}; });
+    for (int32_t k = start[r]; k < start[r + 1]; ++k) {
+      const V factor = broadcast(value[place ? place[k] : k]);
+      const float* in = x + column[k] * P;
+      unroll<NV>([&](auto v) SPARSE_INLINE { sum[v] += factor * load(in + v * L); });
+    }
+    unroll<NV>([&](auto v) SPARSE_INLINE {
+      V s = sum[v];
+      if (relu) s = s < 0.0f ? V{} : s;
+      if (gate) s = load(gate + r * P + v * L) > 0.0f ? s : V{};
+      store(y + r * P + v * L, s);
+    });
+  }
+}
+
+// Moves w and m by the gradient g; the vectors are those of one place.
+template <class T>
+static inline SPARSE_INLINE void sgd(const Sgd& s, T& w, T& m, T g) {
+  g += s.weight_decay * w;
+  m = s.momentum * m + g;
+  w -= s.lr * (s.nesterov ? g + s.momentum * m : m);
+}
+
+// What happens to each vector of a dense weight gradient: `n` floats (16 or fewer) at place `at`.
+struct Update {
+  const PerceptronLayer& layer;
+  const Sgd& rule;
+  int32_t track;
+  bool learn;  // a dense layer: its weights move; otherwise only momentum is gathered
+
+  SPARSE_INLINE void whole(int64_t at, V g) const {
+    if (layer.gradient) store(layer.gradient + at, g);
+    if (learn) {
+      V w = load(layer.weight + at), m = load(layer.momentum + at);
+      sgd(rule, w, m, g);
+      if (layer.multiplier) w *= load(layer.multiplier + at);
+      store(layer.weight + at, w);
+      store(layer.momentum + at, m);
+    } else if (track != kTrackNothing) {
+      store(layer.momentum + at,
+            track == kTrackFirst ? g : rule.momentum * load(layer.momentum + at) + g);
+    }
+  }
+
+  void part(int64_t at, const float* g, int64_t n) const {
+    for (int64_t k = 0; k < n; ++k) {
+      if (layer.gradient) layer.gradient[at + k] = g[k];
+      float &w = layer.weight[at + k], &m = layer.momentum[at + k];
+      if (learn) {
+        sgd(rule, w, m, g[k]);
+        if (layer.multiplier) w *= layer.multiplier[at + k];
+      } else if (track != kTrackNothing) {
+        m = track == kTrackFirst ? g[k] : rule.momentum * m + g[k];
+      }
+    }
+  }
+};
+
+// The weight gradient of R rows and Q vectors of columns: sum over samples of delta[r][n] x[n][c],
+// handed to `update`.  delta: [rows, pitch]; x: [samples, width], zero beyond the last column.
+template <int R, int Q>
+static inline void gradient_tile(const float* delta, int64_t pitch, const float* x, int64_t width,
+                                 int64_t samples, int64_t columns, int64_t r0, int64_t c0,
+                                 const Update& update) {
+  V sum[R * Q];
+  unroll<R * Q>([&](auto k) SPARSE_INLINE { sum[k] = V{}; });
+  for (int64_t n = 0; n < samples; ++n) {
+    V in[Q];
+    unroll<Q>([&](auto q) SPARSE_INLINE { in[q] = load(x + n * width + c0 + q * L); });
+    unroll<R>([&](auto r) SPARSE_INLINE {
+      const V factor = broadcast(delta[(r0 + r) * pitch + n]);
+      unroll<Q>([&](auto q) SPARSE_INLINE { sum[r * Q + q] += factor * in[q]; });
+    });
+  }
+  unroll<R * Q>([&](auto k) SPARSE_INLINE {
+    const int64_t c = c0 + (k % Q) * L, at = (r0 + k / Q) * columns + c;
+    const int64_t left = columns - c;
+    if (left >= L) {
+      update.whole(at, sum[k]);
+    } else if (left > 0) {
+      float g[L];
+      store(g, sum[k]);
+      update.part(at, g, left);
+    }
+  });
+}
+
+template <int Q>
+static inline void gradient_columns(const float* delta, int64_t pitch, const float* x, int64_t width,
+                                    int64_t samples, int64_t rows, int64_t columns, int64_t c0,
+                                    const Update& update) {
+  constexpr int R = 24 / Q;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R)
+    gradient_tile<R, Q>(delta, pitch, x, width, samples, columns, r, c0, update);
+  for (; r < rows; ++r)
+    gradient_tile<1, Q>(delta, pitch, x, width, samples, columns, r, c0, update);
+}
+
+static inline void dense_gradient(const float* delta, int64_t pitch, const float* x, int64_t width,
+                                  int64_t samples, int64_t rows, int64_t columns,
+                                  const Update& update, int threads) {
+  constexpr int Q = 4;  // 64 columns of all samples stay in the first-level cache
+  const int64_t strips = ceil_div(width, Q * L);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t c0 = s * Q * L;
+    switch (std::min<int64_t>(Q, (width - c0) / L)) {
+      case 4: gradient_columns<4>(delta, pitch, x, width, samples, rows, columns, c0, update); break;
+      case 3: gradient_columns<3>(delta, pitch, x, width, samples, rows, columns, c0, update); break;
+      case 2: gradient_columns<2>(delta, pitch, x, width, samples, rows, columns, c0, update); break;
+      default: gradient_columns<1>(delta, pitch, x, width, samples, rows, columns, c0, update);
+    }
+  }
+}
+
+// The gradient at the non-zeros, and their step; delta [out, P] and x [in, P].
+template <int NV>
+static void sparse_gradient(const PerceptronLayer& layer, const Sgd& rule, const float* delta,
+                            const float* x, int threads) {
+  constexpr int64_t P = NV * L;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t r = 0; r < layer.out; ++r) {
+    V d[NV];
+    unroll<NV>([&](auto v) SPARSE_INLINE { d[v] = load(delta + r * P + v * L); });
+    const int32_t end = layer.row_start[r + 1];
+    for (int32_t first = layer.row_start[r]; first < end; first += L) {
+      alignas(64) float lines[L * L];
+      const int32_t count = std::min<int32_t>(L, end - first);
+      for (int32_t k = 0; k < L; ++k) {
+        V s{}, t{};
+        if (k < count) {
+          const float* in = x + layer.column[first + k] * P;
+          unroll<NV>([&](auto v) SPARSE_INLINE { (v % 2 ? s : t) += d[v] * load(in + v * L); });
+        }
+        store(lines + k * L, s + t);
+      }
+      const V g = sum16(lines);
+      float *const value = layer.value + first, *const momentum = layer.value_momentum + first;
+      if (count == L) {
+        V w = load(value), m = load(momentum);
+        sgd(rule, w, m, g);
+        store(value, w), store(momentum, m);
+      } else {
+        for (int32_t k = 0; k < count; ++k) sgd(rule, value[k], momentum[k], float(g[k]));
+      }
+    }
+  }
+}
+
+// [rows, P] to [samples, width] (width: `rows` padded to whole vectors, zeros there) or back.
+static inline void transpose(const float* from, int64_t from_pitch, float* to, int64_t to_pitch,
+                             int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r += L)
+    for (int64_t c = 0; c < columns; c += L) {
+      V v[16];
+      for (int64_t k = 0; k < L; ++k) v[k] = r + k < rows ? load(from + (r + k) * from_pitch + c) : V{};
+      transpose16(v);
+      for (int64_t k = 0; k < L; ++k) store(to + (c + k) * to_pitch + r, v[k]);
+    }
+}
+
+// Softmax cross-entropy of logits [classes, pitch]: the mean loss; in place of the logits their
+// gradient, zero beyond the last sample.
+static inline double cross_entropy(float* logits, int64_t pitch, int64_t classes, int64_t samples,
+                                   const int64_t* labels) {
+  double total = 0;
+  const float scale = 1.0f / float(samples);
+  for (int64_t n = 0; n < pitch; ++n) {
+    float* const z = logits + n;
+    if (n >= samples) {
+      for (int64_t c = 0; c < classes; ++c) z[c * pitch] = 0.0f;
+      continue;
+    }
+    float top = z[0];
+    for (int64_t c = 1; c < classes; ++c) top = std::max(top, z[c * pitch]);
+    const float right = z[labels[n] * pitch] - top;
+    float sum = 0;
+    for (int64_t c = 0; c < classes; ++c) sum += z[c * pitch] = std::exp(z[c * pitch] - top);
+    total += std::log(double(sum)) - double(right);
+    for (int64_t c = 0; c < classes; ++c) z[c * pitch] *= scale / sum;
+    z[labels[n] * pitch] -= scale;
+  }
+  return total / double(samples);
+}
+
+// Activations of one mini-batch of at most 128 samples.
+template <int NV>
+struct Perceptron {
+  static constexpr int64_t P = NV * L;
+  const PerceptronLayer* layers;
+  int64_t depth, samples;
+  int threads;
+  std::vector<float*> act, delta;  // [width, P] each
+  float *natural, *other;          // [P, width padded]
+
+  Perceptron(const PerceptronLayer* layers, int64_t depth, int64_t samples, int threads)
+      : layers(layers), depth(depth), samples(samples), threads(threads) {
+    int64_t widest = 0, size = 0;
+    for (int64_t k = 0; k <= depth; ++k) {
+      const int64_t width = aligned(k ? layers[k - 1].out : layers[0].in);
+      widest = std::max(widest, width);
+      size += 2 * width * P;
+    }
+    float* at = workspace(size + 2 * widest * P);
+    for (int64_t k = 0; k <= depth; ++k) {
+      const int64_t width = aligned(k ? layers[k - 1].out : layers[0].in);
+      act.push_back(at), delta.push_back(at + width * P);
+      at += 2 * width * P;
+    }
+    natural = at, other = at + widest * P;
+  }
+
+  // Rows of x [images, in] named by `index` (0, 1, ... when null) become `natural` and act[0].
+  void read(const float* x, const int64_t* index) {
+    const int64_t in = layers[0].in, width = aligned(in);
+    for (int64_t n = 0; n < P; ++n) {
+      float* const row = natural + n * width;
+      if (n < samples) std::memcpy(row, x + (index ? index[n] : n) * in, in * sizeof(float));
+      std::fill(row + (n < samples ? in : 0), row + width, 0.0f);
+    }
+    transpose(natural, width, act[0], P, P, width);
+  }
+
+  void forward() {
+    for (int64_t k = 0; k < depth; ++k) {
+      const PerceptronLayer& f = layers[k];
+      const bool relu = k + 1 < depth;
+      if (f.nonzeros >= 0)
+        sparse_product<NV>(f.row_start, f.column, nullptr, f.value, f.out, act[k], f.bias, relu,
+                           nullptr, act[k + 1], threads);
+      else
+        product<NV>(f.weight, f.in, 1, f.out, f.in, act[k], f.bias, relu, nullptr, act[k + 1],
+                    threads);
+    }
+  }
+
+  void backward(const Sgd& rule, int32_t track) {
+    for (int64_t k = depth - 1; k >= 0; --k) {
+      const PerceptronLayer& f = layers[k];
+      const bool sparse = f.nonzeros >= 0;
+      float* const d = k + 1 == depth ? act[depth] : delta[k + 1];
+      if (k > 0) {  // with the weights from before the step
+        if (sparse)
+          sparse_product<NV>(f.column_start, f.row, f.place, f.value, f.in, d, nullptr, false, act[k],
+                             delta[k], threads);
+        else
+          product<NV>(f.weight, 1, f.in, f.in, f.out, d, nullptr, false, act[k], delta[k], threads);
+      }
+      if (!sparse || track != kTrackNothing || f.gradient) {
+        const int64_t width = aligned(f.in);
+        const float* x = natural;
+        if (k > 0) {
+          transpose(act[k], P, other, width, f.in, P);
+          x = other;
+        }
+        dense_gradient(d, P, x, width, samples, f.out, f.in, Update{f, rule, track, !sparse}, threads);
+      }
+      if (sparse) sparse_gradient<NV>(f, rule, d, act[k], threads);
+      for (int64_t r = 0; r < f.out; ++r) {
+        V s{};
+        unroll<NV>([&](auto v) SPARSE_INLINE { s += load(d + r * P + v * L); });
+        sgd(rule, f.bias[r], f.bias_momentum[r], float(lane_sum(s)));
+      }
+    }
+  }
+};
+
+template <class F>
+static void with_vectors(int64_t samples, F&& f) {
+  switch (ceil_div(samples, L)) {
+    case 1: f(std::integral_constant<int, 1>()); break;
+    case 2: f(std::integral_constant<int, 2>()); break;
+    case 3: f(std::integral_constant<int, 3>()); break;
+    case 4: f(std::integral_constant<int, 4>()); break;
+    case 5: f(std::integral_constant<int, 5>()); break;
+    case 6: f(std::integral_constant<int, 6>()); break;
+    case 7: f(std::integral_constant<int, 7>()); break;
+    case 8: f(std::integral_constant<int, 8>()); break;
+    default: throw std::invalid_argument("a mini-batch has 1 to 128 samples");
+  }
+}
+
+}  // namespace detail
+
+// One step on the images `index` [samples] of x [images, in]; labels [images].  The mean loss from
+// before the step.
+static inline double perceptron_step(const PerceptronLayer* layers, int64_t depth, const float* x,
+                                     const int64_t* labels, const int64_t* index, int64_t samples,
+                                     const Sgd& rule, int32_t track, int threads) {
+  double loss = 0;
+  detail::with_vectors(samples, [&](auto vectors) {
+    detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
+    int64_t own[8 * L];
+    for (int64_t n = 0; n < samples; ++n) own[n] = labels[index[n]];
+    net.read(x, index);
+    net.forward();
+    loss = detail::cross_entropy(net.act[depth], net.P, layers[depth - 1].out, samples, own);
+    net.backward(rule, track);
+  });
+  return loss;
+}
+
+// Number of wrong answers (the first largest logit counts) over `images` rows of x.
+static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t depth, const float* x,
+                                       const int64_t* labels, int64_t images, int threads) {
+  int64_t wrong = 0;
+  for (int64_t done = 0; done < images; done += 8 * L) {
+    const int64_t samples = std::min<int64_t>(8 * L, images - done);
+    detail::with_vectors(samples, [&](auto vectors) {
+      detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
+      net.read(x + done * layers[0].in, nullptr);
+      net.forward();
+      for (int64_t n = 0; n < samples; ++n) {
+        int64_t best = 0;
+        for (int64_t c = 1; c < layers[depth - 1].out; ++c)
+          if (net.act[depth][c * net.P + n] > net.act[depth][best * net.P + n]) best = c;
+        wrong += best != labels[done + n];
+      }
+    });
+  }
+  return wrong;
+}
+
+}  // namespace sparse

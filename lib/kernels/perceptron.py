@@ -1,0 +1,260 @@
+"""Trains a perceptron by the kernels of perceptron.hpp: a mini-batch is one call.
+
+The model's parameters and the optimizer's momentum buffers stay where torch keeps them. What a
+sparse layer holds instead, the values of its non-zeros and their momentum, is written back by
+`sync()`, after which Masking, checkpoints and measurements see what they always see.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.masking import Masking
+
+from .library import check, require
+
+# Sparse layers cost their non-zeros, dense ones all weights at several times the speed. Above this
+# density a dense layer is the faster one (2 cores with AVX-512, LeNet-300-100, `make bench`).
+SPARSE_BELOW = 0.3
+MAX_SAMPLES = 128
+
+
+class Track(enum.IntEnum):
+    """Whether a step gathers the gradients of inactive weights in their momentum: not at all,
+    in addition to what is there, or from zero.
+    """
+
+    NOTHING = 0
+    MORE = 1
+    FIRST = 2
+
+
+class _Layer(ctypes.Structure):
+    """PerceptronLayer of perceptron.hpp."""
+
+    _fields_ = [
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("momentum", ctypes.c_void_p),
+        ("multiplier", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("bias_momentum", ctypes.c_void_p),
+        ("nonzeros", ctypes.c_int64),
+        ("row_start", ctypes.c_void_p),
+        ("column", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("value_momentum", ctypes.c_void_p),
+        ("column_start", ctypes.c_void_p),
+        ("row", ctypes.c_void_p),
+        ("place", ctypes.c_void_p),
+    ]
+
+
+class _Sparse:
+    """The non-zeros of one layer by row and by column; `mask` is bool [out, in]."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.index = mask.reshape(-1).nonzero().squeeze(1)  # [nnz], places in the flat weight
+        row, column = self.index // mask.shape[1], self.index % mask.shape[1]
+        order = torch.argsort(column, stable=True)
+        self.row_start = _starts(mask.sum(1))
+        self.column = column.to(torch.int32)
+        self.column_start = _starts(mask.sum(0))
+        self.row = row[order].to(torch.int32)
+        self.place = order.to(torch.int32)
+        self.value = torch.zeros(len(self.index))
+        self.value_momentum = torch.zeros(len(self.index))
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+
+
+def perceptron_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
+    """Names and linear layers of a chain Linear, ReLU, Linear, ... in float32 on the CPU; None for
+    any other model.
+    """
+    children = list(model.named_children())
+    linear = [(name, m) for name, m in children if isinstance(m, nn.Linear)]
+    chain = all(isinstance(m, (nn.Linear, nn.ReLU)[i % 2]) for i, (_, m) in enumerate(children))
+    if not isinstance(model, nn.Sequential) or not linear or not chain or len(children) % 2 == 0:
+        return None
+    plain = all(
+        p is not None and p.dtype == torch.float32 and p.device.type == "cpu"
+        for _, m in linear
+        for p in (m.weight, m.bias)
+    )
+    return linear if plain else None
+
+
+class PerceptronTrainer:
+    """One model in training.
+
+    Args:
+        model: for which `perceptron_layers` finds layers.
+        optimizer: SGD with momentum above 0 over all parameters, one group, no dampening.
+        masking: of the two; layers it does not mask are dense.
+        sparse_below: density under which a masked layer is computed over its non-zeros only
+            (SPARSE_BELOW); 0 for masks that the caller applies after each step.
+
+    Raises:
+        ValueError: another kind of model or optimizer.
+        KernelsUnavailable: the kernels cannot be built here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        masking: Masking,
+        *,
+        sparse_below: float | None = None,
+    ) -> None:
+        self._library = require()
+        layers = perceptron_layers(model)
+        if layers is None:
+            raise ValueError(f"{type(model).__name__} is no chain of linear layers with ReLU")
+        (group,) = optimizer.param_groups
+        if not isinstance(optimizer, torch.optim.SGD) or group["dampening"] or group["maximize"]:
+            raise ValueError("the perceptron's kernels know SGD without dampening, minimising")
+        if group["momentum"] <= 0:
+            raise ValueError(f"momentum must be above 0, got {group['momentum']}")
+        self._named, self._optimizer, self._masking = layers, optimizer, masking
+        self._sparse_below = SPARSE_BELOW if sparse_below is None else sparse_below
+        self._layers = (_Layer * len(layers))()
+        self._sparse: dict[str, _Sparse] = {}
+        self._held: list[Any] = []
+        self._gradients = False
+        self.reload()
+
+    def reload(self) -> None:
+        """Take masks, weights and momentum as they are in the model, the Masking, the optimizer."""
+        self._held, self._sparse, self._gradients = [], {}, False
+        for layer, (name, module) in zip(self._layers, self._named, strict=True):
+            path = f"{name}.weight"
+            mask = self._masking.masks.get(path)
+            layer.outputs, layer.inputs = module.weight.shape
+            layer.weight, layer.momentum = self._pointers(module.weight)
+            layer.bias, layer.bias_momentum = self._pointers(module.bias)
+            layer.multiplier = layer.gradient = None
+            layer.nonzeros = -1
+            if mask is None or not self._sparse_below:
+                continue
+            if int(mask.sum()) >= self._sparse_below * mask.numel():
+                layer.multiplier = self._hold(mask.to(torch.float32))
+                continue
+            sparse = self._sparse[path] = _Sparse(mask)
+            layer.nonzeros = len(sparse.index)
+            for field in (
+                "row_start",
+                "column",
+                "value",
+                "value_momentum",
+                "column_start",
+                "row",
+                "place",
+            ):
+                setattr(layer, field, getattr(sparse, field).data_ptr())
+            sparse.value.copy_(module.weight.detach().view(-1)[sparse.index])
+            sparse.value_momentum.copy_(self._momentum(module.weight).view(-1)[sparse.index])
+
+    def sync(self) -> None:
+        """Write weights and momentum of the sparse layers to the model and the optimizer."""
+        modules = dict(self._named)
+        for path, sparse in self._sparse.items():
+            weight = modules[path.removesuffix(".weight")].weight
+            weight.detach().view(-1)[sparse.index] = sparse.value
+            self._momentum(weight).view(-1)[sparse.index] = sparse.value_momentum
+
+    def step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        *,
+        track: Track = Track.NOTHING,
+        gradients: bool = False,
+    ) -> float:
+        """One mini-batch: forward, loss, backward, SGD at the optimizer's settings.
+
+        Args:
+            images: float32 [images, ...], contiguous; labels: int64 [images].
+            index: int64 [B], 1 to 128 of the images.
+            track: what becomes of the momentum of inactive weights in sparse layers.
+            gradients: leave the dense gradient of the loss in `weight.grad` of masked layers.
+
+        Returns:
+            The mini-batch's mean loss, before the step.
+
+        Raises:
+            RuntimeError: a mini-batch of another size.
+        """
+        if gradients != self._gradients:
+            self._provide_gradients(gradients)
+        (group,), loss = self._optimizer.param_groups, ctypes.c_double()
+        check(
+            self._library.perceptron_step(
+                self._layers,
+                len(self._layers),
+                images.data_ptr(),
+                labels.data_ptr(),
+                index.data_ptr(),
+                len(index),
+                group["lr"],
+                group["momentum"],
+                group["weight_decay"],
+                group["nesterov"],
+                track,
+                torch.get_num_threads(),
+                ctypes.byref(loss),
+            )
+        )
+        return loss.value
+
+    def wrong(self, images: Tensor, labels: Tensor) -> int:
+        """How many of the images [N, ...] get another class than their label [N]."""
+        wrong = ctypes.c_int64()
+        check(
+            self._library.perceptron_wrong(
+                self._layers,
+                len(self._layers),
+                images.data_ptr(),
+                labels.data_ptr(),
+                len(labels),
+                torch.get_num_threads(),
+                ctypes.byref(wrong),
+            )
+        )
+        return wrong.value
+
+    # ---- inside ----
+
+    def _provide_gradients(self, wanted: bool) -> None:
+        for layer, (name, module) in zip(self._layers, self._named, strict=True):
+            layer.gradient = None
+            if wanted and f"{name}.weight" in self._masking.masks:
+                module.weight.grad = torch.empty_like(module.weight)
+                layer.gradient = module.weight.grad.data_ptr()
+        self._gradients = wanted
+
+    def _pointers(self, parameter: Tensor) -> tuple[int, int]:
+        if not parameter.is_contiguous():
+            raise ValueError("the perceptron's kernels take contiguous parameters")
+        return parameter.data_ptr(), self._momentum(parameter).data_ptr()
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self._optimizer.state[parameter]
+        if state.get("momentum_buffer") is None:  # zeros: torch's first buffer is 0.9 * 0 + g too
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+    def _hold(self, tensor: Tensor) -> int:
+        self._held.append(tensor)
+        return tensor.data_ptr()
