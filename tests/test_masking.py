@@ -727,7 +727,8 @@ def test_deepr_wakes_uniformly():
         kept.rule_state = {
             f"sign/{n}": torch.ones_like(m, dtype=torch.int8) for n, m in kept.masks.items()
         }
-        baselines._wake(kept, 6)
+        nothing = torch.empty(0, dtype=torch.int64)
+        baselines._wake(kept, 6, [nothing, nothing])
         flat = torch.cat([m.reshape(-1) for m in kept.masks.values()])
         assert int(flat.sum()) == 6
         counts += flat
