@@ -34,14 +34,17 @@ from lib.kernels import (
     dense_window,
     perceptron_layers,
     sparse_network,
+    step_cost,
 )
 from lib.masking import EVERY_STEP, DivergenceError, LayerReport, Masking
 from lib.models import build_model, layer_flops, small_dense_scale
 from lib.speedups import observe_speedups
 
 EVALUATION_BATCH = 1000
-# Convolutional networks up to this density go through the sparse kernels where those are faster.
-SPARSE_NETWORK_UP_TO = 0.2
+# Convolutional networks up to this density go through the sparse kernels where those are faster,
+# unless training is so short that finding out would cost more than it gains.
+SPARSE_NETWORK_UP_TO = 0.5
+WORTH_CALIBRATING_STEPS = 1_000
 
 
 class Interrupted(Exception):
@@ -171,6 +174,8 @@ class TrainingLoop:
             ),
             generator=stream(run, "init"),
         ).to(self.device)
+        self.steps_per_epoch = math.ceil(len(self.data.train_y) / run.batch_size)
+        self.total_steps = run.epochs * self.steps_per_epoch
         # Convolutions run faster with channels last (`make bench`); DeepR and the sparse kernels
         # index flat weights.
         kernels = self._kernels()
@@ -190,8 +195,6 @@ class TrainingLoop:
             weight_decay=run.weight_decay,
             fused=True,
         )
-        self.steps_per_epoch = math.ceil(len(self.data.train_y) / run.batch_size)
-        self.total_steps = run.epochs * self.steps_per_epoch
         self.masking = Masking(
             self.model,
             self.optimizer,
@@ -402,8 +405,23 @@ class TrainingLoop:
             known = run.batch_size <= MAX_SAMPLES and run.momentum > 0 and not run.label_smoothing
             known = known and not (run.augment and self.data.augment is not None)
             return "perceptron" if known else "torch"
-        sparse = run.method not in UNMASKED and run.method not in EVERY_STEP
-        return "sparse" if sparse and run.density <= SPARSE_NETWORK_UP_TO else "torch"
+        return "sparse" if self._sparse_pays() else "torch"
+
+    def _sparse_pays(self) -> bool:
+        """Whether a convolutional network trains faster by the sparse kernels, as measured here."""
+        run = self.run
+        if (
+            run.method in (*UNMASKED, *EVERY_STEP)
+            or run.density > SPARSE_NETWORK_UP_TO
+            or run.dataset == "imagenet"  # its images are read as they come
+            or self.total_steps < WORTH_CALIBRATING_STEPS
+        ):
+            return False
+        what = f"step model={run.model} density={run.density:g} batch={run.batch_size}"
+        cost = step_cost(what, self.model, run.density, self.data.train_x[: run.batch_size])
+        period = run.update_every_steps or self.steps_per_epoch
+        share = 0.0 if run.prune == "none" else min(1.0, self._window() / period)
+        return cost.sparse_is_faster(share)
 
     def _torch_step(self, index: Tensor) -> Tensor:
         images, labels = self._batch(index)

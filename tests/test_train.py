@@ -19,6 +19,7 @@ from lib import data as datasets
 from lib import results, runner
 from lib import train as training
 from lib.config import Run
+from lib.kernels import StepCost
 from lib.masking import Masking
 from lib.models import build_model
 from lib.train import Interrupted, TrainingLoop, stream, train
@@ -198,6 +199,44 @@ def test_dropout_and_augmentation_resume_identically(cifar, tmp_path):
     assert whole.outcome().test_error_pct == parts.outcome().test_error_pct
     assert not same(whole, trained(replace(run, dropout=0.0), cifar))
     assert not same(whole, trained(replace(run, augment=False), cifar))
+
+
+def test_convolutions_go_through_the_sparse_kernels_where_that_pays(cifar, tmp_path, monkeypatch):
+    """The masks are torch's as long as only rounding differs; a resumed run has the same bits."""
+    run = Run(
+        dataset="cifar10",
+        model="wrn-10-1",
+        epochs=2,
+        batch_size=32,
+        train_samples=256,
+        dropout=0.0,
+        update_every_steps=4,
+        dense_window_steps=3,
+        prune_rate=0.5,
+    )
+    assert TrainingLoop(run, cifar).sparse is None  # too short a training to find out
+    costs = {True: StepCost(1.0, 0.5, 0.8), False: StepCost(1.0, 0.5, 3.0)}
+    monkeypatch.setattr(training, "WORTH_CALIBRATING_STEPS", 0)
+    monkeypatch.setattr(training, "step_cost", lambda *_: costs[False])
+    assert TrainingLoop(run, cifar).sparse is None
+    assert TrainingLoop(run.overridden(method="snip"), cifar).sparse is not None  # without a window
+    monkeypatch.setattr(training, "step_cost", lambda *_: costs[True])
+    assert TrainingLoop(replace(run, kernels="torch"), cifar).sparse is None
+    assert TrainingLoop(run.overridden(method="dense"), cifar).sparse is None
+
+    whole = trained(run, cifar)
+    assert whole.outcome().kernels == "sparse"
+    assert same(whole, interrupted(run, cifar, tmp_path / "a.pt", every=3))
+    plain = trained(replace(run, kernels="torch", epochs=1), cifar)
+    short = trained(replace(run, epochs=1), cifar)
+    loss = plain.state.curves[0]["train_loss"]
+    assert short.state.curves[0]["train_loss"] == pytest.approx(loss, rel=1e-3)
+    moved = [(a ^ b).sum() for a, b in zip(bits(plain)[-9:], bits(short)[-9:], strict=True)]
+    assert sum(map(int, moved)) <= 0.01 * sum(plain.masking.active().values())
+    assert (
+        whole.outcome().train_flops_rel
+        < trained(replace(run, kernels="torch"), cifar).outcome().train_flops_rel
+    )
 
 
 @pytest.mark.parametrize("every", [1, 7, 20, 21])

@@ -1,7 +1,7 @@
 """Sparse training on the CPU: convolutions over the non-zero weights only (see sparse.hpp)."""
 
 from .library import available, keep_freed_memory, require
-from .network import SparseNetwork, dense_window, sparse_network
+from .network import SparseNetwork, StepCost, dense_window, sparse_network, step_cost
 from .ops import (
     LANES,
     Pattern,
@@ -22,6 +22,7 @@ __all__ = [
     "Pattern",
     "PerceptronTrainer",
     "SparseNetwork",
+    "StepCost",
     "Track",
     "available",
     "batch_norm",
@@ -36,5 +37,6 @@ __all__ = [
     "perceptron_layers",
     "require",
     "sparse_network",
+    "step_cost",
     "to_blocked",
 ]

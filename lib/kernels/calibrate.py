@@ -1,4 +1,4 @@
-"""Measures once per machine from which density on a layer is faster dense; kept in the cache."""
+"""Measures once per machine what is faster dense and what sparse; kept in the cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -57,9 +58,7 @@ def _line(few: int, few_seconds: float, many: int, many_seconds: float) -> tuple
 
 def measure(layer: bench.Layer, batch: int, seconds: float = 0.2) -> Cost:
     """Times the layer dense and at two densities; takes about `seconds` for each."""
-    # Also when the first batch is one of an evaluation, and without draws from the caller's stream.
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        rows = bench.bench_layers([layer], DENSITIES, batch=batch, seconds=seconds, rounds=2)
+    rows = bench.bench_layers([layer], DENSITIES, batch=batch, seconds=seconds, rounds=2)
     weights = layer.in_channels * layer.out_channels * layer.kernel**2
     few, many = (round(r.density * weights) for r in rows)
     forward = _line(few, rows[0].forward_ms / 1e3, many, rows[1].forward_ms / 1e3)
@@ -75,7 +74,7 @@ def measure(layer: bench.Layer, batch: int, seconds: float = 0.2) -> Cost:
 
 
 @functools.cache
-def _memory() -> dict[str, Cost]:
+def _memory() -> dict[str, dict]:
     return {}
 
 
@@ -103,26 +102,40 @@ def cost(layer: bench.Layer, batch: int) -> Cost:
     """
     batch = -(-batch // ops.LANES) * ops.LANES
     fields = [f"{k}={v}" for k, v in layer._asdict().items() if k not in ("name", "repeats")]
-    threads = torch.get_num_threads()
-    key = " ".join([*fields, f"batch={batch}", f"threads={threads}", f"torch={torch.__version__}"])
+    return Cost(
+        **kept(" ".join([*fields, f"batch={batch}"]), lambda: asdict(measure(layer, batch)))
+    )
+
+
+def kept(what: str, measure: Callable[[], dict]) -> dict:
+    """The measurement of this name on this machine with the current threads, taken if need be.
+
+    The first one counts for all processes: a run that is resumed must choose as it did before.
+    Nothing is drawn from the caller's random stream.
+
+    Raises:
+        RuntimeError: the file of measurements is damaged.
+    """
+    key = f"{what} threads={torch.get_num_threads()} torch={torch.__version__}"
     known = _memory()
     if key not in known:
-        stored = _read().get(key)
-        known[key] = Cost(**(stored or _write(key, measure(layer, batch))))
+        known[key] = _read().get(key) or {}
+    if not known[key]:
+        # Gradients also when the first batch is one of an evaluation.
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            value = measure()
+        known[key] = _write(key, value)
     return known[key]
 
 
-def _write(key: str, value: Cost) -> dict:
-    """Store a measurement unless another process was faster; what is stored now.
-
-    The first measurement counts for all: a run that is resumed must choose as it did before.
-    """
+def _write(key: str, value: dict) -> dict:
+    """Store a measurement unless another process was faster; what is stored now."""
     path = _path()
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         everything = _read()
-        everything.setdefault(key, asdict(value))
+        everything.setdefault(key, value)
         handle, name = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(everything, file, indent=1, sort_keys=True)
