@@ -227,8 +227,8 @@ def test_convolutions_go_through_the_sparse_kernels_where_that_pays(cifar, tmp_p
     whole = trained(run, cifar)
     assert whole.outcome().kernels == "sparse"
     assert same(whole, interrupted(run, cifar, tmp_path / "a.pt", every=3))
-    plain = trained(replace(run, kernels="torch", epochs=1), cifar)
-    short = trained(replace(run, epochs=1), cifar)
+    tracked = replace(run, epochs=1, dense_window_steps=4)
+    plain, short = trained(replace(tracked, kernels="torch"), cifar), trained(tracked, cifar)
     loss = plain.state.curves[0]["train_loss"]
     assert short.state.curves[0]["train_loss"] == pytest.approx(loss, rel=1e-3)
     moved = [(a ^ b).sum() for a, b in zip(bits(plain)[-9:], bits(short)[-9:], strict=True)]
