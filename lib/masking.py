@@ -11,7 +11,8 @@ weights are set back to zero (`Masking.step`); once per epoch (`Masking.update`)
 
 Source: Dettmers and Zettlemoyer 2019 (arXiv 1907.04840), section 3 and algorithm 1. Where the
 official code (commit e19ff16) leaves the paper, the docstrings below say which way this one goes.
-The rules of the other methods (SET, DSR, DeepR, RigL, SNIP) are in `lib/baselines.py`.
+The rules of the other methods (SET, DSR, DeepR, RigL, SNIP) are in `lib/baselines.py`, the other
+readings, to be asked for by name, in `lib/official.py`.
 """
 
 from __future__ import annotations
@@ -138,6 +139,12 @@ REDISTRIBUTION: Registry[RedistributionRule] = Registry("redistribution")
 GROWTH: Registry[GrowthRule] = Registry("growth")
 # Method name -> what it does after each mini-batch (DeepR re-wires there).
 EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
+# Option -> what takes the place of a part of the cycle where the option is on (lib/official.py):
+# of `share_out` and of `choose`.
+SHARE_OUT: dict[str, Callable[[Sequence[Layer], dict[str, Any]], list[int]]] = {}
+CHOOSE: dict[str, Callable[[Layer, GrowthRule, int], Tensor]] = {}
+# What `Masking(options={...})` knows.
+OPTIONS = {"l1", "temperature", "keep_regrown", "anneal_every_steps"}
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> Tensor:
@@ -330,6 +337,15 @@ def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> li
     return counts
 
 
+def share_out(layers: Sequence[Layer], state: dict[str, Any]) -> list[int]:
+    """How many weights each layer grows: as many as were pruned in all, by the layers' shares."""
+    return allocate(
+        total=sum(layer.pruned for layer in layers),
+        shares=[layer.share or 0.0 for layer in layers],
+        capacity=[layer.numel - layer.active + layer.pruned for layer in layers],
+    )
+
+
 def leave_no_layer_empty(counts: list[int], survivors: Sequence[int]) -> list[int]:
     """Move single weights so that no layer ends without one: an empty layer would cut the network
     and has no momentum to be measured by (the official code stops with an error there).
@@ -372,6 +388,14 @@ def grow_gradient(layer: Layer) -> Tensor:
 def grow_none(layer: Layer) -> Tensor:
     """For static masks, where nothing has to be grown."""
     return torch.zeros_like(layer.weight)
+
+
+def choose(layer: Layer, growth: GrowthRule, count: int) -> Tensor:
+    """Which weights grow (bool, the weight's shape): `count` inactive ones of the highest scores.
+
+    A weight that was pruned just now is a candidate.
+    """
+    return pick(growth(layer), ~layer.survivors, count) if count else torch.zeros_like(layer.mask)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,12 +455,13 @@ class Masking:
         density: share of the maskable weights that is active, in (0, 1].
         prune_rate: share of the active weights removed per update, in [0, 1].
         total_steps: mini-batches over which the prune rate is annealed; constant without it.
-        schedule: "cosine" or "linear", to zero at `total_steps`, evaluated per mini-batch.
+        schedule: "cosine" or "linear", to zero at `total_steps`, evaluated per mini-batch;
+            "cosine_floor": to 0.005, as the official code.
         method: a key of METHODS; `prune`, `redistribution`, `growth` override its rules by name.
         init: densities of the layers at the start: "uniform" (the paper's) or "erk".
         keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
         generator: random stream of the initial masks and of random growth (torch's own without).
-        options: numbers of single rules by name (see `lib/baselines.py`).
+        options: numbers of single rules by name (see `lib/baselines.py` and `lib/official.py`).
 
     Raises:
         ValueError: a value out of range, an unknown name, an optimizer without the momentum that
@@ -478,6 +503,13 @@ class Masking:
         self.growth = GROWTH[growth or named.growth]
         self.prune_rate, self.schedule, self.total_steps = prune_rate, schedule, total_steps
         self.options: dict[str, float] = dict(options or {})
+        for option in self.options:
+            if option not in OPTIONS:
+                raise ValueError(unknown("option", option, OPTIONS))
+        on = {name for name, value in self.options.items() if value}
+        self._share_out = next((SHARE_OUT[o] for o in SHARE_OUT if o in on), share_out)
+        self._choose = next((CHOOSE[o] for o in CHOOSE if o in on), choose)
+        self._keep_regrown = "keep_regrown" in on
         self.steps = 0
         self.rule_state: dict[str, Any] = {}
 
@@ -536,22 +568,15 @@ class Masking:
         if not self.redistribution.before_pruning:
             for layer, share in zip(layers, self._importance(layers), strict=True):
                 layer.share = share
-        counts = allocate(
-            total=sum(layer.pruned for layer in layers),
-            shares=[layer.share or 0.0 for layer in layers],
-            capacity=[layer.numel - left for layer, left in zip(layers, remaining, strict=True)],
-        )
-        counts = leave_no_layer_empty(counts, remaining)
+        counts = leave_no_layer_empty(self._share_out(layers, self.rule_state), remaining)
 
-        # 3. Grow. A weight pruned just now is a candidate; grown weights start at zero.
+        # 3. Grow. Grown weights start at zero.
         for layer, count in zip(layers, counts, strict=True):
-            grown = (
-                pick(self.growth.function(layer), ~layer.survivors, count)
-                if count
-                else torch.zeros_like(layer.mask)
-            )
-            self._masks[layer.name] = layer.survivors | grown
-            layer.parameter.data.mul_(layer.survivors)
+            grown = self._choose(layer, self.growth.function, count)
+            self._masks[layer.name] = mask = layer.survivors | grown
+            layer.parameter.data.mul_(mask if self._keep_regrown else layer.survivors)
+        if self._choose is not choose:  # may have chosen survivors
+            counts = [n - left for n, left in zip(self.active().values(), remaining, strict=True)]
         return [_report(layer, n) for layer, n in zip(layers, counts, strict=True)]
 
     @property
@@ -572,7 +597,12 @@ class Masking:
         """The prune rate now: annealed per mini-batch to zero at `total_steps`."""
         if self.total_steps is None:
             return self.prune_rate
-        return self.prune_rate * SCHEDULES[self.schedule](min(1.0, self.steps / self.total_steps))
+        steps, every = self.steps, int(self.options.get("anneal_every_steps", 0))
+        if every:  # the update at the end of such a period still has the rate of its beginning
+            steps = max(0, steps - 1) // every * every
+        floor = min(FLOORS.get(self.schedule, 0.0), self.prune_rate)
+        falling = SCHEDULES[self.schedule](min(1.0, steps / self.total_steps))
+        return floor + (self.prune_rate - floor) * falling
 
     @property
     def weights_total(self) -> int:
@@ -705,10 +735,13 @@ class Masking:
 
 SCHEDULES: dict[str | None, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "cosine_floor": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
     None: lambda done: 1.0,
 }
+
+FLOORS: dict[str | None, float] = {"cosine_floor": 0.005}  # the prune rate falls to it, not to 0
 
 
 def maskable_parameters(
@@ -782,4 +815,5 @@ def _check_rate(rate: float) -> None:
         raise ValueError(f"prune_rate must be in [0, 1], got {rate}")
 
 
-from lib import baselines  # noqa: E402, F401  (registers the other methods' rules)
+# Register the other methods' rules and the other readings.
+from lib import baselines, official  # noqa: E402, F401

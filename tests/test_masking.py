@@ -514,6 +514,7 @@ def test_redistribution_rules_by_hand():
     # Rate 0.4 removes 2 of 5 and 4 of 10: six weights to share out.
     grown = {
         "momentum": [5, 1],  # 3 : 1 is 4.5 : 1.5, a tie that the first layer wins
+        "momentum_after": [5, 1],
         "magnitude": [2, 4],  # mean 8 : 21
         "nonzeros": [2, 4],  # survivors 3 : 6
         "layer_size": [2, 4],  # 10 : 20
@@ -968,6 +969,7 @@ def test_a_new_rule_is_one_function_and_one_registration():
         ({"init": "erdos"}, "unknown init 'erdos'.*erk, uniform"),
         ({"keep_dense": "layer9.*"}, "unknown keep_dense name 'layer9"),
         ({"keep_dense": "*"}, "no weight is left to mask"),
+        ({"options": {"keep_regrow": 1.0}}, "unknown option 'keep_regrow'.*'keep_regrown'"),
         ({"density": 1e-9}, "density 1e-09 leaves 0.weight .108 weights. without"),
     ],
 )

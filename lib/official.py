@@ -1,0 +1,138 @@
+"""Other readings of sparse momentum: where the official code (commit e19ff16, in core.py and
+funcs.py) or the paper's words leave room for another algorithm than that of `lib/masking.py`.
+
+None of them is on by default. Each is a rule, a schedule or an option of its own, so that its
+effect can be measured alone (experiment `official_readings`):
+
+- redistribution "momentum_after": importance of the weights that survived pruning; the official
+  code measures before, as `lib/masking.py` does;
+- prune "magnitude_plain": no exception for nearly dense, important layers;
+- schedule "cosine_floor": the prune rate falls to 0.005, not to 0; option `anneal_every_steps`: it
+  falls once per so many mini-batches, after the update (in the pseudo-code once per epoch);
+- option `feedback`: the official code's arithmetic of regrowth, which steers the number of weights
+  back instead of keeping it;
+- option `keep_regrown`: a weight pruned and regrown in one update keeps its value; option
+  `grow_anywhere`: too few inactive weights with a momentum, and active ones are chosen again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.masking import (
+    CHOOSE,
+    OPTIONS,
+    PRUNE,
+    REDISTRIBUTION,
+    SHARE_OUT,
+    GrowthRule,
+    Layer,
+    mean_active,
+    pick,
+    prune_magnitude,
+    share_of,
+)
+
+# --------------------------------------------------------------------------------------------------
+# 1. Prune
+# --------------------------------------------------------------------------------------------------
+
+
+@PRUNE.register("magnitude_plain")
+def prune_magnitude_plain(
+    layers: Sequence[Layer], rate: float, state: dict[str, Any]
+) -> list[Tensor]:
+    """In each layer the ceil(rate * active) smallest |w| go, whatever its density."""
+    return [
+        layer.mask & ~pick(-layer.weight.abs(), layer.mask, share_of(rate, layer.active))
+        for layer in layers
+    ]
+
+
+@PRUNE.register("magnitude_before")
+def prune_magnitude_before(
+    layers: Sequence[Layer], rate: float, state: dict[str, Any]
+) -> list[Tensor]:
+    """As "magnitude", with the importance before pruning where redistribution measures after it.
+
+    The exception for nearly dense layers needs an importance before anything is pruned.
+    """
+    for layer in layers:
+        if not math.isnan(layer.momentum_share):
+            layer.share = layer.momentum_share
+    return prune_magnitude(layers, rate, state)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Redistribute
+# --------------------------------------------------------------------------------------------------
+
+
+@REDISTRIBUTION.register("momentum_after", needs="momentum")
+def redistribute_momentum_after(layer: Layer) -> Tensor:
+    """Mean |momentum| of the weights that survived pruning; 0 where none did."""
+    return mean_active(layer.momentum, layer.survivors).nan_to_num(0.0)
+
+
+MOST = 0.99  # of a layer's free positions that are filled
+PASSES = 1000
+
+
+def share_out_by_feedback(layers: Sequence[Layer], state: dict[str, Any]) -> list[int]:
+    """How many weights each layer grows in the official code; the sum is not the number pruned.
+
+    A layer asks for ceil(share * (pruned in all + correction)), takes at most 99 % of its free
+    positions, and what all layers could not take is handed out again in equal parts to all of them,
+    full ones included, until nothing is left over, at most 1000 times; the results are rounded
+    down. The correction steers the number of weights back to that of the first update:
+    correction <- correction / 4 + 3/4 deficit + mean of all deficits so far, where the deficit is
+    what was missing after an update. A correction beyond what was pruned grows nothing.
+    """
+    active = sum(layer.active for layer in layers)
+    if "feedback/budget" not in state:
+        state |= {"feedback/budget": active, "feedback/correction": 0.0}
+        state |= {"feedback/deficits": 0, "feedback/updates": 0}
+    else:
+        deficit = state["feedback/budget"] - active
+        state["feedback/deficits"] += deficit
+        state["feedback/updates"] += 1
+        mean = state["feedback/deficits"] / state["feedback/updates"]
+        state["feedback/correction"] = state["feedback/correction"] / 4 + 0.75 * deficit + mean
+    total = max(0.0, sum(layer.pruned for layer in layers) + state["feedback/correction"])
+    most = [MOST * (layer.numel - layer.active + layer.pruned) for layer in layers]
+    counts = [float(math.ceil((layer.share or 0.0) * total)) for layer in layers]
+    for _ in range(PASSES):
+        over = sum(max(0.0, n - m) for n, m in zip(counts, most, strict=True))
+        counts = [min(n, m) for n, m in zip(counts, most, strict=True)]
+        if over <= 0:
+            break
+        counts = [n + over / len(layers) for n in counts]
+    least = [int(layer.active == layer.pruned) for layer in layers]  # no layer is left empty
+    return [max(math.floor(min(n, m)), x) for n, m, x in zip(counts, most, least, strict=True)]
+
+
+SHARE_OUT["feedback"] = share_out_by_feedback
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Grow
+# --------------------------------------------------------------------------------------------------
+
+
+def choose_anywhere(layer: Layer, growth: GrowthRule, count: int) -> Tensor:
+    """The `count` highest scores of the whole layer, where those of active weights count as zero.
+
+    With fewer inactive weights of positive score than `count`, active ones can be among them, and
+    so many fewer weights grow. (Equal scores: the earlier position.)
+    """
+    scores = growth(layer).masked_fill(layer.survivors, 0.0)
+    return pick(scores, torch.ones_like(layer.mask), count)
+
+
+CHOOSE["grow_anywhere"] = choose_anywhere
+OPTIONS |= {*SHARE_OUT, *CHOOSE}
