@@ -188,6 +188,37 @@ def _sensitivity(
     )
 
 
+# Readings of the algorithm between which paper and official code leave a choice (lib/official.py),
+# "ours" first; each of the others departs from it in one thing. A reading is one block.
+_OURS: Block = {
+    "prune": "magnitude",
+    "redistribution": "momentum",
+    "schedule": "cosine",
+    "options": (),
+}
+READINGS: dict[str, Block] = {
+    "ours": _OURS,
+    "feedback": {**_OURS, "options": (("feedback", 1.0),)},
+    "regrown": {**_OURS, "options": (("keep_regrown", 1.0), ("grow_anywhere", 1.0))},
+    "floor": {**_OURS, "schedule": "cosine_floor"},
+    "official": {
+        **_OURS,
+        "schedule": "cosine_floor",
+        "options": (("feedback", 1.0), ("keep_regrown", 1.0), ("grow_anywhere", 1.0)),
+    },
+    "per_epoch": {**_OURS, "options": (("anneal_every_steps", 540.0),)},
+    "after": {**_OURS, "redistribution": "momentum_after", "prune": "magnitude_before"},
+    "plain": {**_OURS, "prune": "magnitude_plain"},
+    "layer_size": {**_OURS, "redistribution": "layer_size"},
+}
+
+
+def _readings(scale: Block, seeds: int, densities: list[float]) -> tuple[Block, ...]:
+    return tuple(
+        {**scale, **reading, "density": densities, "seeds": seeds} for reading in READINGS.values()
+    )
+
+
 @dataclass(frozen=True)
 class KeptDense:
     """The layers that the official code of July 2019 left dense by accident, and their size."""
@@ -349,6 +380,17 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_rules({**_CIFAR["paper"], "model": "vgg16-d", "density": 0.05}, 10, _ALL_RULES),
                 *_rules({**_CIFAR["paper"], "model": "wrn-28-2", "density": 0.1}, 10, _ALL_RULES),
             ),
+        },
+    ),
+    # Five seeds at the paper's scale, those of the curve that come first. (540 steps are an epoch;
+    # the only update of `smoke` comes before the first decay in any case.)
+    "official_readings": Experiment(
+        title="Does the official code's reading of the algorithm explain a difference?",
+        notebook="02_ablations",
+        blocks={
+            "smoke": _readings(_MNIST["smoke"], 2, [0.05]),
+            "quick": _readings(_MNIST["quick"], 3, [0.01, 0.02, 0.05]),
+            "paper": _readings({}, 5, [0.01, 0.02, 0.05]),
         },
     ),
     # MLPs have no normalisation: at 5 % four hidden layers stay at chance in the quick profile, at

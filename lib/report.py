@@ -77,6 +77,9 @@ QUESTIONS = {
     "does it change to leave the first and the downsampling convolutions dense?",
     "ablations": "Which part of sparse momentum does the work: redistribution by momentum, growth "
     "by momentum, or neither?",
+    "official_readings": "In places the official code departs from the paper, or its words leave a "
+    "choice. Which reading moves the error of LeNet-300-100, and does one explain where our error "
+    "differs from the published one?",
     "depth_scaling": "The paper says that both parts matter more the deeper and larger the network "
     "is, and prints no numbers. Do they, in families of networks that differ in one thing only?",
     "sensitivity": "How much does the error depend on the prune rate, its schedule and the "
