@@ -33,6 +33,10 @@ def run(options: argparse.Namespace) -> None:
     """Train what is missing of some experiments, or of all: the first seed first."""
     from lib.runner import run_experiments
 
+    if options.executor:
+        for name in _names(options.experiment):
+            _submit(name, options)
+        return
     run_experiments(
         _names(options.experiment),
         options.profile,

@@ -1,5 +1,6 @@
-"""Shards as jobs: submitit's local executor runs them, and their CSVs merge into one."""
+"""Shards as jobs: submitit runs them, here and on Slurm, and their CSVs merge into one."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,8 @@ import time
 
 import pytest
 
-from lib import experiments, paths, results
+from lib import cluster, experiments, paths, results
+from lib.__main__ import main
 from lib.cluster import Shard, submit
 
 TINY = {"epochs": 1, "train_samples": 500}
@@ -62,9 +64,44 @@ def test_slurm(tmp_path):
     command += [word for field in ONLY for word in ("--only", field)]
     command += [word for k, v in TINY.items() for word in ("--set", f"{k}={v}")]
     command += ["--results", str(tmp_path), "--executor", "slurm", "--shards", "2"]
-    subprocess.run([*command, "--job", "timeout_min=5"], cwd=paths.REPO, check=True)
+    done = subprocess.run(
+        [*command, "--job", "timeout_min=5"],
+        cwd=paths.REPO,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    said = re.fullmatch(r"main_results \(smoke\): submitted (\d+)_0, (\d+)_1\n", done.stdout)
+    assert said and said[1] == said[2], done.stdout  # one job array
     target = paths.results_csv("smoke", "main_results", tmp_path)
     deadline = time.monotonic() + 120
     while set(results.read_runs(target)["run_id"]) != expected():
         assert time.monotonic() < deadline, results.read_runs(target)
         time.sleep(1)
+
+
+def test_the_command_line_submits(monkeypatch, capsys):
+    calls = []
+
+    class Job:
+        job_id = "7"
+
+        def result(self):
+            return "done"
+
+    def fake(*words, **named):
+        calls.append((words, named))
+        return [Job(), Job()]
+
+    monkeypatch.setattr(cluster, "submit", fake)
+    words = ["run", "main_results", "sensitivity", "--profile", "smoke", "--executor", "local"]
+    assert main([*words, "--shards", "3", "--job", "timeout_min=5"]) == 0
+    assert [words for words, _ in calls] == [
+        ("main_results", "smoke", "local", 3),
+        ("sensitivity", "smoke", "local", 3),
+    ]
+    assert all(named["timeout_min"] == 5 for _, named in calls)
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "main_results (smoke): submitted 7, 7",
+        "done",
+    ]
