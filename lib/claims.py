@@ -646,4 +646,9 @@ def _unbroken(text: str) -> str:
 
 
 # The claims of the other topics add themselves; last, as they use what stands above.
-from lib import claims_ablations, claims_main, claims_measured  # noqa: E402, F401
+from lib import (  # noqa: E402, F401
+    claims_ablations,
+    claims_computing,
+    claims_main,
+    claims_measured,
+)

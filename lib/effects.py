@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from lib.stats import (
 )
 
 NAN = math.nan
+Key = TypeVar("Key")
 
 
 def rules(redistribution: str, growth: str) -> Where:
@@ -163,9 +164,9 @@ def curves_by_seed(runs: Runs, over: str) -> pd.DataFrame:
     return rows.pivot(index="seed", columns=over, values="test_error_pct").sort_index(axis=1)
 
 
-def decisive(pairs: Mapping[float, PairedDifference], margin: float) -> tuple[float, Interval]:
-    """The setting that decides whether all differences are within the margin, and the absolute
-    value of its difference as an interval.
+def decisive(pairs: Mapping[Key, PairedDifference], margin: float) -> tuple[Key, Interval]:
+    """The setting (or network) that decides whether all differences are within the margin, and the
+    absolute value of its difference as an interval.
 
     If some interval lies wholly beyond the margin on either side, the one farthest out; else the
     one that reaches farthest from zero. So all of them are inside the margin if this one is.

@@ -29,13 +29,15 @@ Block = dict[str, Any]
 class Experiment:
     """A question, the notebook that answers it, and its blocks of runs at each profile.
 
-    `measures` (lib/train.py, MEASURES) are taken of each finished network.
+    `measures` (lib/train.py, MEASURES) are taken of each finished network. `compares_kernels`: a
+    row of another experiment that torch computed does not do for a run that asks for the kernels.
     """
 
     title: str
     notebook: str
     blocks: dict[str, tuple[Block, ...]]
     measures: tuple[str, ...] = ()
+    compares_kernels: bool = False
 
 
 class NoSuchRunError(ValueError):
@@ -185,6 +187,16 @@ def _sensitivity(
         {**scale, "prune_rate": rates, "schedule": ["cosine", "linear"], "seeds": seeds},
         {**scale, "momentum": momenta, "seeds": seeds},
         {**scale, "method": "dense", "density": 1.0, "momentum": momenta, "seeds": seeds},
+    )
+
+
+def _ways(scale: Block, seeds: int) -> tuple[Block, ...]:
+    """Sparse momentum in float32 as masked dense layers and by the sparse kernels, and in bfloat16
+    (masked dense layers too).
+    """
+    return (
+        {**scale, "kernels": ["torch", "auto"], "seeds": seeds},
+        {**scale, "precision": "bf16", "seeds": seeds},
     )
 
 
@@ -477,6 +489,28 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "density": [0.01, 0.02, 0.05, 0.1, 0.2],
                     "seeds": 10,
                 },
+            ),
+        },
+    ),
+    # No cell may be one of `speedups`: its measure times torch's layers, so that torch computes it.
+    # Five seeds at quick: the question is whether a difference is small, and these runs are short.
+    "computing": Experiment(
+        title="Does the way of computing matter?",
+        notebook="05_speedups",
+        compares_kernels=True,
+        blocks={
+            "smoke": (
+                *_ways(_MNIST["smoke"], 2),
+                *_ways({**_CIFAR["smoke"], "model": _NARROW, "density": 0.05}, 2),
+            ),
+            "quick": (
+                *_ways(_MNIST["quick"], 5),
+                *_ways({**_CIFAR["quick"], "model": _NARROW, "density": 0.05}, 5),
+            ),
+            "paper": (
+                *_ways({}, 10),
+                *_ways({**_CIFAR["paper"], "model": "alexnet-s", "density": 0.05}, 10),
+                *_ways({**_CIFAR["paper"], "model": "wrn-28-2", "density": 0.1}, 10),
             ),
         },
     ),

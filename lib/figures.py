@@ -777,6 +777,7 @@ def _sentence(text: str) -> str:
 # Figures of further experiments; last, because these modules need what is above.
 from lib import (  # noqa: E402, F401
     figures_ablations,
+    figures_computing,
     figures_main,
     figures_measured,
     figures_sensitivity,

@@ -86,6 +86,8 @@ QUESTIONS = {
     "momentum, and does a sparse network depend on the momentum more than a dense one?",
     "speedups": "How much faster could the convolutions be by the paper's two formulas, and how "
     "much faster is a network really whose empty channels are taken out?",
+    "computing": "A sparse layer can be computed as a masked dense one in float32, over its "
+    "non-zero weights only, or in bfloat16. Is the error the same, seed by seed?",
     "features": "Do the channels of sparse networks answer to more classes than those of dense "
     "ones, and into which layers does redistribution move the weights?",
     "dense_layers": "The official code of July 2019 left layers of VGG and AlexNet dense by "

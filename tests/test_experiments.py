@@ -51,9 +51,11 @@ def test_all_cells_share_their_seeds_and_the_first_comes_first(name: str, profil
     for run in found:
         fields = {k: v for k, v in run.non_default().items() if k != "seed"}
         cells[json.dumps(fields, sort_keys=True)].add(run.seed)
-    seeds = {("imagenet", "paper"): 3, ("official_readings", "paper"): 5}.get(
-        (name, profile), experiments.SEEDS[profile]
-    )
+    seeds = {
+        ("imagenet", "paper"): 3,
+        ("computing", "quick"): 5,
+        ("official_readings", "paper"): 5,
+    }.get((name, profile), experiments.SEEDS[profile])
     assert set(map(frozenset, cells.values())) == {frozenset(range(seeds))}
     assert [run.seed for run in found] == sorted(run.seed for run in found)
 
@@ -329,6 +331,38 @@ def test_rows_are_copied_only_with_the_measures_needed(tmp_path) -> None:
     mine = results.read_runs(paths.results_csv("smoke", "features", tmp_path))
     assert mine["run_id"].tolist() == [run.run_id] and mine["experiment"].tolist() == ["features"]
     assert len(results.read_measures(paths.results_csv("smoke", "features", tmp_path))) == 4
+
+
+# -------------------------------------------------------------------------- the way of computing
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_network_is_computed_in_three_ways_from_the_same_settings(profile: str) -> None:
+    found = defaultdict(set)
+    for run in runs("computing", profile):
+        others = {
+            k: v for k, v in run.non_default().items() if k not in ("kernels", "precision", "seed")
+        }
+        found[json.dumps(others, sort_keys=True)].add((run.kernels, run.precision))
+        assert run.method == "sparse_momentum"
+        assert "speedups" not in experiments.measures(run, "computing", profile)  # is torch's
+    ways = {("torch", "fp32"), ("auto", "fp32"), ("auto", "bf16")}
+    assert len(found) >= 2 and all(ways == one for one in found.values())
+
+
+def test_what_torch_computed_is_not_copied_as_the_kernels_work(tmp_path) -> None:
+    """The kernels' runs have the ids of other experiments' runs, whatever computed those."""
+    mine = [r for r in runs("computing", "smoke") if (r.kernels, r.precision) == ("auto", "fp32")]
+    first, second = (run for run in mine if run.model == "lenet300-100")
+    table = paths.results_csv("smoke", "main_results", tmp_path)
+    assert {first.run_id, second.run_id} <= {r.run_id for r in runs("main_results", "smoke")}
+    for run, kernels in ((first, "torch"), (second, "perceptron")):
+        row = make_row(1) | {"run_id": run.run_id, "kernels": kernels}
+        results.append_run(table, row, (), ())
+    for name, copied in (("computing", [second.run_id]), ("ablations", None)):
+        runner._copy_rows_of_other_experiments(runner.plan(name, "smoke", results_root=tmp_path))
+        rows = results.read_runs(paths.results_csv("smoke", name, tmp_path))
+        assert sorted(rows["run_id"]) == (copied or sorted([first.run_id, second.run_id]))
 
 
 # --------------------------------------------------------------------- several experiments at once
