@@ -226,7 +226,8 @@ class TrainingLoop:
                 self.model, self.optimizer, self.masking, sparse_below=below
             )
         elif kernels == "sparse":
-            self.sparse = sparse_network(self.model, self.masking.masks)
+            mode = "sparse" if run.kernels == "sparse" else "auto"  # of each layer
+            self.sparse = sparse_network(self.model, self.masking.masks, mode=mode)
 
     # ---- the loop ----
 
@@ -344,6 +345,7 @@ class TrainingLoop:
                 "masking": self.masking.state_dict(),
                 "augment_stream": self.augment_stream.get_state(),
                 "dropout_stream": self._rng_state(),
+                "gradients": self._pending_gradients(),
                 "state": vars(self.state),
             },
             temporary,
@@ -361,6 +363,8 @@ class TrainingLoop:
         self.augment_stream.set_state(saved["augment_stream"].cpu())
         self.dropout_stream = saved["dropout_stream"].cpu()
         self.state = _State(**saved["state"])
+        for name, gradient in saved.get("gradients", {}).items():
+            self.masking.parameters[name].grad = gradient
         if self.perceptron is not None:
             self.perceptron.reload()
 
@@ -405,6 +409,8 @@ class TrainingLoop:
             known = run.batch_size <= MAX_SAMPLES and run.momentum > 0 and not run.label_smoothing
             known = known and not (run.augment and self.data.augment is not None)
             return "perceptron" if known else "torch"
+        if run.kernels == "sparse" and run.method not in (*UNMASKED, *EVERY_STEP):
+            return "sparse"
         return "sparse" if self._sparse_pays() else "torch"
 
     def _sparse_pays(self) -> bool:
@@ -472,6 +478,15 @@ class TrainingLoop:
     def _window(self) -> int:
         """Mini-batches before an update that gather the momentum of inactive weights."""
         return self.run.dense_window_steps or dense_window(self.run.momentum)
+
+    def _pending_gradients(self) -> dict[str, Tensor]:
+        """What an update of masks reads of the last step, where it's still to come."""
+        if self.masking.growth.needs != "gradient" or self.run.update_every_steps:
+            return {}
+        if self.state.step_in_epoch < self.steps_per_epoch:
+            return {}
+        found = {name: p.grad for name, p in self.masking.parameters.items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def _write_back(self) -> None:
         if self.perceptron is not None:

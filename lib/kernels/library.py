@@ -46,7 +46,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "sparse_channel_sum": [_PTR, _PTR, _I64, _I64, _I64, _INT],
     "sparse_max_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _PTR, _INT],
     "sparse_mean_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _INT],
-    "perceptron_step": [_PTR, _I64] + [_PTR] * 3 + [_I64] + [_F32] * 3 + [_INT] * 3 + [_PTR],
+    "perceptron_step": (
+        [_PTR, _I64, _PTR, _PTR, _I64, _PTR, _I64] + [_F32] * 3 + [_INT] * 3 + [_PTR]
+    ),
     "perceptron_wrong": [_PTR, _I64, _PTR, _PTR, _I64, _INT, _PTR],
 }
 _FALLIBLE = (

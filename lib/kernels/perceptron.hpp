@@ -12,7 +12,9 @@
 // number of threads.  Free of torch.
 #pragma once
 
+#include <cfenv>
 #include <cmath>
+#include <string>
 #include <utility>
 
 #include "sparse.hpp"
@@ -395,6 +397,30 @@ struct Perceptron {
   }
 };
 
+// The caller's treatment of denormals (and its rounding) in all threads: those of the pool may have
+// started under another one, and the bits would depend on the number of threads.
+static inline void same_arithmetic(int threads) {
+  if (threads < 2) return;
+  std::fenv_t mode;
+  std::fegetenv(&mode);
+#pragma omp parallel num_threads(threads)
+  std::fesetenv(&mode);
+}
+
+// Labels [samples] of the images `index`; throws for what is not there, before anything changes.
+static inline void read_labels(const int64_t* labels, int64_t images, const int64_t* index,
+                               int64_t samples, int64_t classes, int64_t* own) {
+  for (int64_t n = 0; n < samples; ++n) {
+    if (index[n] < 0 || index[n] >= images)
+      throw std::out_of_range("there is no image " + std::to_string(index[n]) + " among " +
+                              std::to_string(images));
+    own[n] = labels[index[n]];
+    if (own[n] < 0 || own[n] >= classes)
+      throw std::out_of_range("label " + std::to_string(own[n]) + " is none of the " +
+                              std::to_string(classes) + " classes");
+  }
+}
+
 template <class F>
 static void with_vectors(int64_t samples, F&& f) {
   switch (ceil_div(samples, L)) {
@@ -413,15 +439,17 @@ static void with_vectors(int64_t samples, F&& f) {
 }  // namespace detail
 
 // One step on the images `index` [samples] of x [images, in]; labels [images].  The mean loss from
-// before the step.
+// before the step.  Throws std::exception for another number of samples, and for an index or a
+// label that is none.
 static inline double perceptron_step(const PerceptronLayer* layers, int64_t depth, const float* x,
-                                     const int64_t* labels, const int64_t* index, int64_t samples,
-                                     const Sgd& rule, int32_t track, int threads) {
+                                     const int64_t* labels, int64_t images, const int64_t* index,
+                                     int64_t samples, const Sgd& rule, int32_t track, int threads) {
   double loss = 0;
   detail::with_vectors(samples, [&](auto vectors) {
-    detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
     int64_t own[8 * L];
-    for (int64_t n = 0; n < samples; ++n) own[n] = labels[index[n]];
+    detail::read_labels(labels, images, index, samples, layers[depth - 1].out, own);
+    detail::same_arithmetic(threads);
+    detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
     net.read(x, index);
     net.forward();
     loss = detail::cross_entropy(net.act[depth], net.P, layers[depth - 1].out, samples, own);
@@ -430,9 +458,11 @@ static inline double perceptron_step(const PerceptronLayer* layers, int64_t dept
   return loss;
 }
 
-// Number of wrong answers (the first largest logit counts) over `images` rows of x.
+// Number of wrong answers over `images` rows of x; the answer is the first largest logit, or the
+// first that is no number, as in torch.argmax.
 static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t depth, const float* x,
                                        const int64_t* labels, int64_t images, int threads) {
+  detail::same_arithmetic(threads);
   int64_t wrong = 0;
   for (int64_t done = 0; done < images; done += 8 * L) {
     const int64_t samples = std::min<int64_t>(8 * L, images - done);
@@ -441,9 +471,12 @@ static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t de
       net.read(x + done * layers[0].in, nullptr);
       net.forward();
       for (int64_t n = 0; n < samples; ++n) {
+        const float* const logit = net.act[depth] + n;
         int64_t best = 0;
-        for (int64_t c = 1; c < layers[depth - 1].out; ++c)
-          if (net.act[depth][c * net.P + n] > net.act[depth][best * net.P + n]) best = c;
+        for (int64_t c = 1; c < layers[depth - 1].out; ++c) {
+          const float top = logit[best * net.P], other = logit[c * net.P];
+          if (other > top || (std::isnan(other) && !std::isnan(top))) best = c;
+        }
         wrong += best != labels[done + n];
       }
     });

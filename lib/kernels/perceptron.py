@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import itertools
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .library import check, require
 # density a dense layer is the faster one (2 cores with AVX-512, LeNet-300-100, `make bench`).
 SPARSE_BELOW = 0.3
 MAX_SAMPLES = 128
+MAX_NONZEROS = 2**31 - 17  # of a layer; int32 in the kernels, which go in steps of 16
 
 
 class Track(enum.IntEnum):
@@ -74,7 +76,16 @@ class _Sparse:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    if starts[-1] > MAX_NONZEROS:
+        raise ValueError(f"a layer has at most {MAX_NONZEROS} non-zeros, got {int(starts[-1])}")
+    return starts.to(torch.int32)
+
+
+def _describe(tensor: Tensor) -> str:
+    dtype, contiguous = str(tensor.dtype).removeprefix("torch."), tensor.is_contiguous()
+    layout = "contiguous" if contiguous else "not contiguous"
+    return f"{layout} {dtype} {list(tensor.shape)} on {tensor.device}"
 
 
 def perceptron_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
@@ -85,6 +96,8 @@ def perceptron_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
     linear = [(name, m) for name, m in children if isinstance(m, nn.Linear)]
     chain = all(isinstance(m, (nn.Linear, nn.ReLU)[i % 2]) for i, (_, m) in enumerate(children))
     if not isinstance(model, nn.Sequential) or not linear or not chain or len(children) % 2 == 0:
+        return None
+    if any(a.out_features != b.in_features for (_, a), (_, b) in itertools.pairwise(linear)):
         return None
     plain = all(
         p is not None and p.dtype == torch.float32 and p.device.type == "cpu"
@@ -120,10 +133,18 @@ class PerceptronTrainer:
         self._library = require()
         layers = perceptron_layers(model)
         if layers is None:
-            raise ValueError(f"{type(model).__name__} is no chain of linear layers with ReLU")
+            raise ValueError(
+                f"{type(model).__name__} is no chain of linear layers with ReLU in float32 on CPU"
+            )
+        if len(optimizer.param_groups) != 1:
+            raise ValueError(
+                f"the optimizer must have one group, got {len(optimizer.param_groups)}"
+            )
         (group,) = optimizer.param_groups
         if not isinstance(optimizer, torch.optim.SGD) or group["dampening"] or group["maximize"]:
             raise ValueError("the perceptron's kernels know SGD without dampening, minimising")
+        if {id(p) for p in group["params"]} != {id(p) for p in model.parameters()}:
+            raise ValueError("the optimizer must hold all parameters of the model, and no others")
         if group["momentum"] <= 0:
             raise ValueError(f"momentum must be above 0, got {group['momentum']}")
         self._named, self._optimizer, self._masking = layers, optimizer, masking
@@ -131,12 +152,19 @@ class PerceptronTrainer:
         self._layers = (_Layer * len(layers))()
         self._sparse: dict[str, _Sparse] = {}
         self._held: list[Any] = []
-        self._gradients = False
+        self._masks: list[tuple[str, Tensor, int]] = []  # with the versions that were taken
+        self._data: tuple[Tensor, Tensor] | None = None  # checked last
+        self._gradients = self._ahead = False
         self.reload()
 
     def reload(self) -> None:
-        """Take masks, weights and momentum as they are in the model, the Masking, the optimizer."""
-        self._held, self._sparse, self._gradients = [], {}, False
+        """Take masks, weights and momentum as they are in the model, the Masking, the optimizer.
+
+        Weights outside the masks become zero.
+        """
+        self._held, self._sparse, self._masks = [], {}, []
+        self._gradients = self._ahead = False
+        self._masking.apply()
         for layer, (name, module) in zip(self._layers, self._named, strict=True):
             path = f"{name}.weight"
             mask = self._masking.masks.get(path)
@@ -147,6 +175,7 @@ class PerceptronTrainer:
             layer.nonzeros = -1
             if mask is None or not self._sparse_below:
                 continue
+            self._masks.append((path, mask, mask._version))
             if int(mask.sum()) >= self._sparse_below * mask.numel():
                 layer.multiplier = self._hold(mask.to(torch.float32))
                 continue
@@ -167,6 +196,9 @@ class PerceptronTrainer:
 
     def sync(self) -> None:
         """Write weights and momentum of the sparse layers to the model and the optimizer."""
+        if not self._ahead:
+            return
+        self._ahead = False
         modules = dict(self._named)
         for path, sparse in self._sparse.items():
             weight = modules[path.removesuffix(".weight")].weight
@@ -186,17 +218,26 @@ class PerceptronTrainer:
 
         Args:
             images: float32 [images, ...], contiguous; labels: int64 [images].
-            index: int64 [B], 1 to 128 of the images.
+            index: int64 [B], contiguous, 1 to 128 of the images.
             track: what becomes of the momentum of inactive weights in sparse layers.
             gradients: leave the dense gradient of the loss in `weight.grad` of masked layers.
+
+        Masks that were assigned since the last step are taken.
 
         Returns:
             The mini-batch's mean loss, before the step.
 
         Raises:
-            RuntimeError: a mini-batch of another size.
+            ValueError: tensors of another type, shape or memory layout.
+            RuntimeError: a mini-batch of another size, an index or a label that is none; nothing
+                has changed then.
         """
-        if gradients != self._gradients:
+        self._check_data(images, labels)
+        plain = index.dtype == torch.int64 and index.device.type == "cpu" and index.dim() == 1
+        if not plain or not index.is_contiguous():
+            raise ValueError(f"index must be contiguous int64 [B], got {_describe(index)}")
+        self._take_new_masks()
+        if gradients or self._gradients:
             self._provide_gradients(gradients)
         (group,), loss = self._optimizer.param_groups, ctypes.c_double()
         check(
@@ -205,6 +246,7 @@ class PerceptronTrainer:
                 len(self._layers),
                 images.data_ptr(),
                 labels.data_ptr(),
+                len(labels),
                 index.data_ptr(),
                 len(index),
                 group["lr"],
@@ -216,10 +258,16 @@ class PerceptronTrainer:
                 ctypes.byref(loss),
             )
         )
+        self._ahead = True
         return loss.value
 
     def wrong(self, images: Tensor, labels: Tensor) -> int:
-        """How many of the images [N, ...] get another class than their label [N]."""
+        """How many of the images [N, ...] get another class than their label [N].
+
+        As torch.argmax: of equal logits the first counts. Raises ValueError as `step` does.
+        """
+        self._check_data(images, labels)
+        self._take_new_masks()
         wrong = ctypes.c_int64()
         check(
             self._library.perceptron_wrong(
@@ -236,11 +284,45 @@ class PerceptronTrainer:
 
     # ---- inside ----
 
+    def _check_data(self, images: Tensor, labels: Tensor) -> None:
+        if self._data is not None and self._data[0] is images and self._data[1] is labels:
+            return
+        inputs = self._layers[0].inputs
+        if (
+            images.dtype != torch.float32
+            or not images.is_contiguous()
+            or images.device.type != "cpu"
+            or images.dim() < 2
+            or images.shape[1:].numel() != inputs
+        ):
+            raise ValueError(
+                f"images must be contiguous float32 [images, {inputs} in all] on the CPU, "
+                f"got {_describe(images)}"
+            )
+        if (
+            labels.dtype != torch.int64
+            or not labels.is_contiguous()
+            or labels.device.type != "cpu"
+            or labels.shape != images.shape[:1]
+        ):
+            raise ValueError(
+                f"labels must be contiguous int64 [{len(images)}] on the CPU, "
+                f"got {_describe(labels)}"
+            )
+        self._data = images, labels
+
+    def _take_new_masks(self) -> None:
+        masks = self._masking.masks
+        if any(masks[path] is not mask or mask._version != v for path, mask, v in self._masks):
+            self.sync()
+            self.reload()
+
     def _provide_gradients(self, wanted: bool) -> None:
         for layer, (name, module) in zip(self._layers, self._named, strict=True):
             layer.gradient = None
             if wanted and f"{name}.weight" in self._masking.masks:
-                module.weight.grad = torch.empty_like(module.weight)
+                if module.weight.grad is None or not module.weight.grad.is_contiguous():
+                    module.weight.grad = torch.empty_like(module.weight)
                 layer.gradient = module.weight.grad.data_ptr()
         self._gradients = wanted
 

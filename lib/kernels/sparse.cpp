@@ -105,12 +105,13 @@ void sparse_mean_pool(int backward, int64_t planes, int64_t height, int64_t widt
 
 // See perceptron.hpp.
 int perceptron_step(const sparse::PerceptronLayer* layers, int64_t depth, const float* x,
-                    const int64_t* labels, const int64_t* index, int64_t samples, float lr,
-                    float momentum, float weight_decay, int nesterov, int track, int threads,
-                    double* loss) {
+                    const int64_t* labels, int64_t images, const int64_t* index, int64_t samples,
+                    float lr, float momentum, float weight_decay, int nesterov, int track,
+                    int threads, double* loss) {
   return guarded([&] {
     const sparse::Sgd rule{lr, momentum, weight_decay, nesterov};
-    *loss = sparse::perceptron_step(layers, depth, x, labels, index, samples, rule, track, threads);
+    *loss = sparse::perceptron_step(layers, depth, x, labels, images, index, samples, rule, track,
+                                    threads);
   });
 }
 

@@ -1,0 +1,795 @@
+"""The perceptron's training step in one call: against torch in float64, alone and within runs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lib import data as datasets
+from lib import kernels
+from lib.config import Run
+from lib.kernels import PerceptronTrainer, Track, library
+from lib.kernels.perceptron import _starts
+from lib.masking import DivergenceError, Masking
+from lib.train import Interrupted, TrainingLoop
+
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
+
+NOTHING, MORE, FIRST = Track.NOTHING, Track.MORE, Track.FIRST
+# Of the largest entry of a tensor: sums of up to 900 products in float32, through up to 7 layers.
+CLOSE = 1e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Setup:
+    """A chain of linear layers in training, with images to train on."""
+
+    model: nn.Sequential
+    optimizer: torch.optim.SGD
+    masking: Masking
+    images: Tensor
+    labels: Tensor
+
+    def trainer(self, sparse_below: float | None = None) -> PerceptronTrainer:
+        return PerceptronTrainer(
+            self.model, self.optimizer, self.masking, sparse_below=sparse_below
+        )
+
+    def buffer(self, name: str) -> Tensor:
+        state = self.optimizer.state[self.model.get_parameter(name)]
+        return state["momentum_buffer"]
+
+    def bits(self) -> list[Tensor]:
+        """Weights, biases and momentum."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return [*self.model.parameters(), *(self.buffer(name) for name in names)]
+
+
+def chain(widths: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(1, len(widths)):
+        layers += [nn.Linear(widths[i - 1], widths[i]), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def setup(
+    widths: Sequence[int],
+    densities: Sequence[float | str | None],
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 5e-4,
+    lr: float = 0.05,
+    images: int = 150,
+    seed: int = 0,
+) -> Setup:
+    """Layer k has masks of densities[k]; None: no mask, "rows": an empty and a full row, "one": a
+    single non-zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = chain(widths)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+    )
+    names = [f"{2 * k}.weight" for k in range(len(densities))]
+    masked = {n: d for n, d in zip(names, densities, strict=True) if d is not None}
+    if masked:
+        unmasked = [n for n in names if n not in masked]
+        masking = Masking(model, optimizer, density=1.0, method="static", keep_dense=unmasked)
+    else:
+        masking = Masking(model, optimizer, method="dense")
+    for name, density in masked.items():
+        shape = model.get_parameter(name).shape
+        mask = torch.rand(shape, generator=generator) < (
+            density if isinstance(density, float) else 0.2
+        )
+        if density == "rows":
+            mask[0] = False
+            mask[-1] = True
+        elif density == "one":
+            mask[:] = False
+            mask[shape[0] // 2, shape[1] // 2] = True
+        masking.masks[name] = mask
+    for k, name in enumerate(names):
+        weight, bias = model.get_submodule(str(2 * k)).parameters()
+        terms = weight.shape[1]
+        if name in masked:  # so that activations neither fade nor explode over the layers
+            terms = max(1.0, float(masking.masks[name].sum()) / weight.shape[0])
+        nn.init.normal_(weight, std=(1.5 / terms) ** 0.5, generator=generator)
+        nn.init.normal_(bias, std=0.3, generator=generator)
+    masking.apply()
+    x = torch.randn(images, 1, widths[0], generator=generator)
+    y = torch.randint(widths[-1], (images,), generator=generator)
+    return Setup(model, optimizer, masking, x, y)
+
+
+def off_by(got: Tensor, want: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    want = want.detach()
+    error = float((got.detach().double() - want).abs().max()) / (float(want.abs().max()) or 1.0)
+    return error if math.isfinite(error) else math.inf
+
+
+class Reference:
+    """The same model in float64 with torch's operators, its masks applied after each step."""
+
+    def __init__(self, own: Setup) -> None:
+        self.model = copy.deepcopy(own.model).double()
+        self.masks = dict(own.masking.masks)
+        (group,) = own.optimizer.param_groups
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+        )
+        self.tracked = {n: torch.zeros(m.shape).double() for n, m in self.masks.items()}
+        self.gradients: dict[str, Tensor] = {}
+        self.clear = True  # no ReLU's input so near zero that float32 may see its other side
+
+    def step(self, images: Tensor, labels: Tensor, track: Track) -> float:
+        x = images.double().flatten(1)
+        for k, layer in enumerate(self.model):
+            x = layer(x)
+            if isinstance(layer, nn.Linear) and k + 1 < len(self.model):
+                self.clear &= float(x.detach().abs().min()) > 2e-6 * float(x.detach().abs().max())
+        loss = F.cross_entropy(x, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        momentum = self.optimizer.param_groups[0]["momentum"]
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                parameter = self.model.get_parameter(name)
+                parameter *= mask
+                gradient = parameter.grad
+                assert gradient is not None
+                self.gradients[name] = gradient
+                old = self.tracked[name]
+                if track != NOTHING:
+                    self.tracked[name] = gradient + (momentum * old if track == MORE else 0)
+        return loss.item()
+
+    def momentum(self, name: str, sparse: bool) -> Tensor:
+        """What a layer's buffer should hold: with `sparse`, inactive weights as tracked."""
+        buffer = self.optimizer.state[self.model.get_parameter(name)]["momentum_buffer"]
+        if not sparse or name not in self.masks:
+            return buffer
+        return torch.where(self.masks[name], buffer, self.tracked[name])
+
+
+def check_steps(
+    own: Setup,
+    batches: Sequence[Tensor],
+    tracks: Sequence[Track],
+    sparse_below: float | None,
+    *,
+    gradients: bool = False,
+) -> bool:
+    """Steps of the kernels against float64; False where a ReLU may take the other side."""
+    reference = Reference(own)
+    trainer = own.trainer(sparse_below)
+    below = 0.3 if sparse_below is None else sparse_below
+    losses = [
+        reference.step(own.images[index], own.labels[index], track)
+        for index, track in zip(batches, tracks, strict=True)
+    ]
+    if not reference.clear:
+        return False
+    for index, track, want in zip(batches, tracks, losses, strict=True):
+        loss = trainer.step(own.images, own.labels, index, track=track, gradients=gradients)
+        own.masking.step() if sparse_below == 0 else own.masking.advance()
+        assert loss == pytest.approx(want, rel=CLOSE, abs=CLOSE)
+    trainer.sync()
+    for name, parameter in own.model.named_parameters():
+        want = reference.model.get_parameter(name)
+        assert off_by(parameter, want) < CLOSE, name
+        mask = reference.masks.get(name)
+        sparse = mask is not None and int(mask.sum()) < below * mask.numel()
+        assert off_by(own.buffer(name), reference.momentum(name, sparse)) < CLOSE, name
+        if mask is not None:
+            assert not parameter[~mask].any()
+        if mask is not None and gradients:
+            assert parameter.grad is not None
+            assert off_by(parameter.grad, reference.gradients[name]) < CLOSE, name
+        else:
+            assert parameter.grad is None
+    return True
+
+
+# ---------------------------------------------------------------------------- against torch
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_steps_match_torch(data: st.DataObject) -> None:
+    draw = data.draw
+    edges = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100])
+    hidden = draw(st.lists(st.one_of(edges, st.integers(1, 120)), min_size=1, max_size=6))
+    inputs = draw(st.one_of(edges, st.integers(1, 900)))
+    density = st.sampled_from([0.01, 0.05, 0.2, 0.29, 0.31, 0.7, 1.0, "rows", "one", None])
+    own = setup(
+        [inputs, *hidden, draw(st.integers(1, 30))],
+        [draw(density) for _ in range(len(hidden) + 1)],
+        momentum=draw(st.sampled_from([0.5, 0.9, 0.99])),
+        nesterov=draw(st.booleans()),
+        weight_decay=draw(st.sampled_from([0.0, 5e-4, 0.1])),
+        seed=draw(st.integers(0, 2**20)),
+    )
+    sizes = st.one_of(st.sampled_from([1, 15, 16, 17, 100, 127, 128]), st.integers(1, 128))
+    steps = draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    batches = [torch.randint(150, (draw(sizes),), generator=generator) for _ in range(steps)]
+    tracks = [draw(st.sampled_from([NOTHING, MORE, FIRST])) for _ in range(steps)]
+    below = draw(st.sampled_from([0.0, None, 2.0]))
+    assume(check_steps(own, batches, tracks, below, gradients=draw(st.booleans())))
+
+
+WIDTHS = {
+    "LeNet-300-100": [784, 300, 100, 10],
+    "widest": [900, 90, 30],
+    "one of each": [1, 1, 1],
+    "whole vectors": [64, 48, 16, 16],
+    "one more": [65, 49, 17, 17],
+    "six hidden": [20, 30, 40, 50, 40, 30, 20, 10],
+    "no hidden layer": [50, 10],
+}
+
+
+@pytest.mark.parametrize("below", [0.0, None, 2.0])
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0, "rows", "one", None])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_special_shapes(name: str, density: float | str | None, below: float | None) -> None:
+    widths = WIDTHS[name]
+    for seed in range(20):  # the first draw in which rounding decides nothing
+        own = setup(widths, [density] * (len(widths) - 1), seed=seed)
+        batches = list(torch.randperm(150).split([40, 33, 77]))
+        if check_steps(own, batches, [MORE, NOTHING, MORE], below, gradients=True):
+            return
+    raise AssertionError("no draw is clear of rounding")
+
+
+@pytest.mark.parametrize("batch", range(1, 129))
+def test_any_size_of_the_mini_batch(batch: int) -> None:
+    for seed in range(batch, batch + 20):
+        own = setup([37, 21, 5], [0.2, "rows"], seed=seed)
+        if check_steps(own, [torch.randperm(150)[:batch]], [FIRST], None):
+            return
+    raise AssertionError("no draw is clear of rounding")
+
+
+def test_inactive_momentum_is_what_the_track_says() -> None:
+    own = setup([40, 30, 4], [0.1, 0.1])
+    name, inactive = "0.weight", ~own.masking.masks["0.weight"]
+    trainer = own.trainer()
+    index = torch.arange(20)
+
+    def step(track: Track) -> Tensor:
+        trainer.step(own.images, own.labels, index, track=track, gradients=True)
+        trainer.sync()
+        return own.buffer(name)[inactive].clone()
+
+    def gradient() -> Tensor:
+        grad = own.model.get_parameter(name).grad
+        assert grad is not None
+        return grad[inactive].clone()
+
+    own.buffer(name)[inactive] = 7.0
+    assert (step(NOTHING) == 7.0).all()
+    first = step(FIRST)
+    assert torch.equal(first, gradient()) and first.any()
+    assert torch.equal(step(NOTHING), first)
+    torch.testing.assert_close(step(MORE), 0.9 * first + gradient())
+
+
+def test_learning_rate_and_momentum_are_read_in_each_step() -> None:
+    own = setup([30, 20, 4], [0.2, None])
+    index = torch.arange(30)
+    trainer, reference = own.trainer(), Reference(own)
+    for lr, decay in ((0.1, 0.0), (0.01, 0.1), (0.0, 0.0)):
+        for optimizer in (own.optimizer, reference.optimizer):
+            optimizer.param_groups[0].update(lr=lr, weight_decay=decay)
+        before = [p.clone() for p in own.model.parameters()]
+        reference.step(own.images[index], own.labels[index], NOTHING)
+        trainer.step(own.images, own.labels, index)
+        trainer.sync()
+        for parameter, want in zip(
+            own.model.parameters(), reference.model.parameters(), strict=True
+        ):
+            assert off_by(parameter, want) < CLOSE
+    for parameter, old in zip(own.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)  # a learning rate of zero
+
+
+# ---------------------------------------------------------------------------- threads
+
+
+def with_threads(threads: int, *, below: float | None, scale: float = 1.0) -> list[Tensor]:
+    """Weights, momentum, losses and wrong answers of a few steps."""
+    own = setup([300, 250, 90, 10], [0.05, 0.5, None], momentum=0.9, weight_decay=1e-3)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            parameter *= scale
+    torch.set_num_threads(threads)
+    try:
+        trainer = own.trainer(below)
+        order = torch.arange(150)
+        losses = [
+            trainer.step(own.images, own.labels, order[k : k + 70], track=track, gradients=True)
+            for k, track in enumerate([NOTHING, FIRST, MORE, MORE, NOTHING])
+        ]
+        wrong = trainer.wrong(own.images, own.labels)
+    finally:
+        torch.set_num_threads(1)
+    trainer.sync()
+    grads = [p.grad for n, p in own.model.named_parameters() if n in own.masking.masks]
+    assert all(g is not None for g in grads)
+    numbers = torch.tensor([*losses, wrong], dtype=torch.float64)
+    return [numbers, *own.bits(), *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("below", [0.0, None, 2.0])
+def test_bits_do_not_depend_on_the_threads(below: float | None) -> None:
+    one = with_threads(1, below=below)
+    for threads in (2, 3):
+        more = with_threads(threads, below=below)
+        assert all(torch.equal(a, b) for a, b in zip(one, more, strict=True))
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_all_threads_treat_denormals_alike(flush: bool) -> None:
+    torch.set_num_threads(2)  # a pool of threads whose mode is not flushing
+    torch.rand(10**6).exp().sum()
+    torch.set_num_threads(1)
+    with_threads(2, below=None)
+    torch.set_flush_denormal(flush)
+    try:
+        one, two = (with_threads(threads, below=None, scale=1e-20) for threads in (1, 2))
+    finally:
+        torch.set_flush_denormal(False)
+    tiny = torch.finfo(torch.float32).tiny
+    denormal = sum(int(((t != 0) & (t.abs() < tiny)).sum()) for t in one[1:])
+    assert (denormal == 0) == flush  # otherwise the test would show nothing
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# ---------------------------------------------------------------------------- wrong answers
+
+
+@pytest.mark.parametrize("images", [1, 16, 100, 128, 129, 300])
+@pytest.mark.parametrize("below", [0.0, None, 2.0])
+def test_wrong_answers_are_counted_as_argmax_does(images: int, below: float | None) -> None:
+    """Whole numbers: exact in float32 whatever the order, and with many ties."""
+    own = setup([23, 18, 6], [0.2, 0.5], images=images)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            parameter.copy_((2 * parameter).round())
+        own.masking.apply()
+        x = own.images.round()
+        logits = own.model(x.flatten(1))
+    if images >= 100:
+        assert ((logits == logits.max(1, keepdim=True).values).sum(1) > 1).any()  # a tie
+    want = int((logits.argmax(1) != own.labels).sum())
+    assert own.trainer(below).wrong(x, own.labels) == want
+
+
+def test_ties_go_to_the_first_class() -> None:
+    own = setup([5, 4], [None], images=12)
+    with torch.no_grad():
+        own.model.get_parameter("0.weight").zero_()
+        own.model.get_parameter("0.bias").copy_(torch.tensor([0.0, 1.0, 1.0, -1.0]))
+    trainer = own.trainer()
+    counts = [trainer.wrong(own.images, torch.full((12,), c)) for c in range(4)]
+    assert counts == [12, 0, 12, 12]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_logit_that_is_not_a_number_is_the_answer_as_in_argmax(place: int) -> None:
+    own = setup([5, 4], [None], images=12)
+    with torch.no_grad():
+        own.model.get_parameter("0.bias")[place:] = math.nan
+        logits = own.model(own.images.flatten(1))
+    trainer = own.trainer()
+    for c in range(4):
+        labels = torch.full((12,), c)
+        assert trainer.wrong(own.images, labels) == int((logits.argmax(1) != labels).sum())
+
+
+# ---------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["image", "0.weight", "2.weight", "2.bias", "4.bias"])
+@pytest.mark.parametrize("density", [0.2, 0.6, None])
+def test_what_is_not_finite_is_seen(density: float | None, where: str, value: float) -> None:
+    own = setup([30, 25, 20, 5], [density] * 3)
+    index = torch.arange(40)
+    with torch.no_grad():
+        if where == "image":
+            own.images[3] = value
+        else:
+            place = own.model.get_parameter(where)
+            mask = own.masking.masks.get(where, torch.ones_like(place, dtype=torch.bool))
+            place.view(-1)[mask.view(-1).nonzero()[:7]] = value
+    with torch.no_grad():
+        finite = F.cross_entropy(
+            own.model(own.images[index].flatten(1)), own.labels[index]
+        ).isfinite()
+    trainer = own.trainer()
+    loss = trainer.step(own.images, own.labels, index, track=FIRST)
+    trainer.sync()
+    weights = torch.stack([p.sum() for p in own.model.parameters()])
+    assert not math.isfinite(loss) or not weights.isfinite().all()
+    assert math.isfinite(loss) == bool(finite)
+
+
+def test_a_run_with_an_infinite_weight_diverges(mnist: datasets.Dataset) -> None:
+    loop = TrainingLoop(Run(train_samples=2000, epochs=2), mnist)
+    assert loop.perceptron is not None
+    loop.model.get_parameter("fc2.bias").data[0] = math.inf
+    with pytest.raises(DivergenceError, match=r"loss is|weight isn't finite"):
+        loop.run_to_end()
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+def test_mini_batches_of_a_wrong_size() -> None:
+    own = setup([30, 20, 5], [0.2, None])
+    trainer = own.trainer()
+    before = [t.clone() for t in own.bits()]
+    for index in (torch.zeros(129, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="1 to 128 samples"):
+            trainer.step(own.images, own.labels, index)
+    trainer.sync()
+    assert all(torch.equal(a, b) for a, b in zip(before, own.bits(), strict=True))
+
+
+def test_images_that_are_not_there_and_labels_beyond_the_classes() -> None:
+    own = setup([30, 20, 5], [0.2, None], images=50)
+    trainer = own.trainer()
+    before = [t.clone() for t in own.bits()]
+    for index in (torch.tensor([3, 50]), torch.tensor([-1])):
+        with pytest.raises(RuntimeError, match=r"no image .* among 50"):
+            trainer.step(own.images, own.labels, index)
+    for label in (-1, 5):
+        labels = own.labels.clone()
+        labels[7] = label
+        with pytest.raises(RuntimeError, match=rf"label {label} .* 5 classes"):
+            trainer.step(own.images, labels, torch.arange(20))
+    trainer.sync()
+    assert all(torch.equal(a, b) for a, b in zip(before, own.bits(), strict=True))
+
+
+def test_data_of_another_type_or_shape() -> None:
+    own = setup([30, 20, 5], [0.2, None], images=50)
+    trainer, x, y, index = own.trainer(), own.images, own.labels, torch.arange(20)
+    for images in (x.double(), x[:, :, :29], x[..., ::2], x.squeeze(1).T.contiguous().T):
+        with pytest.raises(ValueError, match="images"):
+            trainer.step(images, y, index)
+        with pytest.raises(ValueError, match="images"):
+            trainer.wrong(images, y)
+    for labels in (y.int(), y[:49], y.repeat(2)[::2]):
+        with pytest.raises(ValueError, match="labels"):
+            trainer.step(x, labels, index)
+        with pytest.raises(ValueError, match="labels"):
+            trainer.wrong(x, labels)
+    for places in (index.int(), index[::2], index[None]):
+        with pytest.raises(ValueError, match="index"):
+            trainer.step(x, y, places)
+    assert math.isfinite(trainer.step(x, y, index))
+
+
+def test_other_models() -> None:
+    for model in (
+        chain([8, 6, 4]).double(),
+        nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU()),
+        nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6, bias=False)),
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(5, 4)),
+        nn.Sequential(nn.Conv2d(1, 1, 1)),
+        nn.Sequential(),
+        nn.Linear(8, 4),
+    ):
+        assert kernels.perceptron_layers(model) is None
+        if not list(model.parameters()):
+            continue
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        masking = Masking(model, optimizer, method="dense")
+        with pytest.raises(ValueError, match="chain of linear layers with ReLU in float32"):
+            PerceptronTrainer(model, optimizer, masking)
+    found = kernels.perceptron_layers(chain([8, 6, 4]))
+    assert found is not None and [name for name, _ in found] == ["0", "2"]
+
+
+def test_other_optimizers() -> None:
+    model = chain([8, 6, 4])
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
+    for optimizer, message in (
+        (torch.optim.Adam(parameters), "SGD"),
+        (torch.optim.SGD(parameters, lr=0.1, momentum=0.9, dampening=0.1), "dampening"),
+        (torch.optim.SGD(parameters, lr=0.1, momentum=0.9, maximize=True), "minimising"),
+        (torch.optim.SGD(parameters, lr=0.1), "momentum must be above 0, got 0"),
+        (torch.optim.SGD(groups, lr=0.1, momentum=0.9), "one group"),
+        (torch.optim.SGD(parameters[:3], lr=0.1, momentum=0.9), "all parameters"),
+    ):
+        masking = Masking(model, optimizer, method="dense")
+        with pytest.raises(ValueError, match=message):
+            PerceptronTrainer(model, optimizer, masking)
+
+
+def test_more_non_zeros_than_an_index_can_count() -> None:
+    assert _starts(torch.tensor([2, 0, 3])).tolist() == [0, 2, 2, 5]
+    with pytest.raises(ValueError, match="non-zeros"):
+        _starts(torch.tensor([2**31 - 20, 10]))
+
+
+# ---------------------------------------------------------------------------- what torch holds
+
+
+def test_sync_and_reload_change_nothing() -> None:
+    plain, own = setup([60, 40, 7], [0.1, 0.9]), setup([60, 40, 7], [0.1, 0.9])
+    a, b = plain.trainer(), own.trainer()
+    for k in range(6):
+        index, track = torch.arange(k, k + 50), (NOTHING, FIRST, MORE)[k % 3]
+        assert a.step(plain.images, plain.labels, index, track=track) == b.step(
+            own.images, own.labels, index, track=track
+        )
+        b.sync()
+        if k % 2:
+            b.reload()
+        else:
+            b = own.trainer()
+    a.sync(), b.sync()
+    assert all(torch.equal(x, y) for x, y in zip(plain.bits(), own.bits(), strict=True))
+    first, momentum = own.model.get_parameter("0.weight").clone(), own.buffer("0.weight").clone()
+    b.sync(), b.reload(), b.sync()
+    assert torch.equal(first, own.model.get_parameter("0.weight"))
+    assert torch.equal(momentum, own.buffer("0.weight"))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_reload_takes_masks_and_weights_from_outside(density: float) -> None:
+    own = setup([60, 40, 7], [density, density])
+    trainer = own.trainer()
+    trainer.step(own.images, own.labels, torch.arange(50), track=FIRST)
+    trainer.sync()
+    masks = {n: torch.rand(m.shape) < 0.2 for n, m in own.masking.masks.items()}
+    own.masking.masks = masks
+    with torch.no_grad():
+        own.model.get_parameter("0.weight").normal_()
+    trainer.reload()
+    reference = Reference(own)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            reference.model.get_parameter(name).mul_(mask)
+            state = reference.optimizer.state[reference.model.get_parameter(name)]
+            state["momentum_buffer"] = own.buffer(name).double()
+        for name in ("0.bias", "2.bias"):
+            state = reference.optimizer.state[reference.model.get_parameter(name)]
+            state["momentum_buffer"] = own.buffer(name).double()
+    index = torch.arange(60, 90)
+    want = reference.step(own.images[index], own.labels[index], NOTHING)
+    assert trainer.step(own.images, own.labels, index) == pytest.approx(want, rel=CLOSE)
+    trainer.sync()
+    for name, mask in masks.items():
+        weight = own.model.get_parameter(name)
+        assert not weight[~mask].any()
+        assert off_by(weight, reference.model.get_parameter(name)) < CLOSE
+
+
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_masks_assigned_without_a_reload_are_noticed(density: float) -> None:
+    own = setup([60, 40, 7], [density, density])
+    trainer = own.trainer()
+    index = torch.arange(50)
+    trainer.step(own.images, own.labels, index)
+    masks = {n: torch.rand(m.shape) < 0.2 for n, m in own.masking.masks.items()}
+    own.masking.masks = masks
+    trainer.step(own.images, own.labels, index)
+    masks["0.weight"][0] = False  # in place
+    own.masking.masks["0.weight"][0] = False
+    loss = trainer.step(own.images, own.labels, index)
+    trainer.sync()
+    for name, mask in own.masking.masks.items():
+        assert not own.model.get_parameter(name)[~mask].any()
+    assert trainer.step(own.images, own.labels, index) < loss
+
+
+def test_gradients_survive_their_removal() -> None:
+    """Whoever sets gradients to None between steps finds new ones, not freed memory."""
+    own = setup([60, 40, 7], [0.1, None])
+    trainer, index = own.trainer(), torch.arange(50)
+    weight = own.model.get_parameter("0.weight")
+    for _ in range(2):
+        trainer.step(own.images, own.labels, index, gradients=True)
+        assert weight.grad is not None and weight.grad.any()
+        own.optimizer.zero_grad(set_to_none=True)
+    trainer.step(own.images, own.labels, index)
+    assert weight.grad is None
+
+
+# ---------------------------------------------------------------------------- within runs
+
+
+@pytest.fixture(scope="module")
+def mnist() -> datasets.Dataset:
+    """The first 2,000 images, 500 for validation and 500 for the test."""
+    return shortened(datasets.load("mnist", train_subset=2000))
+
+
+def shortened(whole: datasets.Dataset) -> datasets.Dataset:
+    parts = {name: getattr(whole, name)[:500] for name in ("val_x", "val_y", "test_x", "test_y")}
+    return replace(whole, **parts)
+
+
+METHODS = ["sparse_momentum", "set", "rigl", "deepr", "dsr", "dense", "static", "snip"]
+
+
+def epoch_of(run: Run, mnist: datasets.Dataset) -> TrainingLoop:
+    """After the first epoch and the update of the masks that ends it."""
+    loop = TrainingLoop(run, mnist)
+    stop = iter([False] * loop.steps_per_epoch + [True])
+    with pytest.raises(Interrupted):
+        loop.run_to_end(should_stop=lambda: next(stop))
+    assert loop.state.epoch == 1 and loop.state.step_in_epoch == 0
+    loop.use_torch()  # writes the weights back
+    return loop
+
+
+@pytest.mark.parametrize("every", [0, 7])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_epoch_is_that_of_torch(method: str, every: int, mnist: datasets.Dataset) -> None:
+    run = Run(method=method, train_samples=2000, epochs=2, update_every_steps=every)
+    ours, torchs = (epoch_of(replace(run, kernels=k), mnist) for k in ("auto", "torch"))
+    assert TrainingLoop(run, mnist).perceptron is not None
+    assert TrainingLoop(replace(run, kernels="torch"), mnist).perceptron is None
+    active = sum(torchs.masking.active().values())
+    moved = sum(
+        int((a != b).sum())
+        for a, b in zip(ours.masking.masks.values(), torchs.masking.masks.values(), strict=True)
+    )
+    assert moved <= active // 1000, f"{moved} of {active} active weights"
+    for a, b in zip(ours.model.parameters(), torchs.model.parameters(), strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+        first, second = (
+            loop.optimizer.state[p]["momentum_buffer"] for loop, p in ((ours, a), (torchs, b))
+        )
+        assert first.shape == second.shape and second.any()
+        if moved == 0 and method not in ("static", "snip"):  # those never ask for inactive weights'
+            assert (first - second).norm() <= 1e-2 * second.norm()
+    assert ours.state.curves[0]["train_loss"] == pytest.approx(
+        torchs.state.curves[0]["train_loss"], rel=1e-4
+    )
+    assert ours.state.curves[0]["val_error_pct"] == pytest.approx(
+        torchs.state.curves[0]["val_error_pct"], abs=0.21
+    )
+
+
+def test_the_window_gives_the_masks_of_full_tracking() -> None:
+    """Gradients of inactive weights in the last 153 of 180 steps, in all of them, in the last 5."""
+    data = shortened(datasets.load("mnist", train_subset=9000))
+    run = Run(train_samples=9000, batch_size=50, epochs=4)
+
+    def masks(window: int) -> list[Tensor]:
+        loop = TrainingLoop(replace(run, dense_window_steps=window), data)
+        assert loop.perceptron is not None and loop.steps_per_epoch == 180
+        assert loop._window() == (window or 153)
+        before = list(loop.masking.masks.values())
+        loop.run_to_end()
+        after = list(loop.masking.masks.values())
+        assert sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) > 4000
+        return after
+
+    def differences(window: int) -> int:
+        return sum(int((a != b).sum()) for a, b in zip(full, masks(window), strict=True))
+
+    full = masks(180)
+    assert differences(181) == 0  # the same, bit by bit
+    assert differences(0) <= 6  # of 13,310 active weights, after three updates
+    assert differences(5) > 200
+
+
+@pytest.mark.parametrize(
+    ("method", "computed_by"), [*((m, "auto") for m in METHODS), ("rigl", "torch")]
+)
+@pytest.mark.parametrize("every", [13, 20])
+def test_resumed_runs_have_the_same_bits(
+    method: str, computed_by: str, every: int, mnist: datasets.Dataset, tmp_path: Path
+) -> None:
+    """Stopped within an epoch, in the window (K = 14) or before it, and after its last step."""
+    run = Run(
+        method=method,
+        train_samples=2000,
+        epochs=3,
+        lr_decay_every_steps=9,
+        dense_window_steps=14,
+        kernels=computed_by,
+    )
+    whole = TrainingLoop(run, mnist)
+    whole.run_to_end()
+    file = tmp_path / "a.pt"
+    while True:
+        part = TrainingLoop(run, mnist)
+        if file.exists():
+            part.load(file)
+        calls = iter(range(1, 100))
+        try:
+            part.run_to_end(file, should_stop=lambda calls=calls: next(calls) == every)
+            break
+        except Interrupted:
+            continue
+    assert file.exists()
+    for loop in (whole, part):
+        loop.use_torch()
+    for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        one, two = (
+            loop.optimizer.state[p]["momentum_buffer"] for loop, p in ((whole, a), (part, b))
+        )
+        assert torch.equal(one, two)
+    for a, b in zip(whole.masking.masks.values(), part.masking.masks.values(), strict=True):
+        assert torch.equal(a, b)
+    assert whole.state.curves == part.state.curves
+
+
+def test_the_optimizers_learning_rate_counts_after_a_load(
+    mnist: datasets.Dataset, tmp_path: Path
+) -> None:
+    run = Run(train_samples=2000, epochs=2, lr_decay_every_steps=3)
+    loop = TrainingLoop(run, mnist)
+    order = loop._order()
+    for k in range(3):
+        loop.step(order[100 * k : 100 * k + 100])
+    loop.save(tmp_path / "a.pt")
+    other = TrainingLoop(run, mnist)
+    other.load(tmp_path / "a.pt")
+    assert other.optimizer.param_groups[0]["lr"] == 0.1
+    losses = [one.step(order[300:400]).item() for one in (loop, other)]
+    assert losses[0] == losses[1]
+    for one in (loop, other):
+        one.use_torch()
+        assert one.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    for a, b in zip(loop.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_the_kernels_do_not_know_goes_to_torch(mnist: datasets.Dataset) -> None:
+    def computed_by(**fields: object) -> str:
+        return TrainingLoop(Run(train_samples=2000, **fields), mnist).outcome("diverged").kernels
+
+    assert computed_by() == computed_by(batch_size=128) == "perceptron"
+    for fields in (
+        {"batch_size": 129},
+        {"momentum": 0.0, "method": "set"},
+        {"label_smoothing": 0.1},
+        {"precision": "bf16"},
+        {"kernels": "torch"},
+        {"model": "lenet5", "density": 0.5},
+    ):
+        assert computed_by(**fields) == "torch", fields
