@@ -207,14 +207,20 @@ _OURS: Block = {
     "redistribution": "momentum",
     "schedule": "cosine",
     "options": (),
+    "dense_window_steps": 0,
 }
+# Whether an inactive weight has any momentum decides: gathered in each of the epoch's 540 steps, as
+# the kernels gather it only in the last ones before an update otherwise.
+_ANYWHERE: Block = {"dense_window_steps": 540}
 READINGS: dict[str, Block] = {
     "ours": _OURS,
     "feedback": {**_OURS, "options": (("feedback", 1.0),)},
-    "regrown": {**_OURS, "options": (("keep_regrown", 1.0), ("grow_anywhere", 1.0))},
+    "keep": {**_OURS, "options": (("keep_regrown", 1.0),)},
+    "anywhere": {**_OURS, **_ANYWHERE, "options": (("grow_anywhere", 1.0),)},
     "floor": {**_OURS, "schedule": "cosine_floor"},
     "official": {
         **_OURS,
+        **_ANYWHERE,
         "schedule": "cosine_floor",
         "options": (("feedback", 1.0), ("keep_regrown", 1.0), ("grow_anywhere", 1.0)),
     },
