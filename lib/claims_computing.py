@@ -23,7 +23,7 @@ EXPERIMENT = "computing"
 # outside the mask.
 WAYS: dict[str, Where] = {
     "masked": {"precision": "fp32", "kernels": "torch"},
-    "sparse": {"precision": "fp32", "kernels": "auto"},
+    "sparse": {"precision": "fp32", "kernels": "sparse"},
     "bf16": {"precision": "bf16"},
 }
 WAY_NAMES = {

@@ -64,6 +64,10 @@ class Run:
     `update_every_steps` and `dense_window_steps` mini-batches (0: once per epoch; as many as
     float32 resolves, lib/kernels), `warmup_epochs` and `epochs` passes over the training set,
     `train_samples` and `test_samples` images, the first ones (0: all).
+
+    `kernels`: "auto", whichever is faster here; "torch", masked dense layers; "sparse", lib/kernels
+    wherever they know the network, faster or not (not on a GPU or without a compiler). The row
+    says what it was.
     """
 
     dataset: str = "mnist"
@@ -143,8 +147,8 @@ class Run:
             raise ValueError(f"val_fraction must be in (0, 1), got {self.val_fraction}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
-        if self.kernels not in ("auto", "torch"):
-            raise ValueError(f"kernels must be 'auto' or 'torch', got {self.kernels!r}")
+        if self.kernels not in ("auto", "sparse", "torch"):
+            raise ValueError(f"kernels must be 'auto', 'sparse' or 'torch', got {self.kernels!r}")
 
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their default; a method's own rules count as defaults."""

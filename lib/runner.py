@@ -466,16 +466,13 @@ def _claim(checkpoint: Path) -> Iterator[bool]:
 
 def _copy_rows_of_other_experiments(todo: Plan) -> None:
     """The same run can be a cell of several experiments: its row is copied, not trained again,
-    unless the other experiment did not take the measures that this one needs, or torch computed
-    it and this one compares the kernels with torch.
+    unless the other experiment did not take the measures that this one needs.
     """
     known = set(results.read_runs(todo.csv)["run_id"])
     missing = {run.run_id for run in todo.todo} - known
     if not missing:
         return
-    this = experiments.experiment(todo.experiment)
-    needed = set(this.measures)
-    by_kernels = {r.run_id for r in todo.todo if (r.kernels, r.precision) == ("auto", "fp32")}
+    needed = set(experiments.experiment(todo.experiment).measures)
     for other in experiments.EXPERIMENTS:
         source = todo.csv.with_name(f"{other}.csv")
         if other == todo.experiment or not source.exists():
@@ -491,8 +488,6 @@ def _copy_rows_of_other_experiments(todo: Plan) -> None:
             mine = row["run_id"]
             taken = measures[measures["run_id"] == mine]
             if row["status"] == "ok" and not needed <= set(taken["measure"]):
-                continue
-            if this.compares_kernels and mine in by_kernels and row["kernels"] == "torch":
                 continue
             results.append_run(
                 todo.csv,

@@ -170,6 +170,7 @@ def test_readings_depart_from_ours_in_one_thing_except_all_together() -> None:
 def test_families_differ_in_one_thing() -> None:
     names = {r.model for r in runs("depth_scaling", "paper")}
     assert {f"mlp-100x{n}" for n in range(1, 9)} <= names
+    assert {f"mlpbn-100x{n}" for n in range(1, 9)} <= names
     assert {f"wrn-{depth}-2" for depth in (10, 16, 22, 28)} <= names
     assert {f"wrn-16-{width}" for width in (1, 2, 4, 8)} <= names
     rules = defaultdict(set)
@@ -349,24 +350,10 @@ def test_each_network_is_computed_in_three_ways_from_the_same_settings(profile: 
         }
         found[json.dumps(others, sort_keys=True)].add((run.kernels, run.precision))
         assert run.method == "sparse_momentum"
-        assert "speedups" not in experiments.measures(run, "computing", profile)  # is torch's
-    ways = {("torch", "fp32"), ("auto", "fp32"), ("auto", "bf16")}
+        if run.kernels == "sparse":  # the measure times torch's layers, so that torch computes it
+            assert "speedups" not in experiments.measures(run, "computing", profile)
+    ways = {("torch", "fp32"), ("sparse", "fp32"), ("auto", "bf16")}
     assert len(found) >= 2 and all(ways == one for one in found.values())
-
-
-def test_what_torch_computed_is_not_copied_as_the_kernels_work(tmp_path) -> None:
-    """The kernels' runs have the ids of other experiments' runs, whatever computed those."""
-    mine = [r for r in runs("computing", "smoke") if (r.kernels, r.precision) == ("auto", "fp32")]
-    first, second = (run for run in mine if run.model == "lenet300-100")
-    table = paths.results_csv("smoke", "main_results", tmp_path)
-    assert {first.run_id, second.run_id} <= {r.run_id for r in runs("main_results", "smoke")}
-    for run, kernels in ((first, "torch"), (second, "perceptron")):
-        row = make_row(1) | {"run_id": run.run_id, "kernels": kernels}
-        results.append_run(table, row, (), ())
-    for name, copied in (("computing", [second.run_id]), ("ablations", None)):
-        runner._copy_rows_of_other_experiments(runner.plan(name, "smoke", results_root=tmp_path))
-        rows = results.read_runs(paths.results_csv("smoke", name, tmp_path))
-        assert sorted(rows["run_id"]) == (copied or sorted([first.run_id, second.run_id]))
 
 
 # --------------------------------------------------------------------- several experiments at once

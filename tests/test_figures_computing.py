@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,17 @@ IDS = {f"computing_{way}_{dataset}" for way in ("sparse", "bf16") for dataset in
 def way_of(run: Run) -> str:
     if run.precision == "bf16":
         return "bf16"
-    return "sparse" if run.kernels == "auto" else "masked"
+    return "sparse" if run.kernels == "sparse" else "masked"
 
 
 def errors(noise: float = 0.0, **shift: float) -> Callable[[Run], float]:
-    """3 % on MNIST, 60 % on CIFAR-10 and a point more per seed; `shift` is added to a way."""
+    """3 % on MNIST, 60 % on CIFAR-10 and a point more per seed; `shift` is added to a way.
+
+    The noise, within -+ `noise`, differs between the ways and adds up to nothing over five seeds.
+    """
 
     def error(run: Run) -> float:
-        wobble = int(hashlib.sha256(run.run_id.encode()).hexdigest()[:6], 16) / 8**8 - 1
+        wobble = ({"masked": 1, "sparse": 2, "bf16": 3}[way_of(run)] * run.seed % 5 - 2) / 2
         start = 3.0 if run.dataset == "mnist" else 60.0
         return start + run.seed + shift.get(way_of(run), 0.0) + noise * wobble
 

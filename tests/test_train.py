@@ -215,6 +215,11 @@ def test_convolutions_go_through_the_sparse_kernels_where_that_pays(cifar, tmp_p
         prune_rate=0.5,
     )
     assert TrainingLoop(run, cifar).sparse is None  # too short a training to find out
+    forced = trained(replace(run, kernels="sparse"), cifar)  # unless it is asked for
+    assert forced.outcome().kernels == "sparse" and forced.sparse is not None
+    assert all(choice.sparse for choice in forced.sparse.choices.values())
+    assert TrainingLoop(replace(run, kernels="sparse", precision="bf16"), cifar).sparse is None
+    assert TrainingLoop(run.overridden(method="dense", kernels="sparse"), cifar).sparse is None
     costs = {True: StepCost(1.0, 0.5, 0.8), False: StepCost(1.0, 0.5, 3.0)}
     monkeypatch.setattr(training, "WORTH_CALIBRATING_STEPS", 0)
     monkeypatch.setattr(training, "step_cost", lambda *_: costs[False])
