@@ -84,16 +84,23 @@ class Scaling:
 
 
 def families(models: Iterable[str]) -> list[Family]:
-    """The families among these networks: MLPs by depth, WRNs by depth and by width.
+    """The families among these networks: MLPs by depth, with and without batch norm, WRNs by depth
+    and by width.
 
     WRNs are compared at the width (depth) that has most of them, the smaller of equals.
     """
     names = list(dict.fromkeys(models))
-    mlps = {m: int(hit[1]) for m in names if (hit := re.fullmatch(r"mlp-\d+x(\d+)", m))}
+    mlps: dict[str, dict[str, int]] = {"mlp": {}, "mlpbn": {}}
+    for model in names:
+        if hit := re.fullmatch(r"(mlp|mlpbn)-\d+x(\d+)", model):
+            mlps[hit[1]][model] = int(hit[2])
     wrns = {
         m: (int(hit[1]), int(hit[2])) for m in names if (hit := re.fullmatch(r"wrn-(\d+)-(\d+)", m))
     }
-    found = [Family("MLPs", "hidden layers", mlps)]
+    found = [
+        Family("MLPs", "hidden layers", mlps["mlp"]),
+        Family("MLPs with batch norm", "hidden layers, batch norm", mlps["mlpbn"]),
+    ]
     for name, axis, this, other in (
         ("WRN-d-{}", "depth (layers)", 0, 1),
         ("WRN-{}-k", "width (factor)", 1, 0),

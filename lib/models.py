@@ -5,8 +5,9 @@ All forwards return logits. The networks are those of the official code (e19ff16
 Every weight a method may mask is a parameter with more than one dimension; biases and batch-norm
 are not (paper, section 3).
 
-Two families are parametric: ``mlp-<width>x<hidden layers>`` on MNIST (``mlp-100x3``) and
-``wrn-<depth>-<width>`` on CIFAR-10, depth 6n + 4 (``wrn-22-4``).
+Three families are parametric: ``mlp-<width>x<hidden layers>`` on MNIST (``mlp-100x3``), the same
+with batch norm (``mlpbn-100x3``), and ``wrn-<depth>-<width>`` on CIFAR-10, depth 6n + 4
+(``wrn-22-4``).
 
 Shapes are written [samples, channels, height, width] or [samples, features].
 """
@@ -43,14 +44,22 @@ def scaled(width: int, scale: float) -> int:
 
 
 class MLP(nn.Sequential):
-    """Linear layers fc1, fc2, ... with ReLU between: [N, 1, 28, 28] or [N, 784] -> [N, classes]."""
+    """Linear layers fc1, fc2, ... with ReLU between: [N, 1, 28, 28] or [N, 784] -> [N, classes].
 
-    def __init__(self, inputs: int, hidden: Sequence[int], num_classes: int) -> None:
+    With `norm`, batch norm comes before each ReLU: masked layers shrink the signal, and many of
+    them without normalisation learn nothing.
+    """
+
+    def __init__(
+        self, inputs: int, hidden: Sequence[int], num_classes: int, norm: bool = False
+    ) -> None:
         super().__init__()
         widths = [inputs, *hidden, num_classes]
         for i in range(1, len(widths)):
             self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
             if i < len(widths) - 1:
+                if norm:
+                    self.add_module(f"bn{i}", nn.BatchNorm1d(widths[i]))
                 self.add_module(f"relu{i}", nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,10 +91,17 @@ class LeNet5(nn.Module):
         return self.fc4(x)  # [N, classes]
 
 
-def build_mlp(hidden: Sequence[int], *, scale: float, num_classes: int, dropout: float) -> MLP:
+def build_mlp(
+    hidden: Sequence[int],
+    norm: bool = False,
+    *,
+    scale: float,
+    num_classes: int,
+    dropout: float,
+) -> MLP:
     """A perceptron on MNIST; ``hidden`` are the widths at scale 1."""
     del dropout  # has none; build_model refuses a rate other than 0
-    return MLP(28 * 28, [scaled(width, scale) for width in hidden], num_classes)
+    return MLP(28 * 28, [scaled(width, scale) for width in hidden], num_classes, norm)
 
 
 def build_lenet5(*, scale: float, num_classes: int, dropout: float) -> LeNet5:
@@ -396,9 +412,10 @@ def _cifar(name: str, display: str, build: Callable[..., nn.Module]) -> ModelSpe
     return ModelSpec(name, display, "cifar10", CIFAR_SHAPE, 10, build)
 
 
-def _mlp(width: int, layers: int) -> ModelSpec:
-    build = functools.partial(build_mlp, (width,) * layers)
-    return _mnist(f"mlp-{width}x{layers}", f"MLP {width}x{layers}", build)
+def _mlp(name: str, width: int, layers: int, norm: bool) -> ModelSpec:
+    build = functools.partial(build_mlp, (width,) * layers, norm)
+    display = f"MLP {width}x{layers}{' with batch norm' if norm else ''}"
+    return _mnist(name, display, build)
 
 
 def _wrn(depth: int, width: int) -> ModelSpec:
@@ -429,18 +446,18 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def model_spec(name: str) -> ModelSpec:
-    """The specification of a registered network or of a member of the two families.
+    """The specification of a registered network or of a member of the families.
 
     Raises ValueError for an unknown name (with the close matches and the list), for a WRN depth
     that is not 6n + 4, and for a width or number of layers of 0.
     """
     if name in MODELS:
         return MODELS[name]
-    if found := re.fullmatch(r"mlp-(\d+)x(\d+)", name):
-        width, layers = int(found[1]), int(found[2])
+    if found := re.fullmatch(r"mlp(bn)?-(\d+)x(\d+)", name):
+        width, layers = int(found[2]), int(found[3])
         if width < 1 or layers < 1:
             raise ValueError(f"model {name!r}: width and hidden layers must be at least 1")
-        return _mlp(width, layers)
+        return _mlp(name, width, layers, norm=found[1] is not None)
     if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, width = int(found[1]), int(found[2])
         if depth < 10 or (depth - 4) % 6 != 0:
@@ -452,7 +469,7 @@ def model_spec(name: str) -> ModelSpec:
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
     raise ValueError(
         f"unknown model {name!r}{hint} Known: {', '.join(MODELS)}, "
-        "mlp-<width>x<hidden layers>, wrn-<depth>-<width>"
+        "mlp-<width>x<hidden layers>, mlpbn-<width>x<hidden layers>, wrn-<depth>-<width>"
     )
 
 

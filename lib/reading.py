@@ -253,9 +253,10 @@ def published_rows(table: str, **wanted: Any) -> pd.DataFrame:
 
 def model_name(model: str) -> str:
     """Display name of a model; the families' members ("wrn-10-1", "mlp-100x4") by their form."""
-    if model.startswith("mlp-"):
-        width, _, layers = model.removeprefix("mlp-").partition("x")
-        return f"MLP {layers} × {width}"
+    family, _, size = model.partition("-")
+    if family in ("mlp", "mlpbn"):
+        width, _, layers = size.partition("x")
+        return f"MLP{'-BN' if family == 'mlpbn' else ''} {layers} × {width}"
     return MODEL_NAMES.get(model) or model.upper()
 
 

@@ -26,7 +26,7 @@ def wobble(run: Run, size: float) -> float:
 
 def size_of(model: str) -> float:
     """log2 of the depth of an MLP, of depth / 10 times width of a WRN; 0 of other networks."""
-    if mlp := re.fullmatch(r"mlp-\d+x(\d+)", model):
+    if mlp := re.fullmatch(r"mlp(?:bn)?-\d+x(\d+)", model):
         return math.log2(int(mlp[1]))
     if wrn := re.fullmatch(r"wrn-(\d+)-(\d+)", model):
         return math.log2(int(wrn[1]) / 10 * int(wrn[2]))

@@ -163,21 +163,22 @@ def test_diverged_variants_are_told(tmp_path: Path) -> None:
 
 def test_trends_find_what_was_put_in(root: Path) -> None:
     frame = TABLES["depth_scaling_trends"]("quick", root).frame
-    mlps = frame[frame["family"] == "MLPs"]
-    assert list(mlps["conclusion"]) == ["grows", "grows"]
-    for row in mlps.to_dict("records"):
-        slope = float(row["slope (points per doubling)"])
-        assert slope == pytest.approx(0.5, abs=0.1) and row["networks"] == "3"
+    for family, networks in (("MLPs", "3"), ("MLPs with batch norm", "4")):
+        mlps = frame[frame["family"] == family]
+        assert list(mlps["conclusion"]) == ["grows", "grows"]
+        for row in mlps.to_dict("records"):
+            slope = float(row["slope (points per doubling)"])
+            assert slope == pytest.approx(0.5, abs=0.1) and row["networks"] == networks
     plot = FIGURES["depth_scaling"]("quick", root)
     (title,) = [t.get_text() for t in texts(plot) if t.get_text() == "MLPs: redistribution"]
-    assert title and len(re.findall(r"per doubling, p ", words(plot))) == 6
+    assert title and len(re.findall(r"per doubling, p ", words(plot))) == 8
 
 
 def test_one_size_has_no_trend(tmp_path: Path) -> None:
     write(tmp_path, "smoke", Effects().error, ("depth_scaling",))
     assert "one size only: no trend" in words(FIGURES["depth_scaling"]("smoke", tmp_path))
     frame = TABLES["depth_scaling_trends"]("smoke", tmp_path).frame
-    assert set(frame["family"]) == {"MLPs"}
+    assert set(frame["family"]) == {"MLPs", "MLPs with batch norm"}
 
 
 # ------------------------------------------------------------------------------------ sensitivity

@@ -165,9 +165,12 @@ def test_wrn_family(name, convolutions):
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("family", ["mlp", "mlpbn"])
 @pytest.mark.parametrize(("width", "layers"), [(100, 1), (100, 3), (37, 8)])
-def test_mlp_family(width, layers):
-    model = build_model(f"mlp-{width}x{layers}")
+def test_mlp_family(family, width, layers):
+    model = build_model(f"{family}-{width}x{layers}")
+    norms = layers if family == "mlpbn" else 0
+    assert sum(isinstance(m, torch.nn.BatchNorm1d) for m in model.modules()) == norms
     expected = 784 * width + (layers - 1) * width**2 + width * 10
     assert sum(maskable_weights(model).values()) == expected
     assert list(maskable_weights(model)) == [f"fc{i}.weight" for i in range(1, layers + 2)]
