@@ -181,11 +181,11 @@ def _timed_steps(loop: TrainingLoop, order: Any, count: int) -> float:
 
 
 def peak_share(repeats: int) -> Iterator[Row]:
-    """LeNet-300-100, one thread: time its dense products would take at the measured matrix peak,
-    over the time of the whole step. One means nothing but arithmetic.
+    """LeNet-300-100 trained dense, one thread: time its products would take at the measured matrix
+    peak, over the time of the whole step. One means nothing but arithmetic.
     """
     torch.set_num_threads(1)
-    loop = TrainingLoop(Run())
+    loop = TrainingLoop(Run(method="dense"))  # sparse layers would not make these products
     order = loop._order().split(loop.run.batch_size)
     # Forward, weight gradient, and the input gradient of all layers but the first.
     flops = forward_flops("lenet300-100")
