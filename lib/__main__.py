@@ -104,7 +104,7 @@ def bench(options: argparse.Namespace) -> None:
     """Measure the training speed: against a conventional script, and against the machine."""
     from lib.bench import bench as measure
 
-    measure(options.repeats, options.results, options.only)
+    measure(options.repeats, options.results, options.only, options.network)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add(bench)
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
     command.add_argument("--only", action="append", default=[], metavar="TOPIC", help="one topic")
+    command.add_argument(
+        "--network", action="append", default=[], metavar="NAME", help="of the sparse topics"
+    )
     return parser
 
 

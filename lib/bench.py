@@ -6,7 +6,6 @@ are shared and noisy. Rows go to results/bench/ with the machine's description.
 
 from __future__ import annotations
 
-import copy
 import csv
 import datetime
 import functools
@@ -27,45 +26,64 @@ from torch import nn
 
 from lib import data as datasets
 from lib import paths, runner
+from lib.bench_sparse import (
+    NETWORKS,
+    WINDOW_RUNS,
+    breakdown,
+    sparse_layers,
+    sparse_steps,
+    window,
+)
 from lib.config import Run, unknown
-from lib.kernels import SparseNetwork, dense_window, keep_freed_memory, sparse_network
-from lib.kernels import bench as layers
+from lib.kernels import keep_freed_memory
 from lib.masking import Masking
 from lib.models import build_model, forward_flops
+from lib.timing import Row, forward_backward, in_turn, row
 from lib.train import TrainingLoop
 
 REPEATS = 5
 HEADER = ["topic", "what", "setting", "value", "unit", "low", "high", "n", "machine"]
 
-Row = dict[str, Any]
+Topic = Callable[..., Iterator[Row]]
 
 
 def bench(
-    repeats: int = REPEATS, results_root: str | Path | None = None, only: Sequence[str] = ()
+    repeats: int = REPEATS,
+    results_root: str | Path | None = None,
+    only: Sequence[str] = (),
+    networks: Sequence[str] = (),
 ) -> list[Row]:
     """Measure every topic of TOPICS (or of `only`), print each row and store it.
 
-    Rows go to results/bench/<file>.csv at the end of each topic, in place of the topic's rows of an
-    earlier measurement. Raises ValueError for an unknown topic.
+    Rows go to results/bench/<file>.csv as they come, in place of the topic's rows of the same
+    setting in an earlier measurement; those of settings that no longer exist go at the end of the
+    topic. `networks` restricts the topics of BY_NETWORK, whose other rows then stay.
+    Raises ValueError for an unknown topic, and for a network that a topic doesn't measure.
     """
     if strange := [name for name in only if name not in TOPICS]:
         raise ValueError(unknown("topic", strange[0], TOPICS))
+    chosen = [name for name in TOPICS if (name in only if only else name not in ON_REQUEST)]
+    for name in networks:
+        for topic in chosen:
+            if name not in BY_NETWORK.get(topic, ()):
+                raise ValueError(unknown(f"network of {topic}", name, BY_NETWORK.get(topic, ())))
     machine = describe_machine()
     print(machine)
     rows: list[Row] = []
-    for name, (file, topic) in TOPICS.items():
-        if only and name not in only:
-            continue
-        found = []
-        for row in topic(repeats):
-            found.append({"topic": name, **row, "machine": machine})
-            spread = f" [{row['low']:.3g}, {row['high']:.3g}]" if row["n"] > 1 else ""
+    for name in chosen:
+        file, topic_of = TOPICS[name]
+        path = paths.results_dir("bench", results_root) / f"{file}.csv"
+        found: list[Row] = []
+        for line in topic_of(repeats, networks) if networks else topic_of(repeats):
+            found.append({"topic": name, **line, "machine": machine})
+            spread = f" [{line['low']:.3g}, {line['high']:.3g}]" if line["n"] > 1 else ""
             print(
-                f"{name:<13} {row['what']:<46} {row['setting']:<28} "
-                f"{row['value']:>9.4g} {row['unit']}{spread}",
+                f"{name:<13} {line['what']:<52} {line['setting']:<28} "
+                f"{line['value']:>9.4g} {line['unit']}{spread}",
                 flush=True,
             )
-        _store(paths.results_dir("bench", results_root) / f"{file}.csv", name, found)
+            _store(path, name, found, keep_other_settings=True)
+        _store(path, name, found, keep_other_settings=bool(networks))
         rows += found
     return rows
 
@@ -144,10 +162,10 @@ def lenets(repeats: int) -> Iterator[Row]:
             ("threads", "ours, one run with all threads, an epoch"),
             ("processes", "ours, one run per core, an epoch"),
         ):
-            yield _row(label, model, [t * steps for t in times[name]], "s")
+            yield row(label, model, [t * steps for t in times[name]], "s")
         for name, label in (("threads", "one run"), ("processes", "one run per core")):
             ratios = [c / t for c, t in zip(times["conventional"], times[name], strict=True)]
-            yield _row(f"ours over conventional, {label}", model, ratios, "x")
+            yield row(f"ours over conventional, {label}", model, ratios, "x")
 
 
 @functools.lru_cache(maxsize=1)
@@ -198,10 +216,8 @@ def peak_share(repeats: int) -> Iterator[Row]:
             a @ a
         peaks.append(5 * 2 * 1024**3 / (time.perf_counter() - start))
         shares.append(per_step / peaks[-1] / _timed_steps(loop, order, 100))
-    yield _row(
-        "float32 matrix peak, one thread", "1024 x 1024", [p / 1e9 for p in peaks], "GFLOP/s"
-    )
-    yield _row("products at peak over whole step", "lenet300-100", shares, "")
+    yield row("float32 matrix peak, one thread", "1024 x 1024", [p / 1e9 for p in peaks], "GFLOP/s")
+    yield row("products at peak over whole step", "lenet300-100", shares, "")
 
 
 def layouts(repeats: int) -> Iterator[Row]:
@@ -217,13 +233,13 @@ def layouts(repeats: int) -> Iterator[Row]:
             ("channels last bf16", torch.channels_last, True),
         ):
             network = build_model(model).to(memory_format=layout)
-            variants[name] = _forward_backward(
+            variants[name] = forward_backward(
                 network, images.contiguous(memory_format=layout), labels, low
             )
-        times = _in_turn(variants, repeats)
+        times = in_turn(variants, repeats)
         for name in list(variants)[1:]:
             ratios = [a / b for a, b in zip(times["contiguous fp32"], times[name], strict=True)]
-            yield _row(f"{name} over contiguous fp32", model, ratios, "x")
+            yield row(f"{name} over contiguous fp32", model, ratios, "x")
 
 
 def augmentation(repeats: int) -> Iterator[Row]:
@@ -233,12 +249,12 @@ def augmentation(repeats: int) -> Iterator[Row]:
     augment, generator = datasets.Augment(pad=4), torch.Generator().manual_seed(0)
     for model in ("alexnet-s", "wrn-10-2"):
         network = build_model(model).to(memory_format=torch.channels_last)
-        step = _forward_backward(
+        step = forward_backward(
             network, images.contiguous(memory_format=torch.channels_last), labels, False
         )
-        times = _in_turn({"a": lambda: augment(images, generator), "step": step}, repeats)
+        times = in_turn({"a": lambda: augment(images, generator), "step": step}, repeats)
         shares = [100 * a / (a + s) for a, s in zip(times["a"], times["step"], strict=True)]
-        yield _row("augmentation, share of a step", model, shares, "%")
+        yield row("augmentation, share of a step", model, shares, "%")
 
 
 def mask_update(repeats: int) -> Iterator[Row]:
@@ -249,7 +265,7 @@ def mask_update(repeats: int) -> Iterator[Row]:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=True)
         masking = Masking(network, optimizer, density=0.05)
         shape = (1, 28, 28) if model.startswith("lenet") else (3, 32, 32)
-        one = _forward_backward(
+        one = forward_backward(
             network, torch.randn(batch, *shape), torch.randint(0, 10, (batch,)), False
         )
 
@@ -260,10 +276,10 @@ def mask_update(repeats: int) -> Iterator[Row]:
 
         step()
         update = functools.partial(masking.update, 0.2)
-        times = _in_turn({"update": update, "step": step}, repeats)
+        times = in_turn({"update": update, "step": step}, repeats)
         epochs = [t * images / batch for t in times["step"]]
         shares = [100 * u / e for u, e in zip(times["update"], epochs, strict=True)]
-        yield _row("mask update, share of an epoch", model, shares, "%")
+        yield row("mask update, share of an epoch", model, shares, "%")
 
 
 def selection(repeats: int) -> Iterator[Row]:
@@ -277,8 +293,8 @@ def selection(repeats: int) -> Iterator[Row]:
         masking = Masking(network, optimizer, density=0.05)
         few = 1 if weights >= 10**8 else repeats
         update = functools.partial(masking.update, 0.2)
-        times = _in_turn({"update": update}, few)["update"]
-        yield _row(
+        times = in_turn({"update": update}, few)["update"]
+        yield row(
             "mask update, a weight",
             f"{weights:.0e} weights",
             [t / weights * 1e9 for t in times],
@@ -294,144 +310,24 @@ def figures(repeats: int) -> Iterator[Row]:
         start = time.perf_counter()
         subprocess.run(command, cwd=paths.REPO, check=True, capture_output=True)
         times.append(time.perf_counter() - start)
-    yield _row("make figures, whole process", "quick", times, "s")
-
-
-# --------------------------------------------------------------------------------------------------
-# Sparse kernels, on the clock
-# --------------------------------------------------------------------------------------------------
-
-
-def sparse_layers(repeats: int) -> Iterator[Row]:
-    """VGG16-D's convolutions, forward and backward, uniform random masks, batch 128, all threads:
-    torch's dense fp32 over the sparse kernels.
-    """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    for density in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
-        rows = layers.bench_layers(densities=(density,), seconds=0.0, rounds=repeats)
-        total = layers.total_ratio(rows)
-        setting = f"vgg16-d, {100 * density:g} %"
-        yield _row("all convolutions, dense over sparse", setting, [total], "x")
-        for row in rows:
-            yield _row(row.layer, setting, [row.ratio], "x")
-
-
-def sparse_steps(repeats: int) -> Iterator[Row]:
-    """Whole training steps and inference at 5 % of the weights, masks moved by sparse momentum
-    itself on CIFAR-10, all threads: dense over sparse, where each layer runs the faster way.
-
-    In the last K steps before an update the weight gradients are dense (`dense_window`); an epoch
-    has 352 steps, so K of 352 cost that and the others the fast step.
-    """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    keep_freed_memory()
-    for model, batch in (("alexnet-s", 128), ("vgg16-d", 128), ("wrn-16-8", 64)):
-        loop = _after_updates(model, batch)
-        images, labels = loop._batch(torch.arange(batch))
-        share = min(1.0, dense_window(loop.run.momentum) / 352)
-        variants: dict[str, Callable[[], None]] = {}
-        for name, layout, low in (
-            ("contiguous", torch.contiguous_format, False),
-            ("channels last", torch.channels_last, False),
-            ("bf16", torch.channels_last, True),
-        ):
-            network = copy.deepcopy(loop.model).to(memory_format=layout)
-            variants[name] = _training_step(
-                network, images.contiguous(memory_format=layout), labels, low
-            )
-            if not low:
-                variants[f"{name}, inference"] = _inference(
-                    network, images.contiguous(memory_format=layout)
-                )
-        sparse = sparse_network(loop.model, loop.masking.masks)
-        for name, window in (("outside", False), ("inside", True)):
-            step = _training_step(sparse, images, labels, False, loop)
-            variants[name] = functools.partial(_with_window, sparse, window, step)
-        variants["sparse, inference"] = _inference(sparse, images)
-        times = _in_turn(variants, repeats)
-        dense = list(map(min, times["contiguous"], times["channels last"]))
-        inference = list(
-            map(min, times["contiguous, inference"], times["channels last, inference"])
-        )
-        mixed = [
-            share * a + (1 - share) * b
-            for a, b in zip(times["inside"], times["outside"], strict=True)
-        ]
-        setting = f"{model}, 5 %, batch {batch}"
-        flops = loop._flops_rel(loop.masking.active())
-        yield _row("forward FLOPs of the masks, of dense", setting, [100 * flops], "%")
-        for what, slow, fast in (
-            ("training step, dense window counted", dense, mixed),
-            ("training step outside the window", dense, times["outside"]),
-            ("training step inside the window", dense, times["inside"]),
-            ("inference", inference, times["sparse, inference"]),
-            ("dense bf16 step over sparse fp32", times["bf16"], mixed),
-        ):
-            yield _row(what, setting, [a / b for a, b in zip(slow, fast, strict=True)], "x")
-
-
-def _after_updates(model: str, batch: int, updates: int = 3, steps: int = 8) -> TrainingLoop:
-    """A network whose masks sparse momentum has moved three times, eight mini-batches apart."""
-    loop = TrainingLoop(Run(dataset="cifar10", model=model, batch_size=batch))
-    order = loop._order().split(batch)
-    for update in range(updates):
-        for index in order[update * steps : (update + 1) * steps]:
-            loop.step(index)
-        loop.masking.update()
-    return loop
-
-
-def _training_step(
-    network: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    low: bool,
-    loop: TrainingLoop | None = None,
-) -> Callable[[], None]:
-    """Forward, backward, optimizer step, and the masks where the network has them."""
-    parameters = list(network.parameters())
-    optimizer: torch.optim.Optimizer = (
-        loop.optimizer
-        if loop is not None
-        else torch.optim.SGD(
-            parameters, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
-        )
-    )
-    once = _forward_backward(network, images, labels, low)
-
-    def step() -> None:
-        network.train()
-        once()
-        optimizer.step()
-        if loop is not None:
-            loop.masking.step()
-
-    return step
-
-
-def _with_window(network: SparseNetwork, window: bool, step: Callable[[], None]) -> None:
-    network.dense_gradients = window
-    step()
-
-
-def _inference(network: nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    def infer() -> None:
-        network.eval()
-        with torch.no_grad():
-            network(images)
-
-    return infer
+    yield row("make figures, whole process", "quick", times, "s")
 
 
 # Topic -> file of its rows, and the function that measures.
-TOPICS: dict[str, tuple[str, Callable[[int], Iterator[Row]]]] = {
+TOPICS: dict[str, tuple[str, Topic]] = {
     function.__name__: (file, function)
     for file, functions in {
         "speed": (lenets, peak_share, layouts, augmentation, mask_update, selection, figures),
-        "kernels": (sparse_layers, sparse_steps),
+        "kernels": (sparse_layers, sparse_steps, breakdown, window),
     }.items()
     for function in functions
 }
+BY_NETWORK: dict[str, tuple[str, ...]] = {
+    "sparse_steps": tuple(NETWORKS),
+    "breakdown": tuple(NETWORKS),
+    "window": tuple(WINDOW_RUNS),
+}
+ON_REQUEST = ("window",)  # counts, the same each time, by a training of its own
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,51 +351,20 @@ def describe_machine() -> str:
     )
 
 
-def _forward_backward(
-    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, low: bool
-) -> Callable[[], None]:
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            loss = F.cross_entropy(network(images), labels)
-        for parameter in network.parameters():
-            parameter.grad = None
-        loss.backward()
-
-    return step
-
-
-def _in_turn(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every variant, A B C A B C ..., after one warm-up of each."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for function in variants.values():
-        function()
-    for _ in range(repeats):
-        for name, function in variants.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _row(what: str, setting: str, values: list[float], unit: str) -> Row:
-    return {
-        "what": what,
-        "setting": setting,
-        "value": statistics.median(values),
-        "unit": unit,
-        "low": min(values),
-        "high": max(values),
-        "n": len(values),
-    }
-
-
-def _store(path: Path, topic: str, rows: list[Row]) -> None:
-    """Put the topic's rows into the file, in place of its former ones; one replacement."""
+def _store(path: Path, topic: str, rows: list[Row], keep_other_settings: bool) -> None:
+    """Put the topic's rows into the file, in place of its former ones (or only of those of the same
+    settings); one replacement.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {row["setting"] for row in rows}
     kept: list[Row] = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["topic"] != topic]
+            kept = [
+                row
+                for row in csv.DictReader(file)
+                if row["topic"] != topic or (keep_other_settings and row["setting"] not in settings)
+            ]
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, HEADER, lineterminator="\n")

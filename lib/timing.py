@@ -1,0 +1,60 @@
+"""What every topic of the benchmark shares: variants timed in turn, and their rows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Row = dict[str, Any]
+
+
+def forward_backward(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, low: bool
+) -> Callable[[], None]:
+    """Forward and backward of one mini-batch, in bf16 where `low`."""
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = F.cross_entropy(network(images), labels)
+        for parameter in network.parameters():
+            parameter.grad = None
+        loss.backward()
+
+    return step
+
+
+def in_turn(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every variant, A B C A B C ..., after one warm-up of each."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for function in variants.values():
+        function()
+    for _ in range(repeats):
+        for name, function in variants.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def row(what: str, setting: str, values: Sequence[float], unit: str) -> Row:
+    """Median, lowest and highest of the repeats."""
+    return {
+        "what": what,
+        "setting": setting,
+        "value": statistics.median(values),
+        "unit": unit,
+        "low": min(values),
+        "high": max(values),
+        "n": len(values),
+    }
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """Slow over fast, repeat by repeat: what slows one repeat down slows both sides."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
