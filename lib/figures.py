@@ -780,5 +780,6 @@ from lib import (  # noqa: E402, F401
     figures_computing,
     figures_main,
     figures_measured,
+    figures_official,
     figures_sensitivity,
 )
