@@ -5,6 +5,7 @@
 #include <random>
 
 #include "blocked.hpp"
+#include "perceptron.hpp"
 
 using namespace sparse;
 
@@ -102,7 +103,225 @@ static bool surroundings(int64_t samples, int64_t channels, int64_t h, int64_t w
   return true;
 }
 
+// One layer's memory, every part of exactly its size, and the same in double for the plain loops.
+struct Memory {
+  int64_t in, out;
+  bool sparse;
+  std::vector<float> weight, momentum, multiplier, gradient, bias, bias_momentum, value,
+      value_momentum;
+  std::vector<int32_t> row_start{0}, column, column_start{0}, row, place;
+  std::vector<double> w, m, b, bm;      // the weights and biases in double, and their momentum
+  std::vector<char> mask;
+  PerceptronLayer layer;
+
+  // mask: nothing (dense), or [out * in]; as a sparse layer, or as a dense one with a multiplier.
+  Memory(int64_t in, int64_t out, std::vector<char> given, bool sparse, bool gradients)
+      : in(in), out(out), sparse(sparse), weight(noise(out * in)), momentum(noise(out * in)),
+        gradient(gradients ? out * in : 0, NAN), bias(noise(out)), bias_momentum(noise(out)),
+        mask(std::move(given)) {
+    const bool masked = !mask.empty();
+    if (!masked) mask.assign(out * in, 1);
+    for (int64_t k = 0; k < out * in; ++k) weight[k] *= float(mask[k]) / std::sqrt(float(in));
+    if (masked && !sparse) multiplier.assign(mask.begin(), mask.end());
+    w.assign(weight.begin(), weight.end()), m.assign(momentum.begin(), momentum.end());
+    b.assign(bias.begin(), bias.end()), bm.assign(bias_momentum.begin(), bias_momentum.end());
+    if (sparse) {
+      for (int64_t r = 0; r < out; ++r) {
+        for (int64_t c = 0; c < in; ++c)
+          if (mask[r * in + c]) {
+            column.push_back(int32_t(c));
+            value.push_back(weight[r * in + c]);
+            value_momentum.push_back(momentum[r * in + c]);
+          }
+        row_start.push_back(int32_t(column.size()));
+      }
+      for (int64_t c = 0; c < in; ++c) {
+        for (int64_t r = 0; r < out; ++r)
+          for (int32_t k = row_start[r]; k < row_start[r + 1]; ++k)
+            if (column[k] == c) row.push_back(int32_t(r)), place.push_back(k);
+        column_start.push_back(int32_t(row.size()));
+      }
+    }
+    for (std::vector<float>* v : {&multiplier, &gradient, &value, &value_momentum})
+      v->shrink_to_fit();
+    for (std::vector<int32_t>* v : {&row_start, &column, &column_start, &row, &place})
+      v->shrink_to_fit();
+    const bool multiplied = masked && !sparse;
+    layer = {in, out, weight.data(), momentum.data(), multiplied ? multiplier.data() : nullptr,
+             gradients ? gradient.data() : nullptr, bias.data(), bias_momentum.data(),
+             sparse ? int64_t(column.size()) : -1, row_start.data(), column.data(), value.data(),
+             value_momentum.data(), column_start.data(), row.data(), place.data()};
+  }
+
+  // The values of a sparse layer where a dense one has them.
+  void write_back() {
+    for (int64_t r = 0; sparse && r < out; ++r)
+      for (int32_t k = row_start[r]; k < row_start[r + 1]; ++k) {
+        weight[r * in + column[k]] = value[k];
+        momentum[r * in + column[k]] = value_momentum[k];
+      }
+  }
+};
+
+static std::vector<char> some(int64_t count, double density) {
+  std::uniform_real_distribution<double> uniform;
+  std::vector<char> mask(count);
+  for (char& m : mask) m = uniform(rng) < density;
+  return mask;
+}
+
+// Logits [classes] of one image in double; `act` gets the inputs of all layers and the logits.
+static void plain_forward(const std::vector<Memory>& net, const float* x,
+                          std::vector<std::vector<double>>& act) {
+  act.assign(1, std::vector<double>(x, x + net[0].in));
+  for (size_t k = 0; k < net.size(); ++k) {
+    std::vector<double> y(net[k].b);
+    for (int64_t r = 0; r < net[k].out; ++r) {
+      for (int64_t c = 0; c < net[k].in; ++c) y[r] += net[k].w[r * net[k].in + c] * act[k][c];
+      if (k + 1 < net.size()) y[r] = std::max(y[r], 0.0);
+    }
+    act.push_back(y);
+  }
+}
+
+// A step and the count of wrong answers of a net of these layers, against plain loops in double.
+static bool perceptron(std::vector<Memory>& net, int64_t images, int64_t samples, int32_t track,
+                       bool nesterov, int threads) {
+  const int64_t depth = int64_t(net.size()), in = net[0].in, classes = net.back().out;
+  const std::vector<float> x = noise(images * in);
+  std::vector<int64_t> labels(images), index(samples);
+  for (int64_t& y : labels) y = int64_t(rng() % uint64_t(classes));
+  for (int64_t& k : index) k = int64_t(rng() % uint64_t(images));
+  index.back() = images - 1;  // the last row of x ends where the memory does
+  std::vector<PerceptronLayer> layers;
+  for (Memory& layer : net) layers.push_back(layer.layer);
+  layers.shrink_to_fit();
+
+  std::vector<std::vector<double>> act, gradient, bias_gradient;
+  for (const Memory& layer : net) {
+    gradient.emplace_back(layer.out * layer.in);
+    bias_gradient.emplace_back(layer.out);
+  }
+  double want = 0;
+  int64_t wrong = 0;
+  for (int64_t n = 0; n < images; ++n) {
+    plain_forward(net, x.data() + n * in, act);
+    const std::vector<double>& z = act[depth];
+    wrong += std::max_element(z.begin(), z.end()) - z.begin() != labels[n];
+  }
+  // The kernels' own memory holds what was there before: nothing of it may show.
+  auto spoil = [] { std::fill_n(workspace(200000), 200000, NAN); };
+  spoil();
+  const int64_t counted =
+      perceptron_wrong(layers.data(), depth, x.data(), labels.data(), images, threads);
+  if (counted != wrong)
+    return std::printf("%ld wrong answers, expected %ld\n", long(counted), long(wrong)), false;
+  for (int64_t n : index) {
+    plain_forward(net, x.data() + n * in, act);
+    std::vector<double> d = act[depth];
+    const double top = *std::max_element(d.begin(), d.end());
+    double sum = 0;
+    for (double z : d) sum += std::exp(z - top);
+    want += (std::log(sum) + top - d[labels[n]]) / double(samples);
+    for (double& z : d) z = std::exp(z - top) / sum / double(samples);
+    d[labels[n]] -= 1 / double(samples);
+    for (int64_t k = depth - 1; k >= 0; --k) {
+      std::vector<double> before(net[k].in);
+      for (int64_t r = 0; r < net[k].out; ++r) {
+        bias_gradient[k][r] += d[r];
+        for (int64_t c = 0; c < net[k].in; ++c) {
+          gradient[k][r * net[k].in + c] += d[r] * act[k][c];
+          before[c] += act[k][c] > 0 ? d[r] * net[k].w[r * net[k].in + c] : 0;
+        }
+      }
+      d = before;
+    }
+  }
+  spoil();
+  const Sgd rule{0.1f, 0.9f, 0.01f, nesterov};
+  const double loss = perceptron_step(layers.data(), depth, x.data(), labels.data(), images,
+                                      index.data(), samples, rule, track, threads);
+  if (!(std::fabs(loss - want) <= 1e-4 * (1 + want)))
+    return std::printf("loss %g, expected %g\n", loss, want), false;
+  auto sgd = [&](double& w, double& m, double g) {
+    g += 0.01 * w, m = 0.9 * m + g, w -= 0.1 * (nesterov ? g + 0.9 * m : m);
+  };
+  for (int64_t k = 0; k < depth; ++k) {
+    Memory& f = net[k];
+    f.write_back();
+    for (int64_t p = 0; p < f.out * f.in; ++p) {
+      const double old = f.m[p];
+      sgd(f.w[p], f.m[p], gradient[k][p]);
+      f.w[p] *= f.mask[p];
+      if (f.sparse && !f.mask[p])
+        f.m[p] = track == kTrackNothing ? old
+                                        : gradient[k][p] + (track == kTrackMore ? 0.9 * old : 0);
+    }
+    for (int64_t r = 0; r < f.out; ++r) sgd(f.b[r], f.bm[r], bias_gradient[k][r]);
+    if (!close("weight", f.weight, f.w) || !close("momentum", f.momentum, f.m) ||
+        !close("bias", f.bias, f.b) || !close("bias momentum", f.bias_momentum, f.bm) ||
+        (f.layer.gradient && !close("gradient", f.gradient, gradient[k])))
+      return std::printf("in layer %ld of %ld\n", long(k), long(depth)), false;
+  }
+  return true;
+}
+
+// Throws, and touches nothing, for what is not there.
+static bool refuses(int64_t samples, int64_t place, int64_t label) {
+  std::vector<Memory> net;
+  net.emplace_back(3, 4, some(12, 0.5), true, false);
+  const std::vector<float> x = noise(7 * 3), before = net[0].value;
+  std::vector<int64_t> labels(7, label), index(samples, place);
+  try {
+    perceptron_step(&net[0].layer, 1, x.data(), labels.data(), 7, index.data(), samples,
+                    Sgd{0.1f, 0.9f, 0, 0}, kTrackNothing, 1);
+  } catch (const std::exception&) {
+    return net[0].value == before;
+  }
+  std::printf("no exception: %ld samples, image %ld, label %ld\n", long(samples), long(place),
+              long(label));
+  return false;
+}
+
+static bool perceptrons() {
+  const int64_t widths[] = {1, 2, 15, 16, 17, 31, 33, 64, 65};
+  const int64_t batches[] = {1, 2, 15, 16, 17, 127, 128};
+  // Dense, with a multiplier, sparse: some, no, all and one non-zero; an empty and a full row.
+  enum { kDense, kMultiplier, kSome, kNone, kAll, kOne, kRows, kKinds };
+  for (int round = 0; round < 84; ++round) {
+    const int64_t depth = 1 + round % 4;
+    std::vector<Memory> net;
+    std::vector<int> kinds;
+    int64_t in = widths[rng() % 9];
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t out = widths[rng() % 9];
+      const int kind = round < kKinds ? round : int(rng() % kKinds);
+      std::vector<char> mask;
+      if (kind != kDense) mask = some(out * in, kind == kAll ? 1 : kind == kNone ? 0 : 0.3);
+      if (kind == kOne) std::fill(mask.begin(), mask.end(), 0), mask.back() = 1;
+      if (kind == kRows) {
+        std::fill(mask.begin(), mask.begin() + in, 0);
+        std::fill(mask.end() - in, mask.end(), 1);
+      }
+      net.emplace_back(in, out, mask, kind > kMultiplier, round % 3 == 0);
+      kinds.push_back(kind);
+      in = out;
+    }
+    const int64_t samples = batches[round % 7], images = 1 + int64_t(rng() % 200);
+    if (!perceptron(net, images, samples, round % 3, round % 2, 1 + round % 2)) {
+      std::printf("perceptron, round %d: %ld samples of %ld, track %d, layers", round,
+                  long(samples), long(images), round % 3);
+      for (size_t k = 0; k < net.size(); ++k)
+        std::printf(" %ldx%ld (kind %d)", long(net[k].out), long(net[k].in), kinds[k]);
+      return std::printf("\n"), false;
+    }
+  }
+  return refuses(0, 0, 0) && refuses(129, 0, 0) && refuses(5, 7, 0) && refuses(5, -1, 0) &&
+         refuses(5, 0, 4) && refuses(5, 0, -1);
+}
+
 int main() {
+  if (!perceptrons()) return 1;
   std::uniform_real_distribution<double> uniform;
   auto pick = [&](int64_t lo, int64_t hi) { return lo + int64_t(rng() % uint64_t(hi - lo + 1)); };
   for (int round = 0; round < 60; ++round) {
