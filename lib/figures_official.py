@@ -153,7 +153,7 @@ def conclusions(profile: str = "quick", results_root: str | Path | None = None) 
         here = [one for one in every if one.density == density]
         text = f"{100 * density:g} % of the weights: {_moved(here)}"
         if not runs.reduced():
-            text += f"; {_explained(here, *published_errors(density)[JUDGED])}"
+            text += f"; {_explained(here, published_errors(density))}"
         said.append(text + ".")
     return said
 
@@ -173,22 +173,28 @@ def _moved(here: list[Reading]) -> str:
     return f"of {tested} readings these move the error (points): {listed}"
 
 
-def _explained(here: list[Reading], value: float, standard_error: float) -> str:
+def _explained(here: list[Reading], published: dict[str, tuple[float, float]]) -> str:
     ours = next((one for one in here if one.name == "ours"), None)
     if ours is None or len(ours.errors) < 2:
         return "too few seeds of ours to compare with the published value"
-    off = value_difference(ours.errors, value, standard_error)
-    start = f"ours minus published {value:.2f} is {_points(off)}"
-    if off.low <= 0 <= off.high:
-        return f"{start}, so that there is no difference to explain"
+    off = {name: value_difference(ours.errors, *both) for name, both in published.items()}
+    others = ", ".join(
+        f"{_points(off[name])} against the {value:.2f} of the {name}"
+        for name, (value, _) in published.items()
+        if name != JUDGED
+    )
+    mine = off[JUDGED]
+    start = f"ours minus published {published[JUDGED][0]:.2f} is {_points(mine)} ({others})"
+    if mine.low <= 0 <= mine.high:
+        return f"{start}, so that no difference is shown that would have to be explained"
     explaining = []
     for one in here:
-        if one.difference is None or not one.moves or one.difference.mean * off.mean > 0:
+        if one.difference is None or not one.moves or one.difference.mean * mine.mean > 0:
             continue
-        left = value_difference(one.errors, value, standard_error)
+        left = value_difference(one.errors, *published[JUDGED])
         how = "explains it" if left.low <= 0 <= left.high else "goes that way"
         explaining.append(f"“{NAMES[one.name]}” {how} (left: {_points(left)})")
-    return f"{start}; {', '.join(explaining) or 'no reading explains it'}"
+    return f"{start}; {', '.join(explaining) or 'no reading is shown to explain it'}"
 
 
 def _points(one: Interval) -> str:
