@@ -35,6 +35,7 @@ from lib.bench_sparse import (
     window,
 )
 from lib.config import Run, unknown
+from lib.kernel_rows import COLUMNS
 from lib.kernels import keep_freed_memory
 from lib.masking import Masking
 from lib.models import build_model, forward_flops
@@ -42,7 +43,6 @@ from lib.timing import Row, forward_backward, in_turn, row
 from lib.train import TrainingLoop
 
 REPEATS = 5
-HEADER = ["topic", "what", "setting", "value", "unit", "low", "high", "n", "machine"]
 
 Topic = Callable[..., Iterator[Row]]
 
@@ -367,7 +367,7 @@ def _store(path: Path, topic: str, rows: list[Row], keep_other_settings: bool) -
             ]
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
     os.replace(temporary, path)

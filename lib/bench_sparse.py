@@ -18,6 +18,24 @@ from torch import Tensor, nn
 
 from lib import train
 from lib.config import Run
+from lib.data import Dataset
+from lib.kernel_rows import (
+    ALL_LAYERS,
+    CALIBRATION,
+    CONVERSIONS,
+    DENSE_LAYERS,
+    ELEMENTWISE,
+    FLOPS,
+    KERNELS,
+    OPTIMIZER,
+    PARTS,
+    RATIOS,
+    REST,
+    SECONDS,
+    SPARSE_LAYERS,
+    WINDOW_EXTRA,
+    setting_of,
+)
 from lib.kernels import SparseNetwork, calibrate, dense_window, keep_freed_memory, sparse_network
 from lib.kernels import bench as layers
 from lib.timing import Row, forward_backward, in_turn, ratios, row
@@ -31,11 +49,6 @@ STEPS_PER_EPOCH = 352  # CIFAR-10, batches of 128
 UPDATES, MINI_BATCHES, MASK_BATCH = 3, 8, 32
 
 
-def setting_of(model: str, density: float, batch: int) -> str:
-    """As lib/figures_kernels.py reads it."""
-    return f"{model}, {100 * density:g} %, batch {batch}"
-
-
 def sparse_layers(repeats: int) -> Iterator[Row]:
     """VGG16-D's convolutions, forward and backward, uniform random masks, batch 128, all threads:
     torch's dense fp32 over the sparse kernels.
@@ -45,7 +58,7 @@ def sparse_layers(repeats: int) -> Iterator[Row]:
         rows = layers.bench_layers(densities=(density,), seconds=0.0, rounds=repeats)
         setting = f"vgg16-d, {100 * density:g} %"
         total = layers.total_ratio(rows)
-        yield row("all convolutions, dense over sparse", setting, [total], "x")
+        yield row(ALL_LAYERS, setting, [total], "x")
         for line in rows:
             yield row(line.layer, setting, [line.ratio], "x")
 
@@ -103,32 +116,32 @@ def _steps_of(model: str, density: float, batch: int, repeats: int) -> Iterator[
     setting = setting_of(model, density, batch)
     flops = loop._flops_rel(loop.masking.active())
     chosen = [choice.sparse for (_, training), choice in sparse.choices.items() if training]
-    yield row("forward FLOPs of the masks, of dense", setting, [100 * flops], "%")
-    yield row("layers computed sparse", setting, [float(sum(chosen))], f"of {len(chosen)}")
+    yield row(FLOPS, setting, [100 * flops], "%")
+    yield row(SPARSE_LAYERS, setting, [float(sum(chosen))], f"of {len(chosen)}")
     for what, slow, fast in (
-        ("training step, dense window counted", dense, whole),
-        ("training step outside the window", dense, times["outside"]),
-        ("training step inside the window", dense, times["inside"]),
-        ("inference", passes, times["sparse, inference"]),
-        ("dense bf16 step over sparse fp32", bf16, whole),
+        (RATIOS["training"], dense, whole),
+        (RATIOS["outside"], dense, times["outside"]),
+        (RATIOS["inside"], dense, times["inside"]),
+        (RATIOS["inference"], passes, times["sparse, inference"]),
+        (RATIOS["bf16_over_sparse"], bf16, whole),
         (
-            "dense bf16 inference over sparse fp32",
+            RATIOS["bf16_inference_over_sparse"],
             times["bf16, inference"],
             times["sparse, inference"],
         ),
-        ("dense fp32 step over dense bf16", dense, bf16),
-        ("dense fp32 inference over dense bf16", passes, times["bf16, inference"]),
+        (RATIOS["bf16"], dense, bf16),
+        (RATIOS["bf16_inference"], passes, times["bf16, inference"]),
     ):
         yield row(what, setting, ratios(slow, fast), "x")
     for what, seconds in (
-        ("seconds: dense fp32 step", dense),
-        ("seconds: dense bf16 step", bf16),
-        ("seconds: sparse step, window counted", whole),
-        ("seconds: sparse step outside the window", times["outside"]),
-        ("seconds: sparse step inside the window", times["inside"]),
-        ("seconds: dense fp32 inference", passes),
-        ("seconds: dense bf16 inference", times["bf16, inference"]),
-        ("seconds: sparse inference", times["sparse, inference"]),
+        (SECONDS["dense_s"], dense),
+        (SECONDS["bf16_s"], bf16),
+        (SECONDS["sparse_s"], whole),
+        (SECONDS["outside_s"], times["outside"]),
+        (SECONDS["inside_s"], times["inside"]),
+        (SECONDS["dense_inference_s"], passes),
+        (SECONDS["bf16_inference_s"], times["bf16, inference"]),
+        (SECONDS["sparse_inference_s"], times["sparse, inference"]),
     ):
         yield row(what, setting, seconds, "s")
 
@@ -222,37 +235,27 @@ def inference(network: nn.Module, images: Tensor, low: bool = False) -> Callable
 # Where the time goes
 # --------------------------------------------------------------------------------------------------
 
-# In the order in which they are stacked.
-PARTS = (
-    "layers computed dense",
-    "sparse layers",
-    "conversions of the layout",
-    "batch norm, ReLU, pooling, other elementwise",
-    "optimizer and masks",
-    "loss, Python, the rest",
-    "extra of the dense window",
-)
 _EVALUATED = "autograd::engine::evaluate_function: "
 # Name of an event of the profiler -> part; the first that is contained in it counts.
 _BY_NAME = (
-    ("ToBlocked", "conversions of the layout"),
-    ("FromBlocked", "conversions of the layout"),
-    ("_Conv2d", "sparse layers"),
-    ("_Gather", "sparse layers"),
-    ("onvolution", "layers computed dense"),
-    ("aten::conv2d", "layers computed dense"),
-    ("aten::linear", "layers computed dense"),
-    ("AddmmBackward", "layers computed dense"),
-    ("TBackward", "layers computed dense"),
-    ("ToCopyBackward", "layers computed dense"),
-    ("Optimizer.step", "optimizer and masks"),
-    ("aten::_foreach_mul_", "optimizer and masks"),
-    ("AccumulateGrad", "optimizer and masks"),
-    ("og_softmax", "loss, Python, the rest"),
-    ("LogSoftmax", "loss, Python, the rest"),
-    ("cross_entropy", "loss, Python, the rest"),
-    ("nll_loss", "loss, Python, the rest"),
-    ("NllLoss", "loss, Python, the rest"),
+    ("ToBlocked", CONVERSIONS),
+    ("FromBlocked", CONVERSIONS),
+    ("_Conv2d", KERNELS),
+    ("_Gather", KERNELS),
+    ("onvolution", DENSE_LAYERS),
+    ("aten::conv2d", DENSE_LAYERS),
+    ("aten::linear", DENSE_LAYERS),
+    ("AddmmBackward", DENSE_LAYERS),
+    ("TBackward", DENSE_LAYERS),
+    ("ToCopyBackward", DENSE_LAYERS),
+    ("Optimizer.step", OPTIMIZER),
+    ("aten::_foreach_mul_", OPTIMIZER),
+    ("AccumulateGrad", OPTIMIZER),
+    ("og_softmax", REST),
+    ("LogSoftmax", REST),
+    ("cross_entropy", REST),
+    ("nll_loss", REST),
+    ("NllLoss", REST),
 )
 
 
@@ -262,7 +265,7 @@ def part_of(event: str) -> str:
     for text, part in _BY_NAME:
         if text in name:
             return part
-    return "batch norm, ReLU, pooling, other elementwise"
+    return ELEMENTWISE
 
 
 def profiled(step: Callable[[], None]) -> dict[str, float]:
@@ -280,7 +283,7 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
     for event in events:
         if event.cpu_parent is None:
             found[part_of(event.name)] += event.cpu_time_total / 1e6
-    found["loss, Python, the rest"] += seconds - sum(found.values())
+    found[REST] += seconds - sum(found.values())
     return found
 
 
@@ -314,7 +317,7 @@ def breakdown(repeats: int, networks: Sequence[str] = tuple(NETWORKS)) -> Iterat
                 found["dense"].append(profiled(faster))
                 within, without = profiled(inside), profiled(outside)
                 extra = share * (sum(within.values()) - sum(without.values()))
-                found["sparse"].append({**without, PARTS[-1]: extra})
+                found["sparse"].append({**without, WINDOW_EXTRA: extra})
         for side, every in found.items():
             for part in PARTS:
                 values = [parts.get(part, 0.0) for parts in every]
@@ -322,7 +325,7 @@ def breakdown(repeats: int, networks: Sequence[str] = tuple(NETWORKS)) -> Iterat
         chosen = [choice for (_, training), choice in sparse.choices.items() if training]
         counted = [float(sum(not choice.sparse for choice in chosen))]
         yield row("layers computed dense, number", setting, counted, f"of {len(chosen)}")
-        yield row("calibration, once per machine", setting, [_calibration(sparse, outside)], "s")
+        yield row(CALIBRATION, setting, [_calibration(sparse, outside)], "s")
 
 
 def _calibration(network: SparseNetwork, step: Callable[[], None]) -> float:
@@ -418,7 +421,10 @@ def updated_masks(
 
 
 def window_differences(
-    run: Run, updates: int, windows: Sequence[int] = WINDOWS
+    run: Run,
+    updates: int,
+    windows: Sequence[int] = WINDOWS,
+    dataset: Dataset | None = None,
 ) -> Iterator[tuple[int, int, dict[int, int], TrainingLoop]]:
     """Train by full tracking; at each update, by the masks of each window K beside: (update from 1,
     grown positions, K -> grown positions that differ, the loop).
@@ -429,7 +435,7 @@ def window_differences(
     Raises:
         ValueError: an epoch has no more mini-batches than the longest window.
     """
-    loop = TrainingLoop(replace(run, kernels="torch", epochs=updates + 1))
+    loop = TrainingLoop(replace(run, kernels="torch", epochs=updates + 1), dataset)
     if loop.steps_per_epoch <= max(windows):
         raise ValueError(
             f"an epoch has {loop.steps_per_epoch} mini-batches, but must have more than the "

@@ -613,7 +613,8 @@ def _percents(shares: Iterable[float]) -> str:
 
 def _number(claim: Claim, mean: float, low: float = NAN, high: float = NAN) -> str:
     whole = claim.unit == "%" and claim.margin >= 1
-    return interval_text(mean, low, high, 1 if whole else 2, sign=claim.kind != "value")
+    sign = claim.kind != "value" and claim.unit != "×"  # times faster is no difference
+    return interval_text(mean, low, high, 1 if whole else 2, sign=sign)
 
 
 def _paper_text(claim: Claim, paper: PaperValue | None) -> str:

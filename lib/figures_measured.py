@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from lib import measured, paths
+from lib import measured
 from lib.figures import (
     PALETTE,
     PUBLISHED_ALPHA,
@@ -200,42 +199,6 @@ def speedups_table(profile: str, results_root: str | Path | None) -> Table:
         f"the largest logit. {_sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "Speed-ups, estimated and measured", note)
-
-
-_BENCH = ["topic", "what", "setting", "value", "unit", "low", "high", "n", "machine"]
-
-
-@table("speedups_kernels")
-def kernels_table(profile: str, results_root: str | Path | None) -> Table:
-    """Sparse layers against dense ones on the clock, from results/bench/kernels.csv."""
-    path = paths.results_dir("bench", results_root) / "kernels.csv"
-    if not path.exists():
-        raise NoRuns(
-            "speedups: no results/bench/kernels.csv, the sparse kernels have not been timed"
-        )
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if list(reader.fieldnames or []) != _BENCH or not rows:
-        raise NoRuns(
-            f"{path}: columns {reader.fieldnames} and {len(rows)} rows, expected {_BENCH} and at "
-            "least one; time the kernels again"
-        )
-    lines = [
-        {
-            "what": row["what"],
-            "setting": row["setting"],
-            "measured": interval_text(
-                float(row["value"]), float(row["low"] or "nan"), float(row["high"] or "nan")
-            ),
-            "unit": row["unit"],
-            "n": row["n"],
-        }
-        for row in rows
-    ]
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    note = f"Measured on the clock, not estimated. {_sentence(machines)}"
-    return Table(pd.DataFrame(lines), "Sparse kernels against dense ones", note)
 
 
 # ------------------------------------------------------------------------------- 06: features
