@@ -24,7 +24,7 @@ from lib.figures import (
     table,
 )
 from lib.reading import NoRuns, Runs, interval_text, load, model_name
-from lib.stats import t_interval
+from lib.stats import holm, t_interval
 
 # Ways, not methods: colours that the palette of methods does not have.
 _COLOURS = {"masked": "#444444", "sparse": "#117733", "bf16": "#882255"}
@@ -62,7 +62,7 @@ def computing(profile: str, results_root: str | Path | None) -> Plot:
         _errors(left, here)
         left.set_title(f"{model_name(model)}, {100 * density:g} % of the weights")
         _differences(right, here, MARGINS[here.planned[0].dataset])
-    axes[-1][1].set_xlabel("difference to masked dense float32 (points of test error)")
+    axes[-1][1].set_xlabel("difference to masked float32 (points)")
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=_COLOURS[way], marker=_MARKERS[way], lw=1.4, label=name)
         for way, name in WAY_NAMES.items()
@@ -129,32 +129,34 @@ def computing_table(profile: str, results_root: str | Path | None) -> Table:
     """Test error of each way, and its difference to masked dense float32, per network."""
     runs, models = _compared(profile, results_root)
     lines = []
+    tests = []
     for model in models:
         here = runs.where(model=model)
         for way, name in WAY_NAMES.items():
-            done = computed(here, way)
+            errors = computed(here, way).by_seed()
             pair = None if way == "masked" else differences(here, way).get(model)
-            errors = done.by_seed()
             mean = interval_text(*t_interval(errors)[:3]) if len(errors) else "–"
-            flops = 100 * done.rows["train_flops_rel"].mean()
             difference = interval_text(pair.mean, pair.low, pair.high, sign=True) if pair else "–"
             line = {
                 "network": model_name(model),
                 "computed as": name,
-                "training FLOPs (% of dense)": interval_text(flops, math.nan, math.nan, 1),
                 "test error (%)": mean,
                 "difference (points)": difference,
-                "p": _p(pair.p_t) if pair else "–",
+                "p (Holm)": "",
                 "n": str(pair.n if pair else len(errors)),
             }
             lines.append(line)
+            tests.append(pair.p_t if pair else math.nan)
+    for line, p in zip(lines, holm(tests), strict=True):
+        line["p (Holm)"] = _p(p)
     spreads = "; ".join(f"{model_name(m)} {spread(runs, m):.2f}" for m in models)
     margins = ", ".join(
         f"{margin:g} points on {name}"
         for name, margin in (("MNIST", MARGINS["mnist"]), ("CIFAR-10", MARGINS["cifar10"]))
     )
     note = (
-        "Means with 95 % intervals over the seeds; differences and p (t-test) are paired by seed. "
+        "Means with 95 % intervals over the seeds; differences are paired by seed, p of the "
+        "paired t-tests adjusted over the table. "
         f"Equal in practice: an interval inside {margins}, as in the claims on dense level. "
         f"Standard deviation over the seeds, masked dense float32, in points: {spreads}."
         f"{_by_torch(runs)} {_sentence(runs.scale())}"

@@ -189,6 +189,7 @@ def test_table_has_each_way_of_each_network(tmp_path: Path) -> None:
     assert made.frame["network"].tolist() == ["LeNet-300-100"] * 3 + ["WRN-10-1"] * 3
     assert made.frame["difference (points)"].tolist()[:2] == ["–", "+0.25 [+0.25, +0.25]"]
     assert set(made.frame["n"]) == {"5"}
+    assert made.frame["p (Holm)"].tolist()[:3] == ["–", "< 0.001", "1.000"]  # shifted, and not
     assert "0.1 points on MNIST, 0.2 points on CIFAR-10" in made.note
     assert "LeNet-300-100 1.58; WRN-10-1 1.58" in made.note
 
