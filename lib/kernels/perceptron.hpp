@@ -188,16 +188,19 @@ struct Update {
 };
 
 // The weight gradient of R rows and Q vectors of columns: sum over samples of delta[r][n] x[n][c],
-// handed to `update`.  delta: [rows, pitch]; x: [samples, width], zero beyond the last column.
+// handed to `update`.  delta: [rows, pitch]; x: [samples, Q * L], the columns from c0 on.
 template <int R, int Q>
-static inline void gradient_tile(const float* delta, int64_t pitch, const float* x, int64_t width,
-                                 int64_t samples, int64_t columns, int64_t r0, int64_t c0,
-                                 const Update& update) {
+static inline void gradient_tile(const float* delta, int64_t pitch, const float* x, int64_t samples,
+                                 int64_t columns, int64_t r0, int64_t c0, const Update& update) {
   V sum[R * Q];
-  unroll<R * Q>([&](auto k) SPARSE_INLINE { sum[k] = V{}; });
+  unroll<R * Q>([&](auto k) SPARSE_INLINE {
+    sum[k] = V{};
+    // Ready when the sums are: the rows lie too far apart for the processor to foresee them.
+    __builtin_prefetch(update.layer.momentum + (r0 + k / Q) * columns + c0 + (k % Q) * L, 1);
+  });
   for (int64_t n = 0; n < samples; ++n) {
     V in[Q];
-    unroll<Q>([&](auto q) SPARSE_INLINE { in[q] = load(x + n * width + c0 + q * L); });
+    unroll<Q>([&](auto q) SPARSE_INLINE { in[q] = load(x + (n * Q + q) * L); });
     unroll<R>([&](auto r) SPARSE_INLINE {
       const V factor = broadcast(delta[(r0 + r) * pitch + n]);
       unroll<Q>([&](auto q) SPARSE_INLINE { sum[r * Q + q] += factor * in[q]; });
@@ -216,16 +219,22 @@ static inline void gradient_tile(const float* delta, int64_t pitch, const float*
   });
 }
 
+// All rows of Q vectors of columns; x: [samples, width], zero beyond the last column.
 template <int Q>
 static inline void gradient_columns(const float* delta, int64_t pitch, const float* x, int64_t width,
                                     int64_t samples, int64_t rows, int64_t columns, int64_t c0,
                                     const Update& update) {
   constexpr int R = 24 / Q;
+  alignas(64) float strip[8 * L * Q * L];  // in a few pages instead of one a sample
+  for (int64_t n = 0; n < samples; ++n)
+    unroll<Q>([&](auto q) SPARSE_INLINE {
+      store(strip + (n * Q + q) * L, load(x + n * width + c0 + q * L));
+    });
   int64_t r = 0;
   for (; r + R <= rows; r += R)
-    gradient_tile<R, Q>(delta, pitch, x, width, samples, columns, r, c0, update);
+    gradient_tile<R, Q>(delta, pitch, strip, samples, columns, r, c0, update);
   for (; r < rows; ++r)
-    gradient_tile<1, Q>(delta, pitch, x, width, samples, columns, r, c0, update);
+    gradient_tile<1, Q>(delta, pitch, strip, samples, columns, r, c0, update);
 }
 
 static inline void dense_gradient(const float* delta, int64_t pitch, const float* x, int64_t width,
