@@ -163,14 +163,15 @@ def _moved(here: list[Reading]) -> str:
     tested = sum(one.difference is not None and one.difference.n > 2 for one in here)
     if not tested:
         return "too few seeds to test a reading"
+    start = f"of {len(NAMES) - 1} readings {tested} are tested, and"
     if not moves:
-        return f"none of {tested} readings is shown to move the error"
+        return f"{start} none is shown to move the error"
     listed = ", ".join(
         f"“{NAMES[one.name]}” by {_points(one.difference.interval)}"
         for one in moves
         if one.difference is not None
     )
-    return f"of {tested} readings these move the error (points): {listed}"
+    return f"{start} these move the error (points): {listed}"
 
 
 def _explained(here: list[Reading], published: dict[str, tuple[float, float]]) -> str:

@@ -192,6 +192,7 @@ def test_reduced_runs_are_not_compared_with_the_published(root: Path) -> None:
     for said in conclusions("quick", root):
         assert "published" not in said
         assert f"“{NAMES['plain']}” by +0.40" in said
+        assert "of 9 readings 9 are tested, and these move the error" in said
 
 
 def test_one_seed_is_too_few(tmp_path: Path) -> None:
