@@ -30,6 +30,7 @@ from lib.bench_sparse import (
     NETWORKS,
     WINDOW_RUNS,
     breakdown,
+    one_thread,
     sparse_layers,
     sparse_steps,
     window,
@@ -318,12 +319,13 @@ TOPICS: dict[str, tuple[str, Topic]] = {
     function.__name__: (file, function)
     for file, functions in {
         "speed": (lenets, peak_share, layouts, augmentation, mask_update, selection, figures),
-        "kernels": (sparse_layers, sparse_steps, breakdown, window),
+        "kernels": (sparse_layers, sparse_steps, one_thread, breakdown, window),
     }.items()
     for function in functions
 }
 BY_NETWORK: dict[str, tuple[str, ...]] = {
     "sparse_steps": tuple(NETWORKS),
+    "one_thread": tuple(NETWORKS),
     "breakdown": tuple(NETWORKS),
     "window": tuple(WINDOW_RUNS),
 }

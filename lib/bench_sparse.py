@@ -83,10 +83,27 @@ def sparse_steps(
     keep_freed_memory()
     for model in networks:
         for density in densities:
-            yield from _steps_of(model, density, NETWORKS[model], repeats)
+            yield from _steps_of(model, density, NETWORKS[model], repeats, time.perf_counter)
 
 
-def _steps_of(model: str, density: float, batch: int, repeats: int) -> Iterator[Row]:
+def one_thread(
+    repeats: int,
+    networks: Sequence[str] = tuple(NETWORKS),
+    densities: Sequence[float] = DENSITIES,
+) -> Iterator[Row]:
+    """The same as `sparse_steps` in seconds of the processor with one thread, as the runner trains
+    (one run per core): other processes hardly change it, and on an idle core it is the clock's.
+    """
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for model in networks:
+        for density in densities:
+            yield from _steps_of(model, density, NETWORKS[model], repeats, time.process_time)
+
+
+def _steps_of(
+    model: str, density: float, batch: int, repeats: int, clock: Callable[[], float]
+) -> Iterator[Row]:
     loop = after_updates(model, density)
     images, labels = loop._batch(torch.arange(batch))
     share = min(1.0, dense_window(loop.run.momentum) / STEPS_PER_EPOCH)
@@ -106,7 +123,7 @@ def _steps_of(model: str, density: float, batch: int, repeats: int) -> Iterator[
         variants[name] = functools.partial(_with_window, sparse, window, step)
     variants["sparse, inference"] = inference(sparse, images)
     with train.flushed_denormals():
-        times = in_turn(variants, repeats)
+        times = in_turn(variants, repeats, clock)
     dense = list(map(min, times["contiguous"], times["channels last"]))
     passes = list(map(min, times["contiguous, inference"], times["channels last, inference"]))
     bf16 = times["bf16"]
@@ -273,6 +290,7 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
 
     Only outermost events count, so that nothing is counted twice; what no event covers is Python.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of its own start and end
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         start = time.perf_counter()
         step()

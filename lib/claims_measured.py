@@ -187,7 +187,9 @@ class SparseKernels:
     ) -> Measured:
         """The extreme, and every network in the detail."""
         found = kernel_rows.whole_steps(results_root)
-        here = found[np.isclose(found["density"], self.density)]
+        here = found[
+            np.isclose(found["density"], self.density) & (found["threads"] == kernel_rows.ALL)
+        ]
         if here.empty:
             raise NoRuns(f"speedups: no training step was timed at {100 * self.density:g} %")
         rows = here.to_dict("records")

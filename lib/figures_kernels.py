@@ -33,7 +33,7 @@ from lib.figures import (
     table,
 )
 from lib.figures_measured import published_range
-from lib.kernel_rows import ALL_LAYERS, PARTS, SIDES
+from lib.kernel_rows import ALL, ALL_LAYERS, ONE, PARTS, SIDES
 from lib.reading import NoRuns, interval_text, load, model_name
 
 _SPARSE, _DENSE = PALETTE["sparse_momentum"], PALETTE["dense"]
@@ -46,6 +46,7 @@ _LINES: dict[str, tuple[str, str, str, Any]] = {
     "bf16": ("dense bf16, whole training step", _BF16, "o", "-"),
     "bf16_inference": ("dense bf16, inference", _BF16, "s", (0, (4, 2))),
 }
+_ALONE: dict[str, Any] = {"color": "#44AA99", "marker": "^", "lw": 1.0, "ls": "-"}
 _PART_COLOURS = dict(
     zip(
         PARTS,
@@ -60,6 +61,14 @@ def _where(rows: pd.DataFrame) -> str:
     counts = sorted({int(n) for n in rows["n"]})
     said = "–".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     return f"n = {said} repeats in turn. Machine: {kernel_rows.machine(rows)}."
+
+
+def _in_seconds_of(steps: pd.DataFrame) -> str:
+    said = {
+        ALL: "All threads: seconds on the clock.",
+        ONE: "One thread: seconds of the processor, which a shared machine does not stretch.",
+    }
+    return " ".join(said[t] for t in (ALL, ONE) if t in set(steps["threads"]))
 
 
 def _batches(rows: pd.DataFrame) -> str:
@@ -96,19 +105,23 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
     """Whole training steps and inference on the clock against the weights, per network, beside the
     paper's estimates and dense bf16.
     """
-    found = kernel_rows.whole_steps(results_root)
-    names = list(dict.fromkeys(found["model"]))
+    every = kernel_rows.whole_steps(results_root)
+    found, alone = (every[every["threads"] == t] for t in (ALL, ONE))
+    if found.empty:
+        found, alone = alone, found
+    names = list(dict.fromkeys(every["model"]))
     estimates = _estimates(profile, results_root)
     low, high = published_range()
     values = found[[c + s for c in _LINES for s in ("_low", "_high")]].to_numpy(float).ravel()
     shown = estimates.loc[estimates["model"].isin(names), "full"].tolist()
     values = np.concatenate([values[np.isfinite(values)], [low, high, 1.0, *shown]])
+    values = np.concatenate([values, alone["training"].to_numpy(float)])
     plot, axes = new_plot(1, len(names), size=(max(5.2, 2.3 * len(names) + 0.6), 3.5), sharey=True)
     for ax, model in zip(axes[0], names, strict=True):
         rows = found[found["model"] == model]
         ours = estimates[estimates["model"] == model].sort_values("density")
-        percent_axis(ax, found["density"])
-        shares = 100 * found["density"]
+        percent_axis(ax, every["density"])
+        shares = 100 * every["density"]
         ax.set_xlim(shares.min() / 1.4, shares.max() * 1.4)
         _times_axis(ax, values.min() / 1.15, values.max() * 1.2)
         ax.axhspan(low, high, color=_SPARSE, alpha=0.1, lw=0, zorder=1)
@@ -120,6 +133,8 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
             ax.errorbar(
                 x, y, yerr=spread, color=colour, marker=marker, ls=line, elinewidth=0.9, zorder=3
             )
+        one = alone[alone["model"] == model]
+        ax.plot(100 * one["density"], one["training"], zorder=2.5, **_ALONE)
         if len(ours):
             ax.plot(
                 100 * ours["density"],
@@ -132,7 +147,8 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
                 alpha=PUBLISHED_ALPHA,
                 zorder=2,
             )
-        ax.set_title(f"{model_name(model)}, batch {int(rows['batch'].iloc[0])}")
+        batch = int(every.loc[every["model"] == model, "batch"].iloc[0])
+        ax.set_title(f"{model_name(model)}, batch {batch}")
     axes[0][0].set_ylabel("times faster than dense fp32")
     handles: list[Any] = [
         Line2D([], [], color=colour, marker=marker, ls=line, label=label)
@@ -140,6 +156,8 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
         if found[column].notna().any()
     ]
     handles.append(Patch(color=_SPARSE, alpha=0.25, label="sparse, inside to outside the window"))
+    if len(alone):
+        handles.append(Line2D([], [], label="sparse, whole training step, one thread", **_ALONE))
     if shown:
         handles.append(
             Line2D(
@@ -164,7 +182,7 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
         "Measured: forward, backward, optimizer and masks of a mini-batch of CIFAR-10; masks moved "
         "by sparse momentum; each layer runs the faster way, dense is torch's fp32 in its faster "
         "memory format. Whole: 153 of 352 steps lie in the dense window. Bars: range of the "
-        f"repeats. {_where(found)}",
+        f"repeats. {_in_seconds_of(every)} {_where(every)}",
     )
     return plot
 
@@ -269,6 +287,7 @@ def kernels_table(profile: str, results_root: str | Path | None) -> Table:
         {
             "network": model_name(str(row["model"])),
             "batch": f"{row['batch']}",
+            "threads": str(row["threads"]),
             "weights (%)": f"{100 * row['density']:g}",
             "FLOPs left (%)": f"{row['flops']:.1f}",
             "layers run sparse": f"{row['sparse_layers']:.0f} of {row['layers']}"
@@ -290,7 +309,7 @@ def kernels_table(profile: str, results_root: str | Path | None) -> Table:
         "repeats]; ratios within one repeat, seconds of a whole training step. Masks moved by "
         "sparse momentum on CIFAR-10, the dense window counted as 153 of 352 steps. FLOPs left: "
         "of the dense forward pass, by the masks. Dense bf16 over sparse: above 1, sparse fp32 is "
-        f"faster than dense bf16. {_where(found)}"
+        f"faster than dense bf16. {_in_seconds_of(found)} {_where(found)}"
     )
     return Table(pd.DataFrame(lines), "Sparse training on the clock", note)
 

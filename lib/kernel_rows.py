@@ -20,6 +20,10 @@ from lib.reading import NoRuns
 
 COLUMNS = ["topic", "what", "setting", "value", "unit", "low", "high", "n", "machine"]
 
+# Topic of whole steps -> threads: all of them by the clock, or one by the processor's seconds.
+ALL, ONE = "all", "one"
+THREADS = {"sparse_steps": ALL, "one_thread": ONE}
+
 # Times faster than dense, of whole steps; column of the wide table -> what the row is called.
 RATIOS = {
     "training": "training step, dense window counted",
@@ -120,15 +124,21 @@ def machine(rows: pd.DataFrame) -> str:
 
 
 def whole_steps(results_root: str | Path | None = None) -> pd.DataFrame:
-    """One row per network and share of weights, in this order: model, density, batch, n, flops (%
-    of dense), sparse_layers, layers, machine, and RATIOS and SECONDS, each as the median and,
-    with "_low" and "_high", the range of the repeats (NaN: not measured).
+    """One row per network, threads (ALL or ONE) and share of weights, in this order: model,
+    threads, density, batch, n, flops (% of dense), sparse_layers, layers, machine, and RATIOS and
+    SECONDS, each as the median and, with "_low" and "_high", the range of the repeats (NaN: not
+    measured). ONE is in seconds of the processor, ALL by the clock.
     """
-    rows = kernel_rows(results_root, "sparse_steps")
+    rows = kernel_rows(results_root)
+    rows = rows[rows["topic"].isin(THREADS)]
+    if rows.empty:
+        rows = kernel_rows(results_root, "sparse_steps")  # says how to get them
+    rows = rows.assign(threads=rows["topic"].map(THREADS))
+    keys = ["model", "threads", "density", "batch"]
     found = []
-    for key, group in rows.groupby(["model", "density", "batch"], sort=False):
+    for key, group in rows.groupby(keys, sort=False):
         by_name = {str(row["what"]): row for row in group.to_dict("records")}
-        line: dict[str, Any] = dict(zip(("model", "density", "batch"), key, strict=True))
+        line: dict[str, Any] = dict(zip(keys, key, strict=True))
         line["batch"] = int(line["batch"])
         names = {**RATIOS, **SECONDS, "flops": FLOPS, "sparse_layers": SPARSE_LAYERS}
         for column, name in names.items():
@@ -140,7 +150,7 @@ def whole_steps(results_root: str | Path | None = None) -> pd.DataFrame:
         line["machine"] = group["machine"].iloc[0]
         found.append(line)
     table = pd.DataFrame(found)
-    return table.sort_values(["model", "density"], key=_in_order, ignore_index=True)
+    return table.sort_values(keys, key=_in_order, ignore_index=True)
 
 
 def _in_order(column: pd.Series) -> pd.Series:

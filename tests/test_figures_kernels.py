@@ -25,7 +25,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_whole_steps_are_one_row_per_network_and_weights(root: Path) -> None:
-    found = kernel_rows.whole_steps(root)
+    every = kernel_rows.whole_steps(root)
+    alone = every[every["threads"] == kernel_rows.ONE].set_index("model")
+    for model in BATCHES:
+        assert alone.loc[model, "training"] == pytest.approx(1.2 * training_ratio(model, 0.05))
+    found = every[every["threads"] == kernel_rows.ALL]
     expected = [(model, share) for model in BATCHES for share in SHARES]
     assert list(zip(found["model"], found["density"], strict=True)) == expected
     for row in found.to_dict("records"):
@@ -224,10 +228,12 @@ def test_stored_rows_replace_only_their_setting(tmp_path: Path) -> None:
     bench._store(path, "sparse_steps", [row], keep_other_settings=True)
     after = kernel_rows.whole_steps(tmp_path)
     assert len(after) == len(before)
+    after = after[after["threads"] == kernel_rows.ALL]
     new = after[(after["model"] == "alexnet-s") & (after["density"] == 0.05)].iloc[0]
     assert new["training"] == 4.0 and new["dense_s"] != DENSE_S and new["machine"] == "another"
     bench._store(path, "sparse_steps", [row], keep_other_settings=False)
-    assert len(kernel_rows.whole_steps(tmp_path)) == 1
+    left = kernel_rows.whole_steps(tmp_path)["threads"].tolist()
+    assert sorted(left) == [kernel_rows.ALL, *[kernel_rows.ONE] * len(BATCHES)]
     assert len(kernel_rows.parts(tmp_path)) > 0
 
 

@@ -88,19 +88,22 @@ class Row:
 def best_times(
     jobs: Sequence[Callable[[], object]], seconds: float, *, least: int = 3
 ) -> list[float]:
-    """Best wall time of each job, seconds; the jobs take turns, `least` rounds or more.
+    """Best time of each job, seconds; the jobs take turns, `least` rounds or more.
 
-    Turns, and the best rather than the mean, keep other processes' load out of the ratio.
+    Turns, and the best rather than the mean, keep other processes' load out of the ratio. One
+    thread is timed by the processor's seconds, which a loaded machine does not stretch; several by
+    the clock, as they wait for each other.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for job in jobs:
         job()  # memory and caches
     best = [float("inf")] * len(jobs)
-    start, rounds = time.perf_counter(), 0
-    while rounds < least or time.perf_counter() - start < seconds:
+    start, rounds = clock(), 0
+    while rounds < least or clock() - start < seconds:
         for k, job in enumerate(jobs):
-            begin = time.perf_counter()
+            begin = clock()
             job()
-            best[k] = min(best[k], time.perf_counter() - begin)
+            best[k] = min(best[k], clock() - begin)
         rounds += 1
     return best
 
