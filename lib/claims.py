@@ -210,10 +210,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Level:
-    """Test error of A in per cent, against the paper's value with its standard error."""
+    """Test error of A in per cent, against the paper's value with its standard error.
+
+    `of_one`: the paper printed no standard error, and the interval is that of our seeds alone.
+    """
 
     experiment: str
     a: Where
+    of_one: bool = False
 
     def cells(self, profile: str) -> list[Any] | None:
         """One cell: nothing is averaged over."""
@@ -228,8 +232,13 @@ class Level:
         runs = load(self.experiment, profile, results_root, **self.a).needed()
         errors = runs.by_seed()
         detail = f"{len(runs.diverged)} runs diverged" if len(runs.diverged) else ""
-        off = value_difference(errors, paper.value, paper.standard_error, paper.n)
-        return Measured(off, t_interval(errors), runs, detail)
+        ours = t_interval(errors)
+        if self.of_one:
+            mean, low, high = (value - paper.value for value in ours[:3])
+            off = ours._replace(mean=mean, low=low, high=high)
+        else:
+            off = value_difference(errors, paper.value, paper.standard_error, paper.n)
+        return Measured(off, ours, runs, detail)
 
 
 @dataclass(frozen=True)

@@ -356,7 +356,7 @@ _READINGS = tuple(
 
 def _grows(part: str, dataset: str, family: str, networks: str, size: str) -> Claim:
     return Claim(
-        id=f"scaling_{part}_{dataset}_{size}",
+        id=f"scaling_{part}_{dataset}_{size}{'_batch_norm' if 'batch norm' in family else ''}",
         statement=f"{networks}: the benefit of momentum {part} grows with {size} "
         "(change of full minus without, per doubling)",
         source="abstract, version 2; no numbers are public",
@@ -373,6 +373,7 @@ _SCALING = tuple(
     for part in WITHOUT
     for family in (
         ("mnist", "hidden", "MLPs on MNIST", "depth"),
+        ("mnist", "hidden layers, batch norm", "MLPs with batch norm on MNIST", "depth"),
         ("cifar10", "depth", "WRNs on CIFAR-10", "depth"),
         ("cifar10", "width", "WRNs on CIFAR-10", "width"),
     )

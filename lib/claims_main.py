@@ -93,31 +93,6 @@ class PointMinusOurs:
         return Measured(off, off, runs, f"{point:g} % published against {ours.mean:.2f} %")
 
 
-@dataclass(frozen=True)
-class LevelOfOne:
-    """Test error of A in per cent against a published value without a standard error: the interval
-    is that of our seeds.
-    """
-
-    experiment: str
-    a: Where
-
-    def cells(self, profile: str) -> list[Any] | None:
-        """One cell: nothing is averaged over."""
-        return None
-
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
-        """Ours minus the paper's, and our mean."""
-        if paper is None:
-            raise ValueError(f"{self.a}: a value is compared with a published one, but none given")
-        runs = load(self.experiment, profile, results_root, **self.a).needed()
-        ours = t_interval(runs.by_seed())
-        mean, low, high = (value - paper.value for value in ours[:3])
-        return Measured(ours._replace(mean=mean, low=low, high=high), ours, runs)
-
-
 # --------------------------------------------------------------------------------------- MNIST
 
 
@@ -254,7 +229,7 @@ def _imagenet(name: str, words: str, setting: str, fields: Where, density: float
         + ("" if dense or name == "partial" else " and the logs of the tuned runs"),
         kind="value",
         margin=_BETWEEN_FILES,
-        ours=LevelOfOne("imagenet", {**side, "density": density, **fields}),
+        ours=Level("imagenet", {**side, "density": density, **fields}, of_one=True),
         paper=Published(
             "imagenet_resnet50_paper_and_logs",
             {**side, "density": density, "setting": setting, "quantity": "top1_accuracy_pct"},

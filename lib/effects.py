@@ -99,7 +99,7 @@ def families(models: Iterable[str]) -> list[Family]:
     }
     found = [
         Family("MLPs", "hidden layers", mlps["mlp"]),
-        Family("MLPs with batch norm", "hidden layers, batch norm", mlps["mlpbn"]),
+        Family("BN-MLPs", "hidden layers, batch norm", mlps["mlpbn"]),
     ]
     for name, axis, this, other in (
         ("WRN-d-{}", "depth (layers)", 0, 1),

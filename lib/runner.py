@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pandas as pd
 
@@ -81,39 +81,26 @@ def plan(
     )
 
 
-def run_experiment(
-    experiment: str,
-    profile: str = "quick",
-    *,
-    only: Sequence[str] = (),
-    overrides: dict[str, Any] | None = None,
-    shard: tuple[int, int] = (1, 1),
-    results_root: str | Path | None = None,
-    jobs: int | None = None,
-    threads: int | None = None,
-    device: str | None = None,
-    say: Callable[[str], None] | None = None,
-) -> pd.DataFrame:
-    """Train what is missing and return the rows of all selected runs (lib/results.py).
+class Options(TypedDict, total=False):
+    """What `run_experiments` takes beside names and profile."""
 
-    `jobs` runs are trained side by side with `threads` threads each; by default whichever
-    `default_jobs` says. `say` receives one line of progress, about once a second. On Ctrl-C the
-    workers write their checkpoints and KeyboardInterrupt goes on. Raises the first error of a
-    worker after the other runs have ended; diverged runs are rows, not errors.
+    only: Sequence[str]
+    overrides: dict[str, Any] | None
+    shard: tuple[int, int]
+    results_root: str | Path | None
+    jobs: int | None
+    threads: int | None
+    device: str | None
+    say: Callable[[str], None] | None
+
+
+def run_experiment(
+    experiment: str, profile: str = "quick", **options: Unpack[Options]
+) -> pd.DataFrame:
+    """Train what is missing of one experiment and return the rows of its selected runs; the options
+    are those of `run_experiments`.
     """
-    found = run_experiments(
-        [experiment],
-        profile,
-        only=only,
-        overrides=overrides,
-        shard=shard,
-        results_root=results_root,
-        jobs=jobs,
-        threads=threads,
-        device=device,
-        say=say,
-    )
-    return found[experiment]
+    return run_experiments([experiment], profile, **options)[experiment]
 
 
 def run_experiments(
@@ -129,11 +116,16 @@ def run_experiments(
     device: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, pd.DataFrame]:
-    """`run_experiment` for several experiments at once, without a pause between them: the first
-    seed of all of them, then the second. A run that several need is trained once.
+    """Train what is missing of some experiments, the first seed of all of them, then the second;
+    returns the rows of all selected runs of each (lib/results.py). A run that several need is
+    trained once.
 
-    Of several experiments, those in which no run has all that `only` asks are left out; ValueError
-    when none is left.
+    `only`, `overrides` and `shard` select and change runs (`plan`); of several experiments, those
+    in which no run has all that `only` asks are left out, and ValueError says when none is left.
+    `jobs` runs are trained side by side with `threads` threads each; by default whichever
+    `default_jobs` says. `say` receives one line of progress, about once a second. On Ctrl-C the
+    workers write their checkpoints and KeyboardInterrupt goes on. Raises the first error of a
+    worker after the other runs have ended; diverged runs are rows, not errors.
     """
     say = say or print_line()
 

@@ -163,7 +163,7 @@ def test_diverged_variants_are_told(tmp_path: Path) -> None:
 
 def test_trends_find_what_was_put_in(root: Path) -> None:
     frame = TABLES["depth_scaling_trends"]("quick", root).frame
-    for family, networks in (("MLPs", "3"), ("MLPs with batch norm", "4")):
+    for family, networks in (("MLPs", "3"), ("BN-MLPs", "4")):
         mlps = frame[frame["family"] == family]
         assert list(mlps["conclusion"]) == ["grows", "grows"]
         for row in mlps.to_dict("records"):
@@ -178,7 +178,7 @@ def test_one_size_has_no_trend(tmp_path: Path) -> None:
     write(tmp_path, "smoke", Effects().error, ("depth_scaling",))
     assert "one size only: no trend" in words(FIGURES["depth_scaling"]("smoke", tmp_path))
     frame = TABLES["depth_scaling_trends"]("smoke", tmp_path).frame
-    assert set(frame["family"]) == {"MLPs", "MLPs with batch norm"}
+    assert set(frame["family"]) == {"MLPs", "BN-MLPs"}
 
 
 # ------------------------------------------------------------------------------------ sensitivity
