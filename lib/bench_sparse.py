@@ -492,7 +492,7 @@ def window(repeats: int, networks: Sequence[str] = tuple(WINDOW_RUNS)) -> Iterat
     """The dense window against full tracking in the same trajectory, five updates: grown positions
     that differ, forward FLOPs of the masks, and the training FLOPs of both. Counts, not times.
 
-    LeNet-300-100: all of MNIST; AlexNet-s: 14,300 images of CIFAR-10, 202 mini-batches of 64.
+    LeNet-300-100: all of MNIST; AlexNet-s: 14,300 images of CIFAR-10, 224 mini-batches of 64.
     """
     del repeats  # the same bits each time
     _all_threads()
