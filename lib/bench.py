@@ -262,28 +262,25 @@ def augmentation(repeats: int) -> Iterator[Row]:
 
 
 def mask_update(repeats: int) -> Iterator[Row]:
-    """One mask update over one epoch of 54,000 (MNIST) or 45,000 (CIFAR-10) images, one thread."""
+    """One mask update of the training loop over one epoch, at 5 % of the weights, one thread.
+
+    Whole epochs of LeNet-300-100; of AlexNet-s steps outside of the window, the fast ones.
+    """
     torch.set_num_threads(1)
-    for model, images, batch in (("lenet300-100", 54_000, 100), ("alexnet-s", 45_000, 128)):
-        network = build_model(model)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=True)
-        masking = Masking(network, optimizer, density=0.05)
-        shape = (1, 28, 28) if model.startswith("lenet") else (3, 32, 32)
-        one = forward_backward(
-            network, torch.randn(batch, *shape), torch.randint(0, 10, (batch,)), False
-        )
-
-        def step(one: Any = one, optimizer: Any = optimizer, masking: Masking = masking) -> None:
-            one()
-            optimizer.step()
-            masking.step()
-
-        step()
-        update = functools.partial(masking.update, 0.2)
-        times = in_turn({"update": update, "step": step}, repeats)
-        epochs = [t * images / batch for t in times["step"]]
-        shares = [100 * u / e for u, e in zip(times["update"], epochs, strict=True)]
-        yield row("mask update, share of an epoch", model, shares, "%")
+    for run, count in (
+        (Run(), 540),
+        (Run(dataset="cifar10", model="alexnet-s", batch_size=128, epochs=250), 8),
+    ):
+        loop = TrainingLoop(run)
+        order = loop._order().split(run.batch_size)
+        _timed_steps(loop, order, 2)
+        shares = []
+        for _ in range(repeats):
+            epoch = loop.steps_per_epoch * _timed_steps(loop, order, count)
+            start = time.perf_counter()
+            loop._update_masks()
+            shares.append(100 * (time.perf_counter() - start) / epoch)
+        yield row("mask update, share of an epoch", run.model, shares, "%")
 
 
 def selection(repeats: int) -> Iterator[Row]:
