@@ -102,8 +102,8 @@ DEVIATIONS = (
     "drifts, fills at most 99 % of a layer, lets a weight that is pruned and grown in one update "
     "keep its value, and stops when a layer is left empty. Here the number of weights is exact "
     "after every update, layers can fill, grown weights start at zero as in the paper, and every "
-    "layer keeps a weight. The prune rate falls to 0, not to 0.005. What the code's way does to the "
-    "error is measured by the experiment `official_readings`.",
+    "layer keeps a weight. The prune rate falls to 0, not to 0.005. What the code's way does to "
+    "the error is measured by the experiment `official_readings`.",
     "Length of training. The sources at hand don't agree on epochs and batch sizes. Taken: MNIST "
     "100 epochs, batches of 100, learning rate decayed every 25,000 mini-batches; CIFAR-10 250 "
     "epochs, batches of 128, decays every 30,000. The number of seeds is not documented; 10 are "
