@@ -44,7 +44,9 @@ def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """In a process group of its own, as from a terminal."""
+    """In a process group of its own, as from a terminal: Ctrl-C counts, also where these tests run
+    in the background of a script, which has it ignored.
+    """
     return subprocess.Popen(
         command(folder, *words),
         cwd=REPO,
@@ -52,6 +54,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
 
 
