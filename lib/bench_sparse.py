@@ -174,8 +174,7 @@ def after_updates(
     sparse kernels.
 
     It was trained by torch, so that every step has the gradients of all inactive weights, as the
-    steps before an update have in a long run. After two updates the densities of the layers of
-    VGG16-D leave as many FLOPs as after six.
+    steps before an update have in a long run.
     """
     run = Run(
         dataset="cifar10",

@@ -19,8 +19,8 @@ from lib.masking import Masking
 
 from .library import check, require
 
-# Sparse layers cost their non-zeros, dense ones all weights at several times the speed. Above this
-# density a dense layer is the faster one (2 cores with AVX-512, LeNet-300-100, `make bench`).
+# Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
+# density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
 SPARSE_BELOW = 0.3
 MAX_SAMPLES = 128
 MAX_NONZEROS = 2**31 - 17  # of a layer; int32 in the kernels, which go in steps of 16
