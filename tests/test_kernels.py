@@ -78,6 +78,17 @@ def check_conv(
     close(got[0], wanted[0], o * kh * kw)
     close(got[1], wanted[1] * mask, batch * want.shape[2] * want.shape[3])
     assert not got[1][~mask].any()
+    for by_torch in (False, True):
+        whole = kernels.dense_gradient(
+            kernels.to_blocked(x.detach()),
+            kernels.to_blocked(grad),
+            weight,
+            stride=stride,
+            padding=padding,
+            samples=batch,
+            by_torch=by_torch,
+        )
+        close(whole, wanted[1], batch * want.shape[2] * want.shape[3])
     if bias:
         close(got[2], wanted[2], batch * want.shape[2] * want.shape[3])
 
@@ -146,6 +157,20 @@ def test_any_number_of_threads(threads: int) -> None:
 
 
 @needs_compiler
+def test_whole_gradient_has_the_same_bits_with_any_number_of_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    x, grad = torch.randn(3, 7, 9, 9, 16), torch.randn(3, 13, 9, 9, 16)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            weight = torch.empty(13, 7, 3, 3)
+            found.append(kernels.dense_gradient(x, grad, weight, padding=1, samples=41))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_compiler
 def test_linear_matches_torch_and_compact_gradient() -> None:
     torch.manual_seed(5)
     mask = torch.rand(30, 50) < 0.1
@@ -177,6 +202,9 @@ def test_lanes_beyond_the_batch_do_not_count() -> None:
     dvalues, dbias = torch.autograd.grad(y, (values, bias), grad)
     assert dvalues.abs().max() < 1e4
     assert torch.allclose(dbias, torch.full((3,), 18.0 * 25))
+    weight = torch.empty(3, 2, 3, 3)
+    whole = kernels.dense_gradient(x, grad, weight, padding=1, samples=18)
+    assert torch.allclose(whole.flatten(), dvalues, rtol=1e-3, atol=1e-3)
 
 
 @needs_compiler
@@ -291,6 +319,8 @@ def test_clear_errors() -> None:
         kernels.conv2d(x[:, :, :2], values, None, pattern, samples=4)
     with pytest.raises(TypeError, match="float64"):
         kernels.conv2d(x.double(), values, None, pattern, samples=4)
+    with pytest.raises(ValueError, match="do not give an output"):
+        kernels.dense_gradient(x, torch.zeros(1, 2, 3, 2, 16), torch.zeros(2, 3, 3, 3), samples=4)
     with pytest.raises(ValueError, match="does not fit"):
         kernels.gather(torch.zeros(2, 3, 3, 2), pattern)
     with pytest.raises(ValueError, match="more than one value"):
@@ -395,7 +425,8 @@ def check_network(
             continue
         gradient, exact = parameter.grad, wanted[name].grad
         assert gradient is not None and exact is not None
-        if not dense and network.choices[name, True].sparse:
+        choice = network.choices[name, True]
+        if not dense and choice.sparse and not choice.whole_gradient:
             assert not gradient[~masking.masks[name]].any()
             exact = exact * masking.masks[name]
         assert (gradient - exact).norm() <= 1e-2 * exact.norm(), name  # a ReLU may flip
@@ -444,12 +475,19 @@ def test_network_mixes_sparse_and_dense_layers(
         sparse = order.index(layer.name) % 2
         return calibrate.Cost(1.0, 1.0, channels_last, *(4 * [0.0 if sparse else 2.0]))
 
+    def gradient_cost(layer: bench.Layer, batch: int) -> calibrate.GradientCost:
+        whole, by_torch = order.index(layer.name) % 4 == 1, order.index(layer.name) % 3 == 0
+        return calibrate.GradientCost(1.0, 0.5 if by_torch else 1.5, 2.0 if whole else 0.0, 0.0)
+
     monkeypatch.setattr(calibrate, "cost", cost)
+    monkeypatch.setattr(calibrate, "gradient_cost", gradient_cost)
     network = kernels.sparse_network(model, masking.masks)
     for dense in (False, True):
         check_network(network, masking, shape, dense)
-    chosen = [network.choices[n, True].sparse for n in order]
-    assert chosen == [bool(k % 2) for k in range(len(order))]
+    choices = [network.choices[n, True] for n in order]
+    assert [c.sparse for c in choices] == [bool(k % 2) for k in range(len(order))]
+    assert [c.whole_gradient for c in choices] == [k % 4 == 1 for k in range(len(order))]
+    assert {c.gradient_by_torch for c in choices if c.sparse} == {True, False}
 
 
 @needs_compiler

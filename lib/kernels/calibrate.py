@@ -50,6 +50,26 @@ class Cost:
         return self.sparse(nnz, training) < self.dense(training)
 
 
+@dataclass(frozen=True)
+class GradientCost:
+    """Seconds per mini-batch of one layer's weight gradient: of all weights by dense.hpp or by
+    torch, and of n non-zeros, base + n * per_weight.
+    """
+
+    blocked: float
+    by_torch: float
+    base: float
+    per_weight: float
+
+    def torch_is_faster(self) -> bool:
+        """Whether torch computes the whole gradient faster, conversions included."""
+        return self.by_torch < self.blocked
+
+    def whole_is_faster(self, nnz: int) -> bool:
+        """Whether the gradient of all weights takes less than that of so many non-zeros."""
+        return min(self.blocked, self.by_torch) < self.base + nnz * self.per_weight
+
+
 def _line(few: int, few_seconds: float, many: int, many_seconds: float) -> tuple[float, float]:
     """(base, slope) through two measurements; no negative slope or base from noise."""
     slope = max(0.0, (many_seconds - few_seconds) / max(1, many - few))
@@ -71,6 +91,31 @@ def measure(layer: bench.Layer, batch: int, seconds: float = 0.2) -> Cost:
         *forward,
         *total,
     )
+
+
+def measure_gradient(layer: bench.Layer, batch: int, seconds: float = 0.1) -> GradientCost:
+    """Times the layer's weight gradient whole, both ways, and at two densities."""
+    side = (layer.side + 2 * layer.padding - layer.kernel) // layer.stride + 1
+    x = ops.to_blocked(torch.randn(batch, layer.in_channels, layer.side, layer.side))
+    grad = ops.to_blocked(torch.randn(batch, layer.out_channels, side, side))
+    weight = torch.empty(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
+
+    def whole(by_torch: bool) -> Callable[[], object]:
+        return lambda: ops.dense_gradient(
+            x,
+            grad,
+            weight,
+            stride=layer.stride,
+            padding=layer.padding,
+            samples=batch,
+            by_torch=by_torch,
+        )
+
+    patterns = [ops.Pattern(torch.rand(weight.shape) < density) for density in DENSITIES]
+    sparse = [bench.sparse_jobs(layer, x, p, grad, batch)[2] for p in patterns]
+    blocked, by_torch, *times = bench.best_times([whole(False), whole(True), *sparse], seconds)
+    few, many = patterns
+    return GradientCost(blocked, by_torch, *_line(few.nnz, times[0], many.nnz, times[1]))
 
 
 @functools.cache
@@ -101,10 +146,19 @@ def cost(layer: bench.Layer, batch: int) -> Cost:
     The batch is rounded up to whole blocks of samples.  The layer's name and repeats don't matter.
     """
     batch = -(-batch // ops.LANES) * ops.LANES
+    return Cost(**kept(_what(layer, batch), lambda: asdict(measure(layer, batch))))
+
+
+def gradient_cost(layer: bench.Layer, batch: int) -> GradientCost:
+    """The cost of the layer's weight gradient, measured if not known yet; see `cost`."""
+    batch = -(-batch // ops.LANES) * ops.LANES
+    what = f"gradient {_what(layer._replace(first=False), batch)}"  # the input's is left out
+    return GradientCost(**kept(what, lambda: asdict(measure_gradient(layer, batch))))
+
+
+def _what(layer: bench.Layer, batch: int) -> str:
     fields = [f"{k}={v}" for k, v in layer._asdict().items() if k not in ("name", "repeats")]
-    return Cost(
-        **kept(" ".join([*fields, f"batch={batch}"]), lambda: asdict(measure(layer, batch)))
-    )
+    return " ".join([*fields, f"batch={batch}"])
 
 
 def kept(what: str, measure: Callable[[], dict]) -> dict:

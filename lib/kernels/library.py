@@ -23,7 +23,7 @@ from typing import Any
 import torch  # noqa: F401  loads the OpenMP runtime that the library shares
 
 _HERE = Path(__file__).resolve().parent
-SOURCES = ("sparse.hpp", "blocked.hpp", "perceptron.hpp", "sparse.cpp")
+SOURCES = ("sparse.hpp", "blocked.hpp", "perceptron.hpp", "dense.hpp", "sparse.cpp")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "sparse_plan_free": [_PTR],
     "sparse_convolve": [_PTR, _PTR, _PTR, _PTR, _PTR, _I64, _INT],
     "sparse_weight_gradient": [_PTR, _PTR, _PTR, _PTR, _I64, _INT],
+    "sparse_dense_gradient": [_PTR, _PTR, _PTR, _PTR, _I64, _INT],
     "sparse_convert": [_INT, _PTR, _I64, _I64, _I64, _PTR, _I64, _I64, _I64, _INT],
     "sparse_norm_forward": [_PTR] * 6 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
     "sparse_norm_backward": [_PTR] * 9 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
@@ -55,6 +56,7 @@ _FALLIBLE = (
     "sparse_plan_create",
     "sparse_convolve",
     "sparse_weight_gradient",
+    "sparse_dense_gradient",
     "perceptron_step",
     "perceptron_wrong",
 )

@@ -52,7 +52,11 @@ def dense_window(momentum: float, tolerance: float = 1e-7) -> int:
 
 
 class Choice(NamedTuple):
-    """How a layer is computed, and the seconds per mini-batch it was chosen by (0 if forced)."""
+    """How a layer is computed, and the seconds per mini-batch it was chosen by (0 if forced).
+
+    Where it is computed sparse: whether the gradient of all its weights takes less than that of its
+    non-zeros alone, and whether torch computes the former.
+    """
 
     name: str
     density: float
@@ -61,6 +65,8 @@ class Choice(NamedTuple):
     channels_last: bool
     sparse_seconds: float
     dense_seconds: float
+    whole_gradient: bool = False
+    gradient_by_torch: bool = False
 
 
 class _Activation:
@@ -141,7 +147,8 @@ class SparseNetwork(nn.Module):
     Attributes:
         model: the original, with the shared parameters.
         dense_gradients: whether sparse layers compute the gradients of inactive weights too; with
-            False these are zero.  Layers that run dense have them in any case, at no extra cost.
+            False these are zero.  Layers that run dense, or that are dense enough for the whole
+            gradient to take less time than that of their non-zeros, have them in any case.
         choices: how each layer ran last, by (name, training).
     """
 
@@ -287,7 +294,10 @@ class SparseNetwork(nn.Module):
             return known[1]
         if self.mode != "auto":
             sparse = self.mode == "sparse"
-            choice = Choice(name, pattern.density, training, sparse, False, 0.0, 0.0)
+            linear = pattern.shape[2:] == (1, 1)
+            choice = Choice(
+                name, pattern.density, training, sparse, False, 0.0, 0.0, gradient_by_torch=linear
+            )
         else:
             o, c, kernel, _ = pattern.shape
             layer = bench.Layer(name, c, o, kernel, *geometry, max(side), first)
@@ -301,6 +311,12 @@ class SparseNetwork(nn.Module):
                 cost.sparse(pattern.nnz, training),
                 cost.dense(training),
             )
+            if training and choice.sparse:
+                gradient = calibrate.gradient_cost(layer, x.samples)
+                choice = choice._replace(
+                    whole_gradient=gradient.whole_is_faster(pattern.nnz),
+                    gradient_by_torch=gradient.torch_is_faster(),
+                )
         self._decided[key] = (pattern, choice)
         self.choices[name, training] = choice
         return choice
@@ -313,7 +329,7 @@ class SparseNetwork(nn.Module):
             choice = self._choose(f"{path}.weight", pattern, geometry, x)
             channels_last = choice.channels_last and not flat
             if choice.sparse:
-                blocked = self._sparse(module, pattern, geometry, x)
+                blocked = self._sparse(module, pattern, geometry, x, choice)
                 return _Activation(x.samples, blocked=blocked, flat=flat)
         return _Activation(x.samples, plain=module(x.plain(channels_last)), flat=flat)
 
@@ -323,10 +339,11 @@ class SparseNetwork(nn.Module):
         pattern: ops.Pattern,
         geometry: tuple[int, int],
         x: _Activation,
+        choice: Choice,
     ) -> Tensor:
         stride, padding = geometry
         # Then values need no gradient of their own: the dense one contains theirs.
-        dense = self.dense_gradients and module.weight.requires_grad
+        dense = (self.dense_gradients or choice.whole_gradient) and module.weight.requires_grad
         return ops.conv2d(
             x.blocked(),
             ops.gather(module.weight.detach() if dense else module.weight, pattern),
@@ -336,6 +353,7 @@ class SparseNetwork(nn.Module):
             padding=padding,
             samples=x.samples,
             dense_gradient_of=module.weight if dense else None,
+            gradient_by_torch=choice.gradient_by_torch,
         )
 
 

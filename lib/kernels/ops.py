@@ -163,6 +163,7 @@ class _Conv2d(torch.autograd.Function):
         padding: int,
         samples: int,
         weight: Tensor | None,
+        by_torch: bool,
     ) -> Tensor:
         x, values = _blocked(x, "input", samples), _float(values, "values")
         bias = None if bias is None else _float(bias, "bias")
@@ -198,7 +199,7 @@ class _Conv2d(torch.autograd.Function):
             ctx.save_for_backward(x, values)
         else:
             ctx.save_for_backward(x, values, weight)
-        ctx.geometry = (pattern, stride, padding, samples)
+        ctx.geometry, ctx.by_torch = (pattern, stride, padding, samples), by_torch
         return y
 
     @staticmethod
@@ -240,17 +241,59 @@ class _Conv2d(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = channel_sum(grad, samples)
         if ctx.needs_input_grad[7]:
-            dweight = _dense_gradient(x, grad, weight[0], stride, padding, samples)
-        return dx, dvalues, dbias, None, None, None, None, dweight
+            dweight = dense_gradient(
+                x,
+                grad,
+                weight[0],
+                stride=stride,
+                padding=padding,
+                samples=samples,
+                by_torch=ctx.by_torch,
+            )
+        return dx, dvalues, dbias, None, None, None, None, dweight, None
 
 
-def _dense_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, stride: int, padding: int, samples: int
+def dense_gradient(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    samples: int,
+    by_torch: bool = False,
 ) -> Tensor:
-    """Gradient of a whole weight, by torch in its own layout."""
+    """Gradient of a whole convolution weight, zeros included, in the weight's shape.
+
+    Args:
+        x: the input, batch-blocked [B, in, H, W, 16].
+        grad: of the output, batch-blocked [B, out, H', W', 16].
+        weight: [out, in, kernel_h, kernel_w] or [out, in]; its values don't matter.
+        samples: batch size without padding.
+        by_torch: convert to torch's layout and leave it to torch, which is faster for linear layers
+            and small images.
+    """
+    x, grad = _blocked(x, "input", samples), _blocked(grad, "gradient", samples)
+    if not by_torch:
+        out = torch.empty(weight.shape)
+        kernel = (*weight.shape, 1, 1)[2:4]
+        side = x.shape[2:4]
+        sizes = (ctypes.c_int64 * 8)(*weight.shape[:2], *kernel, stride, padding, *side)
+        expected = [(n + 2 * padding - k) // stride + 1 for n, k in zip(side, kernel, strict=True)]
+        if x.shape[1] != weight.shape[1] or list(grad.shape[1:4]) != [weight.shape[0], *expected]:
+            raise ValueError(
+                f"an input {list(x.shape)} and a weight {list(weight.shape)} do not give an output "
+                f"{list(grad.shape)} with stride {stride} and padding {padding}"
+            )
+        check(
+            require().sparse_dense_gradient(
+                sizes, x.data_ptr(), grad.data_ptr(), out.data_ptr(), samples, _threads()
+            )
+        )
+        return out
     x, grad = _unblock(x, samples), _unblock(grad, samples)
-    if weight.dim() == 2:
-        return grad.flatten(1).T @ x.flatten(1)
+    if weight.numel() == weight.shape[0] * weight.shape[1] and x.shape[2:] == (1, 1):
+        return (grad.flatten(1).T @ x.flatten(1)).view(weight.shape)
     wanted = [False, True, False]
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
@@ -267,6 +310,7 @@ def conv2d(
     padding: int = 0,
     samples: int,
     dense_gradient_of: Tensor | None = None,
+    gradient_by_torch: bool = False,
 ) -> Tensor:
     """Convolution over the non-zeros of a weight (groups 1, dilation 1).
 
@@ -277,6 +321,7 @@ def conv2d(
         samples: batch size without padding.
         dense_gradient_of: the weight the values were taken from; it then receives its gradient at
             every position, zeros of the pattern included (in addition to that of the values).
+        gradient_by_torch: who computes that (see dense_gradient).
 
     Returns:
         batch-blocked [B, out, H', W', 16].
@@ -285,7 +330,17 @@ def conv2d(
         ValueError, TypeError: shapes or types that do not fit.
         KernelsUnavailable: the kernels cannot be built here.
     """
-    return _Conv2d.apply(x, values, bias, pattern, stride, padding, samples, dense_gradient_of)
+    return _Conv2d.apply(
+        x,
+        values,
+        bias,
+        pattern,
+        stride,
+        padding,
+        samples,
+        dense_gradient_of,
+        gradient_by_torch,
+    )
 
 
 def linear(

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "blocked.hpp"
+#include "dense.hpp"
 #include "perceptron.hpp"
 
 using namespace sparse;
@@ -66,6 +67,11 @@ static bool convolution(const Shape& s, int64_t samples, const std::vector<Coord
       set_values(p, w.data(), threads);
       convolve(p, g.data(), nullptr, dx.data(), blocks, threads);
     }
+  if (count == s.out_channels * s.in_channels * s.kernel_h * s.kernel_w) {
+    std::vector<float> whole(count, NAN);
+    dense_weight_gradient(s, x.data(), g.data(), whole.data(), samples, threads);
+    if (!close("gradient of a whole weight", whole, dw0)) return false;
+  }
   return close("output", y, y0) && close("input gradient", dx, dx0) &&
          close("weight gradient", dw, dw0);
 }

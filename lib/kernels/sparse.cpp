@@ -1,6 +1,7 @@
 // The kernels behind a C interface, called through ctypes (ops.py): no torch headers, so the library
 // builds in seconds and serves every torch version.  Sizes and types are checked by the caller.
 #include "blocked.hpp"
+#include "dense.hpp"
 #include "perceptron.hpp"
 
 #include <string>
@@ -58,6 +59,16 @@ int sparse_weight_gradient(const void* plan, const float* x, const float* grad, 
                            int64_t samples, int threads) {
   return guarded([&] {
     sparse::weight_gradient(*static_cast<const sparse::Plan*>(plan), x, grad, out, samples, threads);
+  });
+}
+
+// shape: see sparse_plan_create; out: the whole weight's gradient.
+int sparse_dense_gradient(const int64_t* shape, const float* x, const float* grad, float* out,
+                          int64_t samples, int threads) {
+  return guarded([&] {
+    const sparse::Shape s{shape[0], shape[1], shape[2], shape[3],
+                          shape[4], shape[5], shape[6], shape[7]};
+    sparse::dense_weight_gradient(s, x, grad, out, samples, threads);
   });
 }
 
