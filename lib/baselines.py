@@ -61,7 +61,8 @@ def prune_adaptive_threshold(
 def prune_sign_flip(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
     """Active weights on the wrong side of zero go; `deepr_step` has usually re-wired them."""
     return [
-        layer.mask & (layer.weight * _signs(state, layer.name, layer.weight, layer.generator) >= 0)
+        layer.mask
+        & (layer.weight * signs_of(state, layer.name, layer.weight, layer.generator) >= 0)
         for layer in layers
     ]
 
@@ -81,21 +82,19 @@ def deepr_step(masking: Masking) -> None:
     possible connection has one sign for the whole training, dormant or not. Options: `l1` (1e-4)
     and `temperature` (lr * l1^2 / 18), the paper's for MNIST.
     """
-    lr = float(masking.optimizer.param_groups[0]["lr"])
-    l1 = masking.options.get("l1", 1e-4)
-    noise = math.sqrt(2 * lr * masking.options.get("temperature", lr * l1**2 / 18))
+    shrinkage, noise = deepr_rates(masking)
     generator = masking.generator
     died = 0
     alive = []  # of each layer, in row-major order
     for name, mask in masking.masks.items():
         weight = masking.parameters[name].data
-        signs = _signs(masking.rule_state, name, weight, generator)
+        signs = signs_of(masking.rule_state, name, weight, generator)
         places = _true(mask)
         index = _index(weight, places)
         sign = _flat(signs)[_index(signs, places)].to(weight.dtype)
-        moved = _flat(weight)[index] - lr * l1 * sign
+        moved = _flat(weight)[index] - shrinkage * sign
         if noise > 0:
-            moved += noise * _randn(moved.numel(), weight, generator)
+            moved += noise * randn(moved.numel(), weight, generator)
         dead = moved * sign < 0
         _flat(weight)[index] = moved.masked_fill(dead, 0.0)
         gone = int(dead.sum())
@@ -107,6 +106,13 @@ def deepr_step(masking: Masking) -> None:
         alive.append(places)
     if died:
         _wake(masking, died, alive)
+
+
+def deepr_rates(masking: Masking) -> tuple[float, float]:
+    """What one step takes off each |w|, and the standard deviation of its noise (`deepr_step`)."""
+    lr = float(masking.optimizer.param_groups[0]["lr"])
+    l1 = masking.options.get("l1", 1e-4)
+    return lr * l1, math.sqrt(2 * lr * masking.options.get("temperature", lr * l1**2 / 18))
 
 
 def _true(mask: Tensor) -> Tensor:
@@ -130,21 +136,10 @@ def _wake(masking: Masking, count: int, alive: Sequence[Tensor]) -> None:
     """Activate `count` dormant connections, uniform without replacement over the network."""
     names = list(masking.masks)
     sizes = [masking.masks[name].numel() for name in names]
-    generator, device = masking.generator, masking.masks[names[0]].device
-    draw_on = generator.device if generator is not None else device
+    device = masking.masks[names[0]].device
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     active = torch.cat([places + first for places, first in zip(alive, starts, strict=True)])
-    dormant = sum(sizes) - active.numel()
-    if count * 20 < dormant:  # rejecting repeats is much cheaper than a permutation
-        chosen = torch.empty(0, dtype=torch.long, device=draw_on)
-        while chosen.numel() < count:
-            more = torch.randint(
-                dormant, (count - chosen.numel(),), generator=generator, device=draw_on
-            )
-            chosen = torch.cat([chosen, more]).unique()
-    else:
-        chosen = torch.randperm(dormant, generator=generator, device=draw_on)[:count]
-    chosen = chosen.to(device)
+    chosen = some_of(sum(sizes) - active.numel(), count, masking.generator, device)
     # The dormant position number r lies behind the active ones that have r or fewer before them.
     before = active - torch.arange(active.numel(), device=device)
     position = chosen + torch.searchsorted(before, chosen, right=True)
@@ -164,7 +159,22 @@ def _wake(masking: Masking, count: int, alive: Sequence[Tensor]) -> None:
                 _flat(state[key])[_index(state[key], flat_here)] = 0.0
 
 
-def _signs(
+def some_of(
+    total: int, count: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """`count` different ones of the numbers 0 to total - 1, uniform, ascending: int64."""
+    draw_on = generator.device if generator is not None else device
+    if count * 20 >= total:
+        order = torch.randperm(total, generator=generator, device=draw_on)
+        return order[:count].sort().values.to(device)
+    chosen = torch.empty(0, dtype=torch.long, device=draw_on)
+    while chosen.numel() < count:  # rejecting repeats is much cheaper than a permutation
+        more = torch.randint(total, (count - chosen.numel(),), generator=generator, device=draw_on)
+        chosen = torch.cat([chosen, more]).unique()
+    return chosen.to(device)
+
+
+def signs_of(
     state: dict[str, Any], name: str, weight: Tensor, generator: torch.Generator | None
 ) -> Tensor:
     """int8 signs, same shape as the weight: fixed at the first look, random where it is 0."""
@@ -183,7 +193,8 @@ def _random_signs(count: int, like: Tensor, generator: torch.Generator | None) -
     return (2 * bits - 1).to(like.device)
 
 
-def _randn(count: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+def randn(count: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers [count] of the type of `like` and on its device."""
     device = generator.device if generator is not None else like.device
     return torch.randn(count, generator=generator, device=device).to(like)
 

@@ -27,6 +27,7 @@ from lib.config import UNMASKED, Run, stream_seed, unknown
 from lib.features import observe_features
 from lib.kernels import (
     MAX_SAMPLES,
+    SPARSE_BELOW,
     PerceptronTrainer,
     SparseNetwork,
     Track,
@@ -221,9 +222,10 @@ class TrainingLoop:
         self.perceptron: PerceptronTrainer | None = None
         self.sparse: SparseNetwork | None = None
         if kernels == "perceptron":
+            rewires = run.method == "deepr" and run.density < SPARSE_BELOW
             below = 0.0 if run.method in EVERY_STEP else None  # its masks are new after each step
             self.perceptron = PerceptronTrainer(
-                self.model, self.optimizer, self.masking, sparse_below=below
+                self.model, self.optimizer, self.masking, sparse_below=below, rewires=rewires
             )
         elif kernels == "sparse":
             mode = "sparse" if run.kernels == "sparse" else "auto"  # of each layer
@@ -450,7 +452,8 @@ class TrainingLoop:
         assert self.perceptron is not None
         left, window = self._until_update(), self._window()
         track = Track.NOTHING
-        if left <= window:
+        # DeepR's connections wake without momentum: what they had before is never read.
+        if left <= window and not self.perceptron.rewires:
             # A window that began before the last update goes on; a new one starts from zero.
             whole = window >= (self.run.update_every_steps or self.steps_per_epoch)
             track = Track.FIRST if left == window and not whole else Track.MORE
@@ -461,7 +464,10 @@ class TrainingLoop:
             track=track,
             gradients=left == 1 and self.masking.growth.needs == "gradient",
         )
-        if self.run.method in EVERY_STEP:
+        if self.perceptron.rewires:
+            self.masking.advance()
+            self.perceptron.deepr_step()
+        elif self.run.method in EVERY_STEP:
             self.masking.step()
         else:
             self.masking.advance()

@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lib import baselines, kernels
 from lib import data as datasets
-from lib import kernels
 from lib.config import Run
 from lib.kernels import PerceptronTrainer, Track, library
 from lib.kernels.perceptron import _starts
@@ -634,6 +634,113 @@ def test_gradients_survive_their_removal() -> None:
     assert weight.grad is None
 
 
+# ---------------------------------------------------------------------------- DeepR
+
+
+def deepr_setup(densities: Sequence[float], keep_dense: Sequence[str], **options: float) -> Setup:
+    """DeepR on layers of 70, 40, 30 and 6 features, layer k with masks of densities[k]."""
+    own = setup([70, 40, 30, 6], [None] * 3, weight_decay=0.0)
+    own.masking = Masking(
+        own.model,
+        own.optimizer,
+        density=0.2,
+        method="deepr",
+        keep_dense=keep_dense,
+        generator=torch.Generator().manual_seed(3),
+        options=options,
+    )
+    generator = torch.Generator().manual_seed(4)
+    for name, density in zip(("0.weight", "2.weight", "4.weight"), densities, strict=True):
+        if name in own.masking.masks:
+            own.masking.masks[name] = (
+                torch.rand(own.masking.masks[name].shape, generator=generator) < density
+            )
+    own.masking.apply()
+    return own
+
+
+@pytest.mark.parametrize("keep_dense", [(), ("2.weight",), ("0.weight",)])
+@pytest.mark.parametrize(
+    ("densities", "options"),
+    [
+        ((0.05, 0.1, 0.2), {}),
+        ((0.05, 0.1, 0.2), {"l1": 0.5, "temperature": 0.01}),  # many die in each step
+        ((0.05, 0.1, 0.2), {"l1": 0.5, "temperature": 0.0}),  # no noise
+        ((0.05, 0.1, 0.2), {"l1": 0.0, "temperature": 0.0}),  # gradients alone
+        ((0.9, 0.9, 0.9), {"l1": 1.0}),  # more than a twentieth of the dormant ones wakes
+        ((0.95, 0.02, 1.0), {"l1": 1.0}),
+        ((1.0, 1.0, 1.0), {"l1": 1.0}),  # only the dead are dormant
+    ],
+)
+def test_deepr_on_the_non_zeros_is_that_of_torch(
+    densities: Sequence[float], options: dict[str, float], keep_dense: Sequence[str]
+) -> None:
+    """From the same numbers: the same draws, masks, weights and momentum, bit by bit."""
+    own = deepr_setup(densities, keep_dense, **options)
+    trainer = PerceptronTrainer(own.model, own.optimizer, own.masking, rewires=True)
+    masks, died = own.masking.masks, 0
+    for k in range(12):
+        trainer.step(own.images, own.labels, torch.arange(10 * k, 10 * k + 30))
+        trainer.sync()
+        twin = copy.deepcopy(own)
+        assert twin.masking.generator is not None and own.masking.generator is not None
+        active = sum(own.masking.active().values())
+        baselines.deepr_step(twin.masking)
+        trainer.deepr_step()
+        trainer.sync()
+        for name, mask in masks.items():
+            a, b = own.model.get_parameter(name), twin.model.get_parameter(name)
+            assert torch.equal(mask, twin.masking.masks[name])
+            assert torch.equal(a, b) and not a[~mask].any()
+            assert torch.equal(own.buffer(name), twin.buffer(name) * mask)
+            assert torch.equal(
+                own.masking.rule_state[f"sign/{name}"], twin.masking.rule_state[f"sign/{name}"]
+            )
+            died += int((a[mask] == 0).sum())  # as many as woke, at zero
+        assert sum(own.masking.active().values()) == active
+        assert torch.equal(own.masking.generator.get_state(), twin.masking.generator.get_state())
+    assert died > 12
+
+
+def test_deepr_without_writing_back_between_the_steps() -> None:
+    """Masks, values by row and values by column that only the kernels know for a while."""
+    bits = []
+    for every in (1, 5, 40):
+        own = deepr_setup((0.05, 0.1, 0.2), (), l1=0.01)
+        trainer = PerceptronTrainer(own.model, own.optimizer, own.masking, rewires=True)
+        losses = []
+        for k in range(40):
+            losses.append(trainer.step(own.images, own.labels, torch.arange(k, k + 50)))
+            trainer.deepr_step()
+            if (k + 1) % every == 0:
+                trainer.sync(), trainer.reload()
+        bits.append([torch.tensor(losses), *own.bits(), *own.masking.masks.values()])
+    for other in bits[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True))
+
+
+def test_masks_assigned_between_two_steps_of_deepr() -> None:
+    """They count, and what was re-wired in the other layers stays."""
+    own = deepr_setup((0.05, 0.1, 0.2), (), l1=0.05)
+    trainer = PerceptronTrainer(own.model, own.optimizer, own.masking, rewires=True)
+    masks, index = own.masking.masks, torch.arange(50)
+    for k in range(5):
+        trainer.step(own.images, own.labels, index)
+        trainer.deepr_step()
+        if k == 0:  # it has written back to read the signs
+            start = masks["2.weight"]
+    assert masks["2.weight"] is start
+    generator = torch.Generator().manual_seed(5)
+    masks["0.weight"] = given = torch.rand(masks["0.weight"].shape, generator=generator) < 0.1
+    trainer.step(own.images, own.labels, index)
+    trainer.sync()
+    assert torch.equal(masks["0.weight"], given)
+    assert not torch.equal(masks["2.weight"], start)
+    for name, mask in masks.items():
+        assert not own.model.get_parameter(name)[~mask].any()
+        assert own.model.get_parameter(name)[mask].any()
+
+
 # ---------------------------------------------------------------------------- within runs
 
 
@@ -662,6 +769,18 @@ def epoch_of(run: Run, mnist: datasets.Dataset) -> TrainingLoop:
     return loop
 
 
+def test_deepr_above_the_density_of_sparse_layers(mnist: datasets.Dataset) -> None:
+    """Dense layers there, re-wired by torch's operators; the same run, also if it is resumed."""
+    run = Run(method="deepr", train_samples=2000, epochs=2, density=0.5)
+    loop = TrainingLoop(run, mnist)
+    assert loop.perceptron is not None and not loop.perceptron.rewires
+    sparse = TrainingLoop(replace(run, density=0.2), mnist)
+    assert sparse.perceptron is not None and sparse.perceptron.rewires
+    ours, torchs = (epoch_of(replace(run, kernels=k), mnist) for k in ("auto", "torch"))
+    for a, b in zip(ours.model.parameters(), torchs.model.parameters(), strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+
+
 @pytest.mark.parametrize("every", [0, 7])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_epoch_is_that_of_torch(method: str, every: int, mnist: datasets.Dataset) -> None:
@@ -675,11 +794,13 @@ def test_an_epoch_is_that_of_torch(method: str, every: int, mnist: datasets.Data
         for a, b in zip(ours.masking.masks.values(), torchs.masking.masks.values(), strict=True)
     )
     assert moved <= active // 1000, f"{moved} of {active} active weights"
-    for a, b in zip(ours.model.parameters(), torchs.model.parameters(), strict=True):
+    for (name, a), b in zip(ours.model.named_parameters(), torchs.model.parameters(), strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm()
         first, second = (
             loop.optimizer.state[p]["momentum_buffer"] for loop, p in ((ours, a), (torchs, b))
         )
+        if method == "deepr" and name in torchs.masking.masks:  # a connection wakes without any
+            second = second * torchs.masking.masks[name]
         assert first.shape == second.shape and second.any()
         if moved == 0 and method not in ("static", "snip"):  # those never ask for inactive weights'
             assert (first - second).norm() <= 1e-2 * second.norm()

@@ -15,11 +15,12 @@ from .ops import (
     mean_pool2d,
     to_blocked,
 )
-from .perceptron import MAX_SAMPLES, PerceptronTrainer, Track, perceptron_layers
+from .perceptron import MAX_SAMPLES, SPARSE_BELOW, PerceptronTrainer, Track, perceptron_layers
 
 __all__ = [
     "LANES",
     "MAX_SAMPLES",
+    "SPARSE_BELOW",
     "Pattern",
     "PerceptronTrainer",
     "SparseNetwork",

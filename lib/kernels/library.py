@@ -51,6 +51,8 @@ _SIGNATURES: dict[str, list[Any]] = {
         [_PTR, _I64, _PTR, _PTR, _I64, _PTR, _I64] + [_F32] * 3 + [_INT] * 3 + [_PTR]
     ),
     "perceptron_wrong": [_PTR, _I64, _PTR, _PTR, _I64, _INT, _PTR],
+    "deepr_move": [_PTR, _PTR, _PTR, _F32, _PTR],
+    "deepr_wake": [_PTR, _I64, _PTR, _I64],
 }
 _FALLIBLE = (
     "sparse_plan_create",
@@ -59,6 +61,8 @@ _FALLIBLE = (
     "sparse_dense_gradient",
     "perceptron_step",
     "perceptron_wrong",
+    "deepr_move",
+    "deepr_wake",
 )
 
 

@@ -33,9 +33,9 @@ struct PerceptronLayer {
   float* gradient;                 // [out, in], takes the loss's gradient; may be null
   float *bias, *bias_momentum;     // [out]
   int64_t nonzeros;                // -1: a dense layer, and nothing below counts
-  const int32_t *row_start, *column;        // [out + 1], [nonzeros]
-  float *value, *value_momentum;            // [nonzeros]
-  const int32_t *column_start, *row, *place;  // [in + 1], [nonzeros] by column; place in `value`
+  int32_t *row_start, *column;          // [out + 1], [nonzeros]
+  float *value, *value_momentum;        // [nonzeros]
+  int32_t *column_start, *row, *place;  // [in + 1], [nonzeros] by column; place in `value`
 };
 
 // SGD as in torch.optim.SGD: g += decay * w; m = a * m + g; w -= lr * (g + a * m with Nesterov, m).
@@ -491,6 +491,91 @@ static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t de
     });
   }
   return wrong;
+}
+
+// DeepR's step (deepr_step of lib/baselines.py) on the non-zeros alone, in two calls: between them
+// the caller draws which dormant connections wake.  First each value moves by `shrinkage` against its
+// sign and by its noise (null: none); those that end on the wrong side of zero are dead: column -1
+// until deepr_wake.  sign: [out, in], -1 or 1.  How many died.
+static inline int64_t deepr_move(const PerceptronLayer& layer, const int8_t* sign,
+                                 const float* noise, float shrinkage) {
+  int64_t died = 0;
+  for (int64_t r = 0; r < layer.out; ++r)
+    for (int32_t k = layer.row_start[r]; k < layer.row_start[r + 1]; ++k) {
+      const float s = float(sign[r * layer.in + layer.column[k]]);
+      const float moved = layer.value[k] - shrinkage * s + (noise ? noise[k] : 0.0f);
+      layer.value[k] = moved;
+      if (moved * s < 0) layer.column[k] = -1, ++died;
+    }
+  return died;
+}
+
+// The non-zeros by column, from those by row.
+static inline void sort_by_column(const PerceptronLayer& layer) {
+  int32_t* const next = layer.column_start;  // of each column the first place that is free
+  std::fill_n(next, layer.in + 1, 0);
+  for (int64_t k = 0; k < layer.nonzeros; ++k) ++next[layer.column[k]];
+  for (int64_t c = 0, start = 0; c <= layer.in; ++c) {
+    const int64_t count = next[c];
+    next[c] = int32_t(start), start += count;
+  }
+  for (int64_t r = 0; r < layer.out; ++r)
+    for (int32_t k = layer.row_start[r]; k < layer.row_start[r + 1]; ++k) {
+      const int32_t to = next[layer.column[k]]++;
+      layer.row[to] = int32_t(r), layer.place[to] = k;
+    }
+  std::memmove(next + 1, next, layer.in * sizeof(int32_t));  // each is where the next column starts
+  next[0] = 0;
+}
+
+// Drops the dead of all sparse layers and wakes the dormant connections `chosen` [count], ascending
+// numbers among the dormant ones of those layers in row-major order; they start at zero, without
+// momentum.  The caller's memory has room for the new number of non-zeros.  Throws
+// std::invalid_argument for numbers that are not of this kind, before anything changes.
+static inline void deepr_wake(PerceptronLayer* layers, int64_t depth, const int64_t* chosen,
+                              int64_t count) {
+  int64_t dormant = 0, most = count;
+  for (int64_t k = 0; k < depth; ++k) {
+    const PerceptronLayer& f = layers[k];
+    if (f.nonzeros < 0) continue;
+    dormant += f.out * f.in - f.nonzeros + std::count(f.column, f.column + f.nonzeros, -1);
+    most = std::max(most, f.nonzeros + count);
+  }
+  for (int64_t n = 0; n < count; ++n)
+    if (chosen[n] < 0 || chosen[n] >= dormant || (n > 0 && chosen[n] <= chosen[n - 1]))
+      throw std::invalid_argument("the connections to wake are not ascending numbers below " +
+                                  std::to_string(dormant));
+  std::vector<int32_t> column(most);
+  std::vector<float> value(most), momentum(most);
+  const int64_t* const end = chosen + count;
+  int64_t first = 0, alive = 0;  // the layer's first position, and the active ones met, of all layers
+  for (int64_t k = 0; k < depth; ++k) {
+    PerceptronLayer& f = layers[k];
+    if (f.nonzeros < 0) continue;
+    int64_t size = 0;
+    int32_t from = 0;
+    for (int64_t r = 0; r < f.out; ++r, first += f.in) {
+      // A dormant position has as many dormant ones before it as active ones are missing there.
+      const auto wake_before = [&](int64_t position) {
+        for (; chosen < end && *chosen + alive < position; ++chosen, ++size)
+          column[size] = int32_t(*chosen + alive - first), value[size] = momentum[size] = 0.0f;
+      };
+      for (const int32_t stop = f.row_start[r + 1]; from < stop; ++from) {
+        const int32_t c = f.column[from];
+        if (c < 0) continue;
+        wake_before(first + c);
+        column[size] = c, value[size] = f.value[from], momentum[size] = f.value_momentum[from];
+        ++size, ++alive;
+      }
+      wake_before(first + f.in);
+      f.row_start[r + 1] = int32_t(size);
+    }
+    f.nonzeros = size;
+    std::copy_n(column.data(), size, f.column);
+    std::copy_n(value.data(), size, f.value);
+    std::copy_n(momentum.data(), size, f.value_momentum);
+    if (k > 0) sort_by_column(f);  // the first layer's gradient goes no further back
+  }
 }
 
 }  // namespace sparse

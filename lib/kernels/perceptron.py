@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib.baselines import deepr_rates, randn, signs_of, some_of
 from lib.masking import Masking
 
 from .library import check, require
@@ -60,19 +61,34 @@ class _Layer(ctypes.Structure):
 
 
 class _Sparse:
-    """The non-zeros of one layer by row and by column; `mask` is bool [out, in]."""
+    """The non-zeros of one layer by row and by column; `mask` is bool [out, in]. There is memory
+    for `room` of them, or for those of the mask.
+    """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, room: int = 0) -> None:
+        self.inputs = mask.shape[1]
         self.index = mask.reshape(-1).nonzero().squeeze(1)  # [nnz], places in the flat weight
-        row, column = self.index // mask.shape[1], self.index % mask.shape[1]
+        room = max(room, len(self.index))
+        row, column = self.index // self.inputs, self.index % self.inputs
         order = torch.argsort(column, stable=True)
         self.row_start = _starts(mask.sum(1))
-        self.column = column.to(torch.int32)
+        self.column = _padded(column, room)
         self.column_start = _starts(mask.sum(0))
-        self.row = row[order].to(torch.int32)
-        self.place = order.to(torch.int32)
-        self.value = torch.zeros(len(self.index))
-        self.value_momentum = torch.zeros(len(self.index))
+        self.row = _padded(row[order], room)
+        self.place = _padded(order, room)
+        self.value = torch.zeros(room)
+        self.value_momentum = torch.zeros(room)
+
+    def moved(self) -> Tensor:
+        """`index` of where the non-zeros have moved."""
+        row = torch.repeat_interleave(self.row_start.diff())  # [nnz], that of each
+        return row * self.inputs + self.column[: len(row)]
+
+
+def _padded(numbers: Tensor, length: int) -> Tensor:
+    padded = torch.zeros(length, dtype=torch.int32)
+    padded[: len(numbers)] = numbers
+    return padded
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -116,6 +132,8 @@ class PerceptronTrainer:
         masking: of the two; layers it does not mask are dense.
         sparse_below: density under which a masked layer is computed over its non-zeros only
             (SPARSE_BELOW); 0 for masks that the caller applies after each step.
+        rewires: `deepr_step` is called after each step: all masked layers are computed over their
+            non-zeros, which it moves.
 
     Raises:
         ValueError: another kind of model or optimizer.
@@ -129,6 +147,7 @@ class PerceptronTrainer:
         masking: Masking,
         *,
         sparse_below: float | None = None,
+        rewires: bool = False,
     ) -> None:
         self._library = require()
         layers = perceptron_layers(model)
@@ -149,6 +168,7 @@ class PerceptronTrainer:
             raise ValueError(f"momentum must be above 0, got {group['momentum']}")
         self._named, self._optimizer, self._masking = layers, optimizer, masking
         self._sparse_below = SPARSE_BELOW if sparse_below is None else sparse_below
+        self.rewires = rewires
         self._layers = (_Layer * len(layers))()
         self._sparse: dict[str, _Sparse] = {}
         self._held: list[Any] = []
@@ -165,6 +185,7 @@ class PerceptronTrainer:
         self._held, self._sparse, self._masks = [], {}, []
         self._gradients = self._ahead = False
         self._masking.apply()
+        active = sum(self._masking.active().values()) if self.rewires else 0
         for layer, (name, module) in zip(self._layers, self._named, strict=True):
             path = f"{name}.weight"
             mask = self._masking.masks.get(path)
@@ -173,13 +194,13 @@ class PerceptronTrainer:
             layer.bias, layer.bias_momentum = self._pointers(module.bias)
             layer.multiplier = layer.gradient = None
             layer.nonzeros = -1
-            if mask is None or not self._sparse_below:
+            if mask is None or not (self._sparse_below or self.rewires):
                 continue
             self._masks.append((path, mask, mask._version))
-            if int(mask.sum()) >= self._sparse_below * mask.numel():
+            if not self.rewires and int(mask.sum()) >= self._sparse_below * mask.numel():
                 layer.multiplier = self._hold(mask.to(torch.float32))
                 continue
-            sparse = self._sparse[path] = _Sparse(mask)
+            sparse = self._sparse[path] = _Sparse(mask, min(active, mask.numel()))
             layer.nonzeros = len(sparse.index)
             for field in (
                 "row_start",
@@ -191,19 +212,35 @@ class PerceptronTrainer:
                 "place",
             ):
                 setattr(layer, field, getattr(sparse, field).data_ptr())
-            sparse.value.copy_(module.weight.detach().view(-1)[sparse.index])
-            sparse.value_momentum.copy_(self._momentum(module.weight).view(-1)[sparse.index])
+            weight, momentum = module.weight.detach(), self._momentum(module.weight)
+            sparse.value[: layer.nonzeros] = weight.view(-1)[sparse.index]
+            sparse.value_momentum[: layer.nonzeros] = momentum.view(-1)[sparse.index]
 
     def sync(self) -> None:
-        """Write weights and momentum of the sparse layers to the model and the optimizer."""
+        """Write weights and momentum of the sparse layers to the model and the optimizer, and the
+        masks that `deepr_step` moved to the Masking, unless others were assigned meanwhile.
+        """
         if not self._ahead:
             return
         self._ahead = False
-        modules = dict(self._named)
-        for path, sparse in self._sparse.items():
-            weight = modules[path.removesuffix(".weight")].weight
-            weight.detach().view(-1)[sparse.index] = sparse.value
-            self._momentum(weight).view(-1)[sparse.index] = sparse.value_momentum
+        modules, masks = dict(self._named), self._masking.masks
+        for k, (path, taken, version) in enumerate(self._masks):
+            if path not in self._sparse:
+                continue
+            sparse, parameter = self._sparse[path], modules[path.removesuffix(".weight")].weight
+            weight, momentum = parameter.detach().view(-1), self._momentum(parameter).view(-1)
+            index = sparse.index
+            if self.rewires:
+                index = sparse.moved()
+                weight.zero_()
+                momentum.zero_()  # of dormant connections it is never read
+            weight[index] = sparse.value[: len(index)]
+            momentum[index] = sparse.value_momentum[: len(index)]
+            if self.rewires and masks[path] is taken and taken._version == version:
+                moved = torch.zeros(taken.shape, dtype=torch.bool)
+                moved.view(-1)[index] = True
+                masks[path] = moved
+                self._masks[k] = path, moved, moved._version
 
     def step(
         self,
@@ -260,6 +297,43 @@ class PerceptronTrainer:
         )
         self._ahead = True
         return loss.value
+
+    def deepr_step(self) -> None:
+        """DeepR's step after the gradient step, on the non-zeros alone.
+
+        The same draws as `lib.baselines.deepr_step`, and from the same numbers the same weights and
+        masks; these are the Masking's after `sync()`.
+        """
+        masking = self._masking
+        self._take_new_masks()
+        if any(f"sign/{path}" not in masking.rule_state for path in self._sparse):
+            self.sync()  # signs are those of the weights at the first look
+        shrinkage, noise = deepr_rates(masking)
+        count, dormant, died = 0, 0, ctypes.c_int64()
+        for layer, (name, module) in zip(self._layers, self._named, strict=True):
+            if layer.nonzeros < 0:
+                continue
+            weight = module.weight.detach()
+            sign = signs_of(masking.rule_state, f"{name}.weight", weight, masking.generator)
+            moved = None
+            if noise > 0:
+                moved = randn(layer.nonzeros, weight, masking.generator).mul_(noise)
+            address = None if moved is None else moved.data_ptr()
+            check(
+                self._library.deepr_move(
+                    ctypes.byref(layer), sign.data_ptr(), address, shrinkage, ctypes.byref(died)
+                )
+            )
+            count += died.value
+            dormant += sign.numel() - layer.nonzeros + died.value
+        if count:
+            chosen = some_of(dormant, count, masking.generator, torch.device("cpu"))
+            check(
+                self._library.deepr_wake(
+                    self._layers, len(self._layers), chosen.data_ptr(), len(chosen)
+                )
+            )
+        self._ahead = True
 
     def wrong(self, images: Tensor, labels: Tensor) -> int:
         """How many of the images [N, ...] get another class than their label [N].

@@ -289,6 +289,121 @@ static bool refuses(int64_t samples, int64_t place, int64_t label) {
   return false;
 }
 
+// Two steps of DeepR on layers `net`, then by hand on their masks; `kinds`: which layers are sparse.
+static bool deepr(std::vector<Memory>& net) {
+  const float shrinkage = 0.3f;
+  std::vector<PerceptronLayer> layers;
+  std::vector<std::vector<int8_t>> sign;
+  std::vector<std::vector<int32_t>> column, row, place;
+  std::vector<std::vector<float>> value, momentum;
+  int64_t total = 0;
+  for (const Memory& f : net) total += f.sparse ? f.layer.nonzeros : 0;
+  for (Memory& f : net) {  // room for all that may wake here
+    const size_t room = size_t(f.sparse ? std::min(total, f.in * f.out) : 0);
+    for (auto* of : {&column, &row, &place}) of->emplace_back(room), of->back().shrink_to_fit();
+    for (auto* of : {&value, &momentum}) of->emplace_back(room), of->back().shrink_to_fit();
+    PerceptronLayer layer = f.layer;
+    std::copy(f.column.begin(), f.column.end(), column.back().begin());
+    std::copy(f.row.begin(), f.row.end(), row.back().begin());
+    std::copy(f.place.begin(), f.place.end(), place.back().begin());
+    std::copy(f.value.begin(), f.value.end(), value.back().begin());
+    std::copy(f.value_momentum.begin(), f.value_momentum.end(), momentum.back().begin());
+    layer.column = column.back().data(), layer.row = row.back().data();
+    layer.place = place.back().data(), layer.value = value.back().data();
+    layer.value_momentum = momentum.back().data();
+    layers.push_back(layer);
+    sign.emplace_back(f.in * f.out);
+    for (int64_t k = 0; k < f.in * f.out; ++k) {
+      sign.back()[k] = f.mask[k] ? (f.weight[k] < 0 ? -1 : 1) : (rng() % 2 ? 1 : -1);
+      f.w[k] = f.sparse ? f.weight[k] : f.w[k], f.m[k] = f.mask[k] ? f.momentum[k] : 0;
+    }
+  }
+  for (int step = 0; step < 2; ++step) {
+    int64_t died = 0, want = 0;
+    std::vector<std::pair<size_t, int64_t>> dormant;  // layer and position
+    for (size_t k = 0; k < net.size(); ++k) {
+      Memory& f = net[k];
+      if (!f.sparse) continue;
+      const std::vector<float> shift = noise(layers[k].nonzeros);
+      died += deepr_move(layers[k], sign[k].data(), step ? shift.data() : nullptr, shrinkage);
+      for (int64_t p = 0, n = 0; p < f.in * f.out; ++p) {
+        if (f.mask[p]) {
+          f.w[p] += (step ? shift[n] : 0) - double(shrinkage) * sign[k][p];
+          f.mask[p] = f.w[p] * sign[k][p] >= 0, want += !f.mask[p], ++n;
+        }
+        if (!f.mask[p]) f.w[p] = f.m[p] = 0, dormant.emplace_back(k, p);
+      }
+    }
+    if (died != want) return std::printf("%ld died, expected %ld\n", long(died), long(want)), false;
+    std::vector<int64_t> chosen(dormant.size());
+    for (size_t k = 0; k < chosen.size(); ++k) chosen[k] = int64_t(k);
+    std::shuffle(chosen.begin(), chosen.end(), rng);
+    chosen.resize(size_t(died)), chosen.shrink_to_fit();
+    std::sort(chosen.begin(), chosen.end());
+    for (int64_t n : chosen) net[dormant[n].first].mask[dormant[n].second] = 1;
+    for (int wrong = 0; wrong < 3; ++wrong) {
+      std::vector<int64_t> bad = chosen;
+      if (wrong == 0) bad.push_back(int64_t(dormant.size()));
+      if (wrong == 1) bad.insert(bad.begin(), -1);
+      if (wrong == 2 && bad.empty()) continue;
+      if (wrong == 2) bad.push_back(bad.back());
+      try {
+        deepr_wake(layers.data(), int64_t(layers.size()), bad.data(), int64_t(bad.size()));
+        return std::printf("connections that cannot wake were taken\n"), false;
+      } catch (const std::invalid_argument&) {
+      }
+    }
+    deepr_wake(layers.data(), int64_t(layers.size()), chosen.data(), died);
+    for (size_t k = 0; k < net.size(); ++k) {
+      const Memory& f = net[k];
+      const PerceptronLayer& got = layers[k];
+      if (!f.sparse) continue;
+      int32_t n = 0;
+      for (int64_t p = 0; p < f.in * f.out; ++p) {
+        if (p % f.in == 0 && got.row_start[p / f.in] != n)
+          return std::printf("row %ld starts at %d\n", long(p / f.in), got.row_start[p / f.in]), false;
+        if (!f.mask[p]) continue;
+        const bool same = n < got.nonzeros && got.column[n] == p % f.in &&
+                          std::fabs(got.value[n] - f.w[p]) < 1e-5 &&
+                          std::fabs(got.value_momentum[n] - f.m[p]) < 1e-5;
+        if (!same) return std::printf("position %ld is not as expected\n", long(p)), false;
+        ++n;
+      }
+      if (n != got.nonzeros || n != got.row_start[f.out])
+        return std::printf("%ld non-zeros, expected %d\n", long(got.nonzeros), n), false;
+      for (int64_t c = 0, at = 0; k > 0 && c < f.in; ++c) {
+        if (got.column_start[c] != at) return std::printf("column %ld is wrong\n", long(c)), false;
+        for (int32_t r = 0, e = 0; r < f.out; ++r)
+          for (; e < got.row_start[r + 1]; ++e)
+            if (got.column[e] == c) {
+              if (got.row[at] != r || got.place[at] != e)
+                return std::printf("entry %ld by column is wrong\n", long(at)), false;
+              ++at;
+            }
+        if (got.column_start[c + 1] != at) return std::printf("column %ld ends\n", long(c)), false;
+      }
+    }
+  }
+  return true;
+}
+
+static bool deeprs() {
+  const double densities[] = {0.0, 0.05, 0.3, 0.9, 1.0};
+  for (int round = 0; round < 60; ++round) {
+    std::vector<Memory> net;
+    int64_t in = 1 + int64_t(rng() % 40);
+    for (int k = 0; k < 1 + round % 3; ++k) {
+      const int64_t out = 1 + int64_t(rng() % 40);
+      const bool sparse = round % 4 || k != 1;
+      net.emplace_back(in, out, sparse ? some(in * out, densities[rng() % 5]) : std::vector<char>(),
+                       sparse, false);
+      in = out;
+    }
+    if (!deepr(net)) return std::printf("deepr, round %d\n", round), false;
+  }
+  return true;
+}
+
 static bool perceptrons() {
   const int64_t widths[] = {1, 2, 15, 16, 17, 31, 33, 64, 65};
   const int64_t batches[] = {1, 2, 15, 16, 17, 127, 128};
@@ -327,7 +442,7 @@ static bool perceptrons() {
 }
 
 int main() {
-  if (!perceptrons()) return 1;
+  if (!perceptrons() || !deeprs()) return 1;
   std::uniform_real_distribution<double> uniform;
   auto pick = [&](int64_t lo, int64_t hi) { return lo + int64_t(rng() % uint64_t(hi - lo + 1)); };
   for (int round = 0; round < 60; ++round) {

@@ -132,4 +132,14 @@ int perceptron_wrong(const sparse::PerceptronLayer* layers, int64_t depth, const
       [&] { *wrong = sparse::perceptron_wrong(layers, depth, x, labels, images, threads); });
 }
 
+int deepr_move(const sparse::PerceptronLayer* layer, const int8_t* sign, const float* noise,
+               float shrinkage, int64_t* died) {
+  return guarded([&] { *died = sparse::deepr_move(*layer, sign, noise, shrinkage); });
+}
+
+int deepr_wake(sparse::PerceptronLayer* layers, int64_t depth, const int64_t* chosen,
+               int64_t count) {
+  return guarded([&] { sparse::deepr_wake(layers, depth, chosen, count); });
+}
+
 }  // extern "C"
