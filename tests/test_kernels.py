@@ -279,11 +279,27 @@ def test_pooling_matches_torch(size: int, stride: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2), (2, 3), (15, 1)])
+def test_max_pooling_with_relu_matches_torch(size: int, stride: int) -> None:
+    torch.manual_seed(9)
+    x = (torch.randn(21, 3, 15, 17) - 1).round().requires_grad_()  # many zeros, many below zero
+    pooled = kernels.max_pool2d(kernels.to_blocked(x), size, stride, relu=True)
+    y, want = kernels.from_blocked(pooled, 21), F.max_pool2d(x, size, stride).relu()
+    grad = torch.randn_like(want)
+    assert torch.equal(y, want)
+    got, wanted = (torch.autograd.grad(t, x, grad)[0] for t in (y, want))
+    assert torch.allclose(got, wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="15 x 15"):
+        kernels.max_pool2d(torch.zeros(1, 1, 16, 16, 16), 16, relu=True)
+
+
+@needs_compiler
 def test_max_pool_keeps_nan() -> None:
     x = torch.zeros(1, 1, 2, 2)
     x[0, 0, 1, 0] = float("nan")
-    y = kernels.from_blocked(kernels.max_pool2d(kernels.to_blocked(x), 2), 1)
-    assert y.isnan().all()
+    for relu in (False, True):
+        y = kernels.from_blocked(kernels.max_pool2d(kernels.to_blocked(x), 2, relu=relu), 1)
+        assert y.isnan().all()
 
 
 @needs_compiler

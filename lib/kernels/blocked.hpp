@@ -214,9 +214,13 @@ struct Pool {
   int64_t out_width() const { return (width - size) / stride + 1; }
 };
 
-// `which` receives the place of the maximum within its window (row * size + column).
-static inline void max_pool_forward(const Pool& p, const float* x, float* y, uint8_t* which,
-                                    int threads) {
+constexpr uint8_t kNowhere = 255;  // also a place of a window of 16 x 16: `relu` goes up to 15 x 15
+
+// `which` receives the place of the maximum within its window (row * size + column).  With `relu` the
+// outputs below zero become zero, and where none is above zero `which` is kNowhere: no place of the
+// window gets a gradient, as of a ReLU after the pooling.
+static inline void max_pool_forward(const Pool& p, bool relu, const float* x, float* y,
+                                    uint8_t* which, int threads) {
   const int64_t oh = p.out_height(), ow = p.out_width();
 #pragma omp parallel for num_threads(threads)
   for (int64_t c = 0; c < p.planes; ++c)
@@ -232,6 +236,11 @@ static inline void max_pool_forward(const Pool& p, const float* x, float* y, uin
             best = better ? v : best;
             at = better ? VI{} + int32_t(a * p.size + b) : at;
           }
+        if (relu) {
+          const VI none = best <= 0.0f;  // a NaN stays, and its gradient passes, as in torch
+          best = none ? V{} : best;
+          at = none ? VI{} + int32_t(kNowhere) : at;
+        }
         const int64_t out = ((c * oh + i) * ow + j) * L;
         store(y + out, best);
         *reinterpret_cast<detail::V8U*>(which + out) = __builtin_convertvector(at, detail::V8);
@@ -241,10 +250,12 @@ static inline void max_pool_forward(const Pool& p, const float* x, float* y, uin
 static inline void max_pool_backward(const Pool& p, const float* grad, const uint8_t* which,
                                      float* dx, int threads) {
   const int64_t oh = p.out_height(), ow = p.out_width();
+  const bool apart = p.stride >= p.size;      // each pixel is in one window at most,
+  const bool cover = p.stride == p.size && oh * p.stride == p.height && ow * p.stride == p.width;
 #pragma omp parallel for num_threads(threads)
   for (int64_t c = 0; c < p.planes; ++c) {
     float* plane = dx + c * p.height * p.width * L;
-    std::memset(plane, 0, p.height * p.width * L * sizeof(float));
+    if (!cover) std::memset(plane, 0, p.height * p.width * L * sizeof(float));  // or in exactly one
     for (int64_t i = 0; i < oh; ++i)
       for (int64_t j = 0; j < ow; ++j) {
         const int64_t out = ((c * oh + i) * ow + j) * L;
@@ -254,7 +265,8 @@ static inline void max_pool_backward(const Pool& p, const float* grad, const uin
         for (int64_t a = 0; a < p.size; ++a)
           for (int64_t b = 0; b < p.size; ++b) {
             float* d = plane + ((i * p.stride + a) * p.width + j * p.stride + b) * L;
-            store(d, load(d) + (at == int32_t(a * p.size + b) ? g : V{}));
+            const V own = at == int32_t(a * p.size + b) ? g : V{};
+            store(d, apart ? own : load(d) + own);
           }
       }
   }

@@ -45,7 +45,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "sparse_norm_forward": [_PTR] * 6 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
     "sparse_norm_backward": [_PTR] * 9 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
     "sparse_channel_sum": [_PTR, _PTR, _I64, _I64, _I64, _INT],
-    "sparse_max_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _PTR, _INT],
+    "sparse_max_pool": [_INT, _INT] + [_I64] * 5 + [_PTR, _PTR, _PTR, _INT],
     "sparse_mean_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _INT],
     "perceptron_step": (
         [_PTR, _I64, _PTR, _PTR, _I64, _PTR, _I64] + [_F32] * 3 + [_INT] * 3 + [_PTR]

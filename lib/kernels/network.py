@@ -17,6 +17,7 @@ gradient in every step.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import operator
 import time
@@ -169,10 +170,10 @@ class SparseNetwork(nn.Module):
         self._last_use = self._find_last_uses()
 
     def _find_fused(self) -> dict[fx.Node, fx.Node]:
-        """Batch norms whose only reader is a ReLU, with that ReLU."""
+        """Batch norms and max-poolings whose only reader is a ReLU, with that ReLU."""
         found = {}
         for node, module in self._modules_of.items():
-            if isinstance(module, _BatchNorm) and len(node.users) == 1:
+            if isinstance(module, _BatchNorm | nn.MaxPool2d) and len(node.users) == 1:
                 (user,) = node.users
                 if isinstance(self._modules_of.get(user), nn.ReLU):
                     found[node] = user
@@ -219,7 +220,7 @@ class SparseNetwork(nn.Module):
             return x.like(blocked=ops.batch_norm(blocked, module, x.samples, relu=relu))
         if isinstance(module, nn.ReLU):
             if node.args[0] in self._fused:
-                return x  # done by the batch norm
+                return x  # done by the batch norm or the pooling
             return x.like(blocked=F.relu(blocked, module.inplace))
         if isinstance(module, nn.Dropout):
             return x.like(blocked=F.dropout(blocked, module.p, module.training))
@@ -230,7 +231,8 @@ class SparseNetwork(nn.Module):
             simple = not module.ceil_mode and _single(module.padding) == 0
             if isinstance(module, nn.MaxPool2d):
                 simple = simple and _single(module.dilation) == 1 and not module.return_indices
-                pool: Callable = ops.max_pool2d
+                pool: Callable = functools.partial(ops.max_pool2d, relu=node in self._fused)
+                simple = simple and (node not in self._fused or (size or 0) <= 15)
             else:
                 simple = simple and module.divisor_override is None
                 pool = ops.mean_pool2d

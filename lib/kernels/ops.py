@@ -518,13 +518,13 @@ def batch_norm(x: Tensor, norm: _BatchNorm, samples: int, *, relu: bool = False)
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, stride: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, size: int, stride: int, relu: bool) -> Tensor:
         blocks, channels, h, w, _ = x.shape
         shape = (blocks, channels, (h - size) // stride + 1, (w - size) // stride + 1, LANES)
         y, which = x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
         ctx.pool = (blocks * channels, h, w, size, stride)
         require().sparse_max_pool(
-            0, *ctx.pool, x.data_ptr(), y.data_ptr(), which.data_ptr(), _threads()
+            0, int(relu), *ctx.pool, x.data_ptr(), y.data_ptr(), which.data_ptr(), _threads()
         )
         ctx.save_for_backward(which)
         ctx.shape = x.shape
@@ -532,14 +532,14 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (which,) = ctx.saved_tensors
         grad = _float(grad, "gradient")
         dx = grad.new_empty(ctx.shape)
         require().sparse_max_pool(
-            1, *ctx.pool, grad.data_ptr(), dx.data_ptr(), which.data_ptr(), _threads()
+            1, 0, *ctx.pool, grad.data_ptr(), dx.data_ptr(), which.data_ptr(), _threads()
         )
-        return dx, None, None
+        return dx, None, None, None
 
 
 class _MeanPool(torch.autograd.Function):
@@ -571,10 +571,15 @@ def _pool_input(x: Tensor, size: int, stride: int) -> Tensor:
     return x
 
 
-def max_pool2d(x: Tensor, size: int, stride: int | None = None) -> Tensor:
-    """Max pooling without padding of a batch-blocked tensor; stride `size` by default."""
+def max_pool2d(x: Tensor, size: int, stride: int | None = None, *, relu: bool = False) -> Tensor:
+    """Max pooling without padding of a batch-blocked tensor; stride `size` by default.
+
+    With `relu`, of windows up to 15 x 15: the same as relu(max_pool2d(.)).
+    """
     stride = stride or size
-    return _MaxPool.apply(_pool_input(x, size, stride), size, stride)
+    if relu and size > 15:
+        raise ValueError(f"with ReLU pooling windows go up to 15 x 15, got {size} x {size}")
+    return _MaxPool.apply(_pool_input(x, size, stride), size, stride, relu)
 
 
 def mean_pool2d(x: Tensor, size: int, stride: int | None = None) -> Tensor:

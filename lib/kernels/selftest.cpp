@@ -101,8 +101,27 @@ static bool surroundings(int64_t samples, int64_t channels, int64_t h, int64_t w
     const int64_t outputs = p.planes * p.out_height() * p.out_width() * L;
     std::vector<float> pooled(outputs);
     std::vector<uint8_t> which(outputs);
-    max_pool_forward(p, x.data(), pooled.data(), which.data(), 2);
-    max_pool_backward(p, pooled.data(), which.data(), dx.data(), 2);
+    for (bool relu : {false, true}) {
+      max_pool_forward(p, relu, x.data(), pooled.data(), which.data(), 2);
+      std::fill(dx.begin(), dx.end(), NAN);
+      max_pool_backward(p, pooled.data(), which.data(), dx.data(), 2);
+      std::vector<double> want(dx.size());
+      for (int64_t k = 0; k < outputs; ++k) {
+        const int64_t l = k % L, pixel = k / L % (p.out_height() * p.out_width());
+        const int64_t plane = k / L / (p.out_height() * p.out_width());
+        const int64_t i = pixel / p.out_width() * 2, j = pixel % p.out_width() * 2;
+        int64_t best = ((plane * h + i) * w + j) * L + l;
+        for (int64_t a = 0; a < size; ++a)
+          for (int64_t b = 0; b < size; ++b) {
+            const int64_t at = ((plane * h + i + a) * w + j + b) * L + l;
+            if (x[at] > x[best]) best = at;
+          }
+        const float top = relu && x[best] < 0 ? 0.0f : x[best];
+        if (pooled[k] != top) return std::printf("max pooling\n"), false;
+        want[best] += top;
+      }
+      if (!close("gradient of max pooling", dx, want)) return false;
+    }
     mean_pool_forward(p, x.data(), pooled.data(), 2);
     mean_pool_backward(p, pooled.data(), dx.data(), 2);
   }

@@ -100,11 +100,11 @@ void sparse_channel_sum(const float* x, float* out, int64_t samples, int64_t cha
   sparse::channel_sum(x, out, samples, channels, pixels, threads);
 }
 
-void sparse_max_pool(int backward, int64_t planes, int64_t height, int64_t width, int64_t size,
+void sparse_max_pool(int backward, int relu, int64_t planes, int64_t height, int64_t width, int64_t size,
                      int64_t stride, const float* from, float* to, uint8_t* which, int threads) {
   const sparse::Pool p{planes, height, width, size, stride};
   if (backward) sparse::max_pool_backward(p, from, which, to, threads);
-  else sparse::max_pool_forward(p, from, to, which, threads);
+  else sparse::max_pool_forward(p, relu != 0, from, to, which, threads);
 }
 
 void sparse_mean_pool(int backward, int64_t planes, int64_t height, int64_t width, int64_t size,
