@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +75,8 @@ class Layer:
         return momentum_of(self.optimizer, self.parameter, self.name)
 
     @functools.cached_property
-    def mean_momentum(self) -> Tensor:
-        """Mean |momentum| of the weights active before the update: float64, 0-d."""
+    def mean_momentum(self) -> Tensor | float:
+        """Mean |momentum| of the weights active before the update (see `mean_active`)."""
         return mean_active(self.momentum, self.mask)
 
     @property
@@ -98,6 +99,7 @@ PruneRule = Callable[[Sequence[Layer], float, dict[str, Any]], list[Tensor]]
 RedistributionRule = Callable[[Layer], "Tensor | float"]
 GrowthRule = Callable[[Layer], Tensor]
 R = TypeVar("R")
+Score = Literal["value", "smallness"]
 
 
 @dataclass(frozen=True)
@@ -176,22 +178,26 @@ def _holds(group: dict[str, Any], parameter: nn.Parameter) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 
-def pick(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
+def pick(values: Tensor, candidates: Tensor, k: int, score: Score = "value") -> Tensor:
     """Bool tensor with exactly k of the candidates: those of the largest scores, O(n).
 
-    `scores` (float) and `candidates` (bool) have the same shape. Among equal scores the positions
-    that come first win, so that the choice is the same everywhere. Raises ValueError when there
-    are fewer than k candidates (checked on CPU, where counting costs no synchronisation).
+    `values` (float) and `candidates` (bool) have the same shape; the score is the "value" or
+    its "smallness" -|v|. Among equal scores the positions that come first win,
+    so that the choice is the same everywhere. Raises ValueError when there are fewer than k
+    candidates (checked on CPU, where counting costs no synchronisation).
     """
     if k == 0:
         return torch.zeros_like(candidates)
+    if compiled().takes(values, candidates):
+        return compiled().choose_largest(values, candidates, k, score)
+    scores = -values.abs() if score == "smallness" else values
     if scores.device.type == "cpu":  # NumPy's selection is vectorised, torch's far slower
-        values, allowed = _numpy(scores), candidates.numpy()
-        chosen = values[allowed]
+        array, allowed = _numpy(scores), candidates.numpy()
+        chosen = array[allowed]
         if k > chosen.size:
             raise ValueError(f"cannot pick {k} of {chosen.size} candidates")
         lowest = np.partition(chosen, chosen.size - k)[chosen.size - k]
-        over, equal = (values > lowest) & allowed, (values == lowest) & allowed
+        over, equal = (array > lowest) & allowed, (array == lowest) & allowed
         missing = k - np.count_nonzero(over)
         if np.count_nonzero(equal) > missing:
             equal.flat[np.flatnonzero(equal)[missing:]] = False
@@ -203,6 +209,14 @@ def pick(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
     ties = (filled == threshold) & candidates
     first = (ties.reshape(-1).cumsum(0) <= k - above.sum()).view(ties.shape)
     return above | (ties & first)
+
+
+@functools.cache
+def compiled() -> types.ModuleType:
+    """The compiled passes of an update (lib/kernels/select.py), for what `takes` says yes to."""
+    from lib.kernels import select  # imports this module
+
+    return select
 
 
 def _numpy(values: Tensor) -> npt.NDArray[Any]:
@@ -230,8 +244,8 @@ def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any])
         inactive = 1 - layer.active / layer.numel
         if layer.share is not None and inactive < 0.2 and layer.share > 1 / len(layers):
             layer_rate = min(rate, inactive)
-        pruned = pick(-layer.weight.abs(), layer.mask, share_of(layer_rate, layer.active))
-        survivors.append(layer.mask & ~pruned)
+        count = share_of(layer_rate, layer.active)
+        survivors.append(layer.mask ^ pick(layer.weight, layer.mask, count, "smallness"))
     return survivors
 
 
@@ -241,9 +255,9 @@ def prune_global_magnitude(
 ) -> list[Tensor]:
     """Over all layers together the ceil(rate * active) smallest |w| go."""
     flat_mask = torch.cat([layer.mask.reshape(-1) for layer in layers])
-    flat_score = torch.cat([-layer.weight.abs().reshape(-1) for layer in layers])
+    flat_weight = torch.cat([layer.weight.reshape(-1) for layer in layers])
     count = share_of(rate, sum(layer.active for layer in layers))
-    kept = flat_mask & ~pick(flat_score, flat_mask, count)
+    kept = flat_mask ^ pick(flat_weight, flat_mask, count, "smallness")
     parts = kept.split([layer.numel for layer in layers])
     return [part.view_as(layer.mask) for part, layer in zip(parts, layers, strict=True)]
 
@@ -260,13 +274,13 @@ def prune_none(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> l
 
 
 @REDISTRIBUTION.register("momentum", needs="momentum", before_pruning=True)
-def redistribute_momentum(layer: Layer) -> Tensor:
+def redistribute_momentum(layer: Layer) -> Tensor | float:
     """Mean |momentum| of the weights active before pruning (paper, section 3)."""
     return layer.mean_momentum
 
 
 @REDISTRIBUTION.register("magnitude", before_pruning=True)
-def redistribute_magnitude(layer: Layer) -> Tensor:
+def redistribute_magnitude(layer: Layer) -> Tensor | float:
     """Mean |w| of the weights active before pruning."""
     return mean_active(layer.weight, layer.mask)
 
@@ -289,12 +303,34 @@ def redistribute_none(layer: Layer) -> float:
     return layer.pruned
 
 
-def mean_active(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of |values| where mask is true: float64, 0-d, on their device, without synchronising."""
+def mean_active(values: Tensor, mask: Tensor) -> Tensor | float:
+    """Mean of |values| where mask is true, in float64 (0-d on a GPU, without synchronising)."""
+    if compiled().takes(values, mask):
+        return compiled().sum_of_magnitudes(values, mask) / max(1, compiled().count(mask))
     if values.device.type == "cpu":
         chosen = np.abs(_numpy(values)[mask.numpy()])
-        return torch.tensor(chosen.sum(dtype=np.float64) / max(1, chosen.size))
+        return float(chosen.sum(dtype=np.float64)) / max(1, chosen.size)
     return (values.abs() * mask).sum(dtype=torch.float64) / mask.sum()
+
+
+def count_of(mask: Tensor) -> Tensor | int:
+    """Number of true positions (0-d on a GPU, without synchronising)."""
+    return compiled().count(mask) if compiled().counts(mask) else torch.count_nonzero(mask)
+
+
+def to_host(numbers: Sequence[Tensor | float]) -> list[float]:
+    """The numbers as Python's; those that are tensors [0-d] cross in one transfer."""
+    tensors = [n.double() for n in numbers if isinstance(n, Tensor)]
+    crossed = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(crossed) if isinstance(n, Tensor) else float(n) for n in numbers]
+
+
+def clear_outside(values: Tensor, mask: Tensor) -> None:
+    """Set `values` to zero, in place, where `mask` (bool, same shape) is false."""
+    if compiled().takes(values, mask):
+        compiled().clear_outside(values, mask)
+    else:
+        values.mul_(mask)
 
 
 def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[int]:
@@ -560,7 +596,7 @@ class Masking:
 
         # 1. Prune.
         kept = self.prune.function(layers, rate, self.rule_state)
-        remaining = torch.stack([k.sum() for k in kept]).tolist()
+        remaining = [int(n) for n in to_host([count_of(k) for k in kept])]
         for layer, survivors, count in zip(layers, kept, remaining, strict=True):
             layer.survivors, layer.pruned = survivors, layer.active - count
 
@@ -574,7 +610,7 @@ class Masking:
         for layer, count in zip(layers, counts, strict=True):
             grown = self._choose(layer, self.growth.function, count)
             self._masks[layer.name] = mask = layer.survivors | grown
-            layer.parameter.data.mul_(mask if self._keep_regrown else layer.survivors)
+            clear_outside(layer.weight, mask if self._keep_regrown else layer.survivors)
         if self._choose is not choose:  # may have chosen survivors
             counts = [n - left for n, left in zip(self.active().values(), remaining, strict=True)]
         return [_report(layer, n) for layer, n in zip(layers, counts, strict=True)]
@@ -611,10 +647,8 @@ class Masking:
 
     def active(self) -> dict[str, int]:
         """Number of active weights per layer."""
-        if not self._masks:
-            return {}
-        counts = torch.stack([m.sum() for m in self._masks.values()]).tolist()
-        return dict(zip(self._masks, counts, strict=True))
+        counts = to_host([count_of(mask) for mask in self._masks.values()])
+        return {name: int(count) for name, count in zip(self._masks, counts, strict=True)}
 
     @property
     def density(self) -> float:
@@ -653,11 +687,18 @@ class Masking:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set the inactive weights to zero: one fused multiplication by masks kept as floats."""
+        """Set the inactive weights to zero.
+
+        By one compiled pass per layer; where that is not to be had, by one fused multiplication by
+        masks kept as floats.
+        """
         weights: list[Tensor] = []
         multipliers: list[Tensor] = []
         for name, mask in self._masks.items():
             parameter = self.parameters[name]
+            if compiled().takes(parameter, mask):
+                compiled().clear_outside(parameter, mask)
+                continue
             cached = self._multipliers.get(name)
             if cached is None or cached[0] is not mask or cached[1] != mask._version:
                 # In place, so that a captured CUDA graph goes on reading the same memory.
@@ -676,18 +717,14 @@ class Masking:
         ]
         if not layers:
             return []
-        needs = {self.growth.needs, self.redistribution.needs} - {""}
-        read = [
-            [
-                torch.count_nonzero(layer.mask).double(),
-                layer.weight.sum().double(),  # float32: only whether it is finite counts
-                _mean_momentum(layer),
-                *(getattr(layer, n).sum().double() for n in sorted(needs)),
-            ]
-            for layer in layers
-        ]
-        # One transfer to the host for all layers and numbers.
-        table = torch.stack([torch.stack(row) for row in read]).tolist()
+        needs = sorted({self.growth.needs, self.redistribution.needs} - {""})
+        read: list[Tensor | float] = []
+        for layer in layers:
+            read += [count_of(layer.mask), layer.weight.sum(), _mean_momentum(layer)]
+            read += [getattr(layer, n).sum() for n in needs]  # only whether it is finite counts
+        width = 3 + len(needs)
+        numbers = to_host(read)  # one transfer to the host for all layers
+        table = [numbers[i : i + width] for i in range(0, len(numbers), width)]
         momentum_sum = sum(row[2] for row in table)
         for layer, row in zip(layers, table, strict=True):
             layer.active = int(row[0])
@@ -696,7 +733,7 @@ class Masking:
                     f"{layer.name} has no active weight among {layer.numel}: give it at least one, "
                     "raise the density or name it in keep_dense"
                 )
-            for what, value in zip(["weight", *sorted(needs)], [row[1], *row[3:]], strict=True):
+            for what, value in zip(["weight", *needs], [row[1], *row[3:]], strict=True):
                 if not math.isfinite(value):
                     raise DivergenceError(
                         f"{layer.name}: the sum of |{what}| is {value} after {self.steps} steps; "
@@ -706,13 +743,7 @@ class Masking:
         return layers
 
     def _importance(self, layers: Sequence[Layer]) -> list[float]:
-        values = [
-            torch.as_tensor(
-                self.redistribution.function(layer), dtype=torch.float64, device=layer.mask.device
-            )
-            for layer in layers
-        ]
-        shares = torch.stack(values).tolist()
+        shares = to_host([self.redistribution.function(layer) for layer in layers])
         total = sum(shares)
         return [share / total for share in shares] if total > 0 else [0.0] * len(shares)
 
@@ -797,12 +828,12 @@ def _random_mask(parameter: nn.Parameter, count: int, generator: torch.Generator
     return mask.view(parameter.shape)
 
 
-def _mean_momentum(layer: Layer) -> Tensor:
+def _mean_momentum(layer: Layer) -> Tensor | float:
     """For the report; NaN where the optimizer has no momentum."""
     try:
         return layer.mean_momentum
     except ValueError:
-        return torch.full((), math.nan, dtype=torch.float64, device=layer.mask.device)
+        return math.nan
 
 
 def _report(layer: Layer, grown: int) -> LayerReport:

@@ -49,7 +49,7 @@ def prune_magnitude_plain(
 ) -> list[Tensor]:
     """In each layer the ceil(rate * active) smallest |w| go, whatever its density."""
     return [
-        layer.mask & ~pick(-layer.weight.abs(), layer.mask, share_of(rate, layer.active))
+        layer.mask ^ pick(layer.weight, layer.mask, share_of(rate, layer.active), "smallness")
         for layer in layers
     ]
 
@@ -74,9 +74,10 @@ def prune_magnitude_before(
 
 
 @REDISTRIBUTION.register("momentum_after", needs="momentum")
-def redistribute_momentum_after(layer: Layer) -> Tensor:
+def redistribute_momentum_after(layer: Layer) -> Tensor | float:
     """Mean |momentum| of the weights that survived pruning; 0 where none did."""
-    return mean_active(layer.momentum, layer.survivors).nan_to_num(0.0)
+    mean = mean_active(layer.momentum, layer.survivors)
+    return mean.nan_to_num(0.0) if isinstance(mean, Tensor) else mean
 
 
 MOST = 0.99  # of a layer's free positions that are filled

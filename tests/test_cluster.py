@@ -63,7 +63,7 @@ def slurm_answers():
     if shutil.which("sinfo") is None:
         return False
     try:
-        said = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=30)
+        said = subprocess.run(["sinfo", "--noheader"], check=False, capture_output=True, timeout=30)
     except subprocess.TimeoutExpired:
         return False
     return said.returncode == 0 and bool(said.stdout.strip())

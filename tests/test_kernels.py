@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -382,13 +383,24 @@ def test_failing_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @needs_compiler
-def test_sanitizers(tmp_path: Path) -> None:
+# The passes over masks have a form for AVX-512 and one without.
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("selftest", ["-march=native"]),
+        ("select_selftest", ["-march=native"]),
+        ("select_selftest", ["-mno-avx512f"]),
+    ],
+    ids=["kernels", "select", "select without AVX-512"],
+)
+def test_sanitizers(tmp_path: Path, program: str, flags: list[str]) -> None:
     """Kernels against plain loops on exactly sized buffers, address and undefined behaviour."""
-    program = tmp_path / "selftest"
-    flags = ["-std=c++17", "-O0", "-march=native", "-fopenmp", "-Wno-psabi"]
+    if "-mno-avx512f" in flags and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("a compiler flag of x86")
+    binary, source = tmp_path / program, ROOT / "lib" / "kernels" / f"{program}.cpp"
+    flags = [*flags, "-std=c++17", "-O0", "-fopenmp", "-Wno-psabi"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = ROOT / "lib" / "kernels" / "selftest.cpp"
-    command = [str(library.compiler()), *flags, str(source), "-o", str(program)]
+    command = [str(library.compiler()), *flags, str(source), "-o", str(binary)]
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     if built.returncode and "cannot find" in built.stderr:
         pytest.skip(f"the compiler has no sanitizer runtime: {built.stderr.splitlines()[-1]}")
@@ -396,7 +408,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     # The OpenMP runtime keeps its threads' memory until exit, which is no leak of ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [str(program)], env=environment, check=False, capture_output=True, text=True
+        [str(binary)], env=environment, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "ok"

@@ -332,28 +332,34 @@ def test_no_layer_is_left_empty():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60))
-def test_pick_takes_the_largest_and_the_earliest(seed, size):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from(["value", "smallness"]))
+def test_pick_takes_the_largest_and_the_earliest(seed, size, score):
     rng = np.random.default_rng(seed)
-    scores = torch.from_numpy(rng.integers(0, 4, size).astype(np.float32))
+    values = torch.from_numpy(rng.integers(-3, 4, size).astype(np.float32))
     candidates = torch.from_numpy(rng.random(size) < 0.6)
     k = int(rng.integers(0, int(candidates.sum()) + 1))
-    order = sorted(np.flatnonzero(candidates.numpy()), key=lambda j: (-float(scores[j]), j))
+    ranked = -values.abs() if score == "smallness" else values
+    order = sorted(np.flatnonzero(candidates.numpy()), key=lambda j: (-float(ranked[j]), j))
     expected = torch.zeros(size, dtype=torch.bool)
     expected[order[:k]] = True
-    assert torch.equal(pick(scores, candidates, k), expected)
-    assert torch.equal(pick(OnGPU(scores), candidates, k).as_subclass(torch.Tensor), expected)
+    by_numpy = values.double()  # the compiled pass takes float32 only
+    on_gpu = OnGPU(values)
+    for given_values in (values, by_numpy, on_gpu):
+        found = pick(given_values, candidates, k, score).as_subclass(torch.Tensor)
+        assert torch.equal(found, expected)
 
 
 class OnGPU(torch.Tensor):
     """A CPU tensor that says it is on a GPU, so that `pick` takes the branch without host syncs."""
 
-    is_cuda = True
+    is_cpu = False
+    device = torch.device("cuda")
 
 
-def test_pick_refuses_more_than_there_are():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pick_refuses_more_than_there_are(dtype):
     with pytest.raises(ValueError, match="cannot pick 3 of 2 candidates"):
-        pick(torch.zeros(4), torch.tensor([True, False, True, False]), 3)
+        pick(torch.zeros(4, dtype=dtype), torch.tensor([True, False, True, False]), 3)
 
 
 @pytest.mark.parametrize(("rate", "count", "expected"), [(0.1, 30, 3), (0.2, 5, 1), (0.2, 6, 2)])

@@ -23,7 +23,14 @@ from typing import Any
 import torch  # noqa: F401  loads the OpenMP runtime that the library shares
 
 _HERE = Path(__file__).resolve().parent
-SOURCES = ("sparse.hpp", "blocked.hpp", "perceptron.hpp", "dense.hpp", "sparse.cpp")
+SOURCES = (
+    "sparse.hpp",
+    "blocked.hpp",
+    "perceptron.hpp",
+    "dense.hpp",
+    "select.hpp",
+    "sparse.cpp",
+)
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -51,6 +58,11 @@ _SIGNATURES: dict[str, list[Any]] = {
         [_PTR, _I64, _PTR, _PTR, _I64, _PTR, _I64] + [_F32] * 3 + [_INT] * 3 + [_PTR]
     ),
     "perceptron_wrong": [_PTR, _I64, _PTR, _PTR, _I64, _INT, _PTR],
+    "mask_count": [_PTR, _I64],
+    "mask_choose_largest": [_INT, _PTR, _PTR, _I64, _I64, _PTR],
+    "mask_sum_of_magnitudes": [_PTR, _PTR, _I64],
+    "mask_clear_outside": [_PTR, _PTR, _I64, _INT],
+    "mask_list_nonzeros": [_PTR, _PTR],
     "deepr_move": [_PTR, _PTR, _PTR, _F32, _PTR],
     "deepr_wake": [_PTR, _I64, _PTR, _I64],
 }
@@ -61,9 +73,12 @@ _FALLIBLE = (
     "sparse_dense_gradient",
     "perceptron_step",
     "perceptron_wrong",
+    "mask_choose_largest",
+    "mask_list_nonzeros",
     "deepr_move",
     "deepr_wake",
 )
+_RESULTS = {"mask_count": _I64, "mask_sum_of_magnitudes": ctypes.c_double}
 
 
 class KernelsUnavailable(RuntimeError):
@@ -147,7 +162,7 @@ def _load() -> ctypes.CDLL | KernelsUnavailable:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = _INT if name in _FALLIBLE else None
+        function.restype = _INT if name in _FALLIBLE else _RESULTS.get(name)
     return library
 
 

@@ -19,6 +19,7 @@ from lib.baselines import deepr_rates, randn, signs_of, some_of
 from lib.masking import Masking
 
 from .library import check, require
+from .select import count, list_nonzeros
 
 # Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
 # density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
@@ -61,41 +62,37 @@ class _Layer(ctypes.Structure):
 
 
 class _Sparse:
-    """The non-zeros of one layer by row and by column; `mask` is bool [out, in]. There is memory
-    for `room` of them, or for those of the mask.
+    """The non-zeros of one layer by row and by column; `mask` is bool [out, in] with `nonzeros`.
+    There is memory for `room` of them, or for those of the mask.
     """
 
-    def __init__(self, mask: Tensor, room: int = 0) -> None:
-        self.inputs = mask.shape[1]
-        self.index = mask.reshape(-1).nonzero().squeeze(1)  # [nnz], places in the flat weight
-        room = max(room, len(self.index))
-        row, column = self.index // self.inputs, self.index % self.inputs
-        order = torch.argsort(column, stable=True)
-        self.row_start = _starts(mask.sum(1))
-        self.column = _padded(column, room)
-        self.column_start = _starts(mask.sum(0))
-        self.row = _padded(row[order], room)
-        self.place = _padded(order, room)
-        self.value = torch.zeros(room)
-        self.value_momentum = torch.zeros(room)
+    def __init__(self, mask: Tensor, nonzeros: int, room: int = 0) -> None:
+        if nonzeros > MAX_NONZEROS:
+            raise ValueError(f"a layer has at most {MAX_NONZEROS} non-zeros, got {nonzeros}")
+        rows, self.inputs = mask.shape
+        room = max(room, nonzeros)
+        self.index = torch.empty(nonzeros, dtype=torch.int64)  # places in the flat weight
+        self.row_start = torch.empty(rows + 1, dtype=torch.int32)
+        self.column = torch.empty(room, dtype=torch.int32)
+        self.column_start = torch.empty(self.inputs + 1, dtype=torch.int32)
+        self.row = torch.empty(room, dtype=torch.int32)
+        self.place = torch.empty(room, dtype=torch.int32)
+        list_nonzeros(
+            mask,
+            self.index,
+            self.row_start,
+            self.column,
+            self.column_start,
+            self.row,
+            self.place,
+        )
+        self.value = torch.empty(room)
+        self.value_momentum = torch.empty(room)
 
     def moved(self) -> Tensor:
         """`index` of where the non-zeros have moved."""
         row = torch.repeat_interleave(self.row_start.diff())  # [nnz], that of each
         return row * self.inputs + self.column[: len(row)]
-
-
-def _padded(numbers: Tensor, length: int) -> Tensor:
-    padded = torch.zeros(length, dtype=torch.int32)
-    padded[: len(numbers)] = numbers
-    return padded
-
-
-def _starts(counts: Tensor) -> Tensor:
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    if starts[-1] > MAX_NONZEROS:
-        raise ValueError(f"a layer has at most {MAX_NONZEROS} non-zeros, got {int(starts[-1])}")
-    return starts.to(torch.int32)
 
 
 def _describe(tensor: Tensor) -> str:
@@ -197,11 +194,13 @@ class PerceptronTrainer:
             if mask is None or not (self._sparse_below or self.rewires):
                 continue
             self._masks.append((path, mask, mask._version))
-            if not self.rewires and int(mask.sum()) >= self._sparse_below * mask.numel():
+            mask = mask.contiguous()
+            nonzeros = count(mask)
+            if not self.rewires and nonzeros >= self._sparse_below * mask.numel():
                 layer.multiplier = self._hold(mask.to(torch.float32))
                 continue
-            sparse = self._sparse[path] = _Sparse(mask, min(active, mask.numel()))
-            layer.nonzeros = len(sparse.index)
+            sparse = self._sparse[path] = _Sparse(mask, nonzeros, min(active, mask.numel()))
+            layer.nonzeros = nonzeros
             for field in (
                 "row_start",
                 "column",
@@ -213,8 +212,8 @@ class PerceptronTrainer:
             ):
                 setattr(layer, field, getattr(sparse, field).data_ptr())
             weight, momentum = module.weight.detach(), self._momentum(module.weight)
-            sparse.value[: layer.nonzeros] = weight.view(-1)[sparse.index]
-            sparse.value_momentum[: layer.nonzeros] = momentum.view(-1)[sparse.index]
+            for values, held in ((weight, sparse.value), (momentum, sparse.value_momentum)):
+                torch.index_select(values.view(-1), 0, sparse.index, out=held[:nonzeros])
 
     def sync(self) -> None:
         """Write weights and momentum of the sparse layers to the model and the optimizer, and the
@@ -234,8 +233,8 @@ class PerceptronTrainer:
                 index = sparse.moved()
                 weight.zero_()
                 momentum.zero_()  # of dormant connections it is never read
-            weight[index] = sparse.value[: len(index)]
-            momentum[index] = sparse.value_momentum[: len(index)]
+            weight.scatter_(0, index, sparse.value[: len(index)])
+            momentum.scatter_(0, index, sparse.value_momentum[: len(index)])
             if self.rewires and masks[path] is taken and taken._version == version:
                 moved = torch.zeros(taken.shape, dtype=torch.bool)
                 moved.view(-1)[index] = True

@@ -3,6 +3,7 @@
 #include "blocked.hpp"
 #include "dense.hpp"
 #include "perceptron.hpp"
+#include "select.hpp"
 
 #include <string>
 
@@ -130,6 +131,27 @@ int perceptron_wrong(const sparse::PerceptronLayer* layers, int64_t depth, const
                      const int64_t* labels, int64_t images, int threads, int64_t* wrong) {
   return guarded(
       [&] { *wrong = sparse::perceptron_wrong(layers, depth, x, labels, images, threads); });
+}
+
+// See select.hpp; masks are bytes.
+int64_t mask_count(const uint8_t* mask, int64_t n) { return sparse::count_set(mask, n); }
+
+int mask_choose_largest(int by_smallness, const float* values, const uint8_t* candidates, int64_t n,
+                        int64_t k, uint8_t* chosen) {
+  const sparse::Score score{by_smallness ? 0x80000000u : 0u};
+  return guarded([&] { sparse::choose_largest(score, values, candidates, n, k, chosen); });
+}
+
+double mask_sum_of_magnitudes(const float* values, const uint8_t* mask, int64_t n) {
+  return sparse::sum_of_magnitudes(values, mask, n);
+}
+
+void mask_clear_outside(float* values, const uint8_t* mask, int64_t n, int threads) {
+  sparse::clear_outside(values, mask, n, threads);
+}
+
+int mask_list_nonzeros(const uint8_t* mask, const sparse::MatrixPattern* pattern) {
+  return guarded([&] { sparse::list_nonzeros(mask, *pattern); });
 }
 
 int deepr_move(const sparse::PerceptronLayer* layer, const int8_t* sign, const float* noise,

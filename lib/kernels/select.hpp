@@ -1,0 +1,314 @@
+// What an update of the masks does to each layer: choose weights, sum momentum, clear the pruned
+// ones, list the non-zeros.  Each is a pass or two over the layer, O(n).  Masks are bytes, 0 or 1.
+// Free of torch.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace sparse {
+
+// A choice goes by the floats themselves, or by minus their magnitudes: the bits `sign` are set.
+struct Score {
+  uint32_t sign;
+  float of(float value) const {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits |= sign;
+    std::memcpy(&value, &bits, sizeof(bits));
+    return value;
+  }
+};
+
+namespace detail {
+
+// Sixteen places at a time, as a set of bits; compilers don't find these instructions by themselves.
+// Nothing is read or written at a place without a bit, except that
+// what is packed or taken may fill sixteen.
+constexpr int64_t kPlaces = 16;
+
+// The places from i on, of n.
+static inline uint32_t places_from(int64_t i, int64_t n) {
+  return n - i >= kPlaces ? 0xffffu : (1u << (n - i)) - 1;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+static inline uint32_t set_bytes(const uint8_t* mask, uint32_t at) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16(at), mask);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+
+static inline uint32_t at_least(const float* values, uint32_t at, float lowest) {  // never NaN
+  const __m512 v = _mm512_maskz_loadu_ps(__mmask16(at), values);
+  return _mm512_mask_cmp_ps_mask(__mmask16(at), v, _mm512_set1_ps(lowest), _CMP_GE_OQ);
+}
+
+static inline uint32_t above(const float* values, uint32_t at, float pivot) {
+  const __m512 v = _mm512_maskz_loadu_ps(__mmask16(at), values);
+  return _mm512_mask_cmp_ps_mask(__mmask16(at), v, _mm512_set1_ps(pivot), _CMP_GT_OQ);
+}
+
+static inline void take_scores(const Score& score, const float* values, uint32_t at, float* to) {
+  const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
+  _mm512_storeu_si512(to, _mm512_or_si512(v, _mm512_set1_epi32(int32_t(score.sign))));
+}
+
+static inline void clear(float* values, uint32_t at) {
+  _mm512_mask_storeu_ps(values, __mmask16(at), _mm512_setzero_ps());
+}
+
+static inline void add_magnitudes(const float* values, uint32_t at, double* sums) {
+  const __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(__mmask16(at), values));
+  const __m256 low = _mm512_castps512_ps256(v);
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(low)));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(high)));
+}
+
+static inline void pack(const float* values, uint32_t at, float* to) {
+  const __m512 v = _mm512_maskz_loadu_ps(__mmask16(at), values);
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(__mmask16(at), v));
+}
+
+static inline void pack_places(int32_t first, uint32_t at, int32_t* to) {
+  const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(first), order);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(at), places));
+}
+
+#else
+
+template <class F>
+static inline uint32_t where(uint32_t at, F&& f) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kPlaces; ++i)
+    if (at >> i & 1) bits |= uint32_t(f(i)) << i;
+  return bits;
+}
+
+static inline uint32_t set_bytes(const uint8_t* mask, uint32_t at) {
+  return where(at, [&](int i) { return mask[i] != 0; });
+}
+
+static inline uint32_t at_least(const float* values, uint32_t at, float lowest) {  // never NaN
+  return where(at, [&](int i) { return values[i] >= lowest; });
+}
+
+static inline uint32_t above(const float* values, uint32_t at, float pivot) {
+  return where(at, [&](int i) { return values[i] > pivot; });
+}
+
+static inline void take_scores(const Score& score, const float* values, uint32_t at, float* to) {
+  for (int i = 0; i < kPlaces; ++i) to[i] = at >> i & 1 ? score.of(values[i]) : 0.0f;
+}
+
+static inline void clear(float* values, uint32_t at) {
+  for (; at; at &= at - 1) values[__builtin_ctz(at)] = 0.0f;
+}
+
+static inline void add_magnitudes(const float* values, uint32_t at, double* sums) {
+  for (; at; at &= at - 1) sums[__builtin_ctz(at)] += std::fabs(values[__builtin_ctz(at)]);
+}
+
+static inline void pack(const float* values, uint32_t at, float* to) {
+  for (; at; at &= at - 1) *to++ = values[__builtin_ctz(at)];
+}
+
+static inline void pack_places(int32_t first, uint32_t at, int32_t* to) {
+  for (; at; at &= at - 1) *to++ = first + __builtin_ctz(at);
+}
+
+#endif
+
+// f(i) for each i < n whose byte is set, in order.
+template <class F>
+static void each_set(const uint8_t* mask, int64_t n, F&& f) {
+  for (int64_t i = 0; i < n; i += kPlaces)
+    for (uint32_t bits = set_bytes(mask + i, places_from(i, n)); bits; bits &= bits - 1)
+      f(i + __builtin_ctz(bits));
+}
+
+// Copies the numbers for which `which(values + i, places)` has a bit to `to`, which has room for n
+// and sixteen more; their number.
+template <class F>
+static int64_t filter(const float* values, int64_t n, float* to, F&& which) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i += kPlaces) {
+    const uint32_t bits = which(values + i, places_from(i, n));
+    pack(values + i, bits, to + found);
+    found += __builtin_popcount(bits);
+  }
+  return found;
+}
+
+// The k-th largest of n numbers, 1 <= k <= n; quickselect, O(n). Both arrays have room for n and
+// sixteen more and are overwritten.
+static float kth_largest(float* values, float* room, int64_t n, int64_t k) {
+  for (uint64_t seed = 1;;) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    const float pivot = values[(seed >> 33) % uint64_t(n)];
+    const int64_t larger =
+        filter(values, n, room, [&](const float* v, uint32_t at) { return above(v, at, pivot); });
+    if (larger >= k) {
+      std::swap(values, room);
+      n = larger;
+      continue;
+    }
+    const int64_t smaller = filter(values, n, room, [&](const float* v, uint32_t at) {
+      return at & ~at_least(v, at, pivot);
+    });
+    if (n - smaller >= k) return pivot;
+    k -= n - smaller;
+    n = smaller;
+    std::swap(values, room);
+  }
+}
+
+// A score that about k of the candidates reach, and rarely fewer: read off every so-many-th place.
+static float score_that_suffices(const Score& score, const float* values,
+                                 const uint8_t* candidates, int64_t n, int64_t count, int64_t k) {
+  constexpr int64_t kSample = 2048;
+  const float everything = -std::numeric_limits<float>::infinity();
+  if (n < 4 * kSample) return everything;
+  float sample[2 * kSample + kPlaces], room[2 * kSample + kPlaces];
+  // An odd step meets all columns of a matrix whose rows are a power of two long.
+  const int64_t step = (n / kSample) | 1;
+  int64_t size = 0;
+  for (int64_t i = step / 2; i < n; i += step)
+    if (candidates[i] && !std::isnan(values[i])) sample[size++] = score.of(values[i]);
+  const double share = double(k) / double(count);
+  const double rank = share * double(size) + 4 * std::sqrt(share * double(size)) + 8;
+  return rank < double(size) ? kth_largest(sample, room, size, int64_t(rank)) : everything;
+}
+
+struct Found {
+  std::vector<int64_t> places;
+  std::vector<float> scores;
+};
+
+// The candidates whose score is at least `lowest`, in order.
+static Found gather(const Score& score, const float* values, const uint8_t* candidates, int64_t n,
+                    float lowest) {
+  constexpr int64_t kBlock = 4096;
+  float scores[kBlock + kPlaces], sixteen[kPlaces];
+  int32_t place[kBlock + kPlaces];
+  Found all;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = std::min(n - start, kBlock);
+    int64_t found = 0;
+    for (int64_t i = 0; i < size; i += kPlaces) {
+      const uint32_t candidate = set_bytes(candidates + start + i, places_from(i, size));
+      take_scores(score, values + start + i, candidate, sixteen);
+      const uint32_t bits = at_least(sixteen, candidate, lowest);
+      pack(sixteen, bits, scores + found);
+      pack_places(int32_t(i), bits, place + found);
+      found += __builtin_popcount(bits);
+    }
+    all.scores.insert(all.scores.end(), scores, scores + found);
+    for (int64_t j = 0; j < found; ++j) all.places.push_back(start + place[j]);
+  }
+  return all;
+}
+
+}  // namespace detail
+
+// Number of set bytes.
+static int64_t count_set(const uint8_t* mask, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += detail::kPlaces)
+    count += __builtin_popcount(detail::set_bytes(mask + i, detail::places_from(i, n)));
+  return count;
+}
+
+// Sets `chosen` [n] for exactly k candidates, those of the largest scores; of equal scores the first
+// places win.  Throws where fewer than k candidates have a score that is a number.
+static void choose_largest(const Score& score, const float* values, const uint8_t* candidates,
+                           int64_t n, int64_t k, uint8_t* chosen) {
+  std::fill(chosen, chosen + n, uint8_t(0));
+  if (k == 0) return;
+  const int64_t count = count_set(candidates, n);
+  if (k > count)
+    throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
+                                std::to_string(count) + " candidates");
+  const float lowest = detail::score_that_suffices(score, values, candidates, n, count, k);
+  detail::Found found = detail::gather(score, values, candidates, n, lowest);
+  if (int64_t(found.places.size()) < k)  // the sample misled, or scores that aren't numbers
+    found = detail::gather(score, values, candidates, n, -std::numeric_limits<float>::infinity());
+  const int64_t size = int64_t(found.places.size());
+  if (size < k)
+    throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
+                                std::to_string(count) + " candidates: only " +
+                                std::to_string(size) + " scores are numbers");
+  std::vector<float> scores(size + detail::kPlaces), room(size + detail::kPlaces);
+  std::copy(found.scores.begin(), found.scores.end(), scores.begin());
+  const float last = detail::kth_largest(scores.data(), room.data(), size, k);
+  int64_t reached = 0;
+  for (int64_t j = 0; j < size; ++j) {
+    const bool is = found.scores[j] >= last;
+    reached += is;
+    chosen[found.places[j]] = is;
+  }
+  for (int64_t j = size - 1; reached > k; --j)  // the last ones of the ties
+    if (found.scores[j] == last) chosen[found.places[j]] = 0, --reached;
+}
+
+// Sum of |value| where the mask is set, in double, always in the same order.
+static double sum_of_magnitudes(const float* values, const uint8_t* mask, int64_t n) {
+  double sums[detail::kPlaces] = {}, total = 0;
+  for (int64_t i = 0; i < n; i += detail::kPlaces)
+    detail::add_magnitudes(values + i, detail::set_bytes(mask + i, detail::places_from(i, n)), sums);
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// Sets values outside of the mask to zero.
+static void clear_outside(float* values, const uint8_t* mask, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > 1 << 18)
+  for (int64_t i = 0; i < n; i += detail::kPlaces) {
+    const uint32_t at = detail::places_from(i, n);
+    detail::clear(values + i, at & ~detail::set_bytes(mask + i, at));
+  }
+}
+
+// The non-zeros of a matrix, by row and by column; see PerceptronLayer.  `index` [nonzeros] are their
+// places in the matrix.  The mask has as many set bytes as the arrays have room.
+struct MatrixPattern {
+  int64_t rows, columns;
+  int64_t* index;
+  int32_t *row_start, *column, *column_start, *row, *place;
+};
+
+static void list_nonzeros(const uint8_t* mask, const MatrixPattern& p) {
+  std::fill(p.column_start, p.column_start + p.columns + 1, 0);
+  int32_t found = 0;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    p.row_start[r] = found;
+    detail::each_set(mask + r * p.columns, p.columns, [&](int64_t c) {
+      p.index[found] = r * p.columns + c;
+      p.column[found++] = int32_t(c);
+      ++p.column_start[c + 1];
+    });
+  }
+  p.row_start[p.rows] = found;
+  for (int64_t c = 0; c < p.columns; ++c) p.column_start[c + 1] += p.column_start[c];
+  std::vector<int32_t> next(p.column_start, p.column_start + p.columns);
+  for (int64_t r = 0; r < p.rows; ++r)
+    for (int32_t k = p.row_start[r]; k < p.row_start[r + 1]; ++k) {
+      const int32_t at = next[p.column[k]]++;
+      p.row[at] = int32_t(r);
+      p.place[at] = k;
+    }
+}
+
+}  // namespace sparse
