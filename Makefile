@@ -95,7 +95,7 @@ clean: ## remove caches and build folders (results, data and environment stay)
 		-prune -exec rm -rf {} +
 
 help: ## explain the targets (default)
-	@echo 'usage: make TARGET [PROFILE=smoke|quick|paper]   (PROFILE is $(PROFILE))'
+	@echo 'usage: make TARGET [PROFILE=smoke|quick|hours|paper]   (PROFILE is $(PROFILE))'
 	@awk '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
 		/^[a-z]+:.*## / {name = $$0; sub(/:.*/, "", name); sub(/.*## /, ""); \
 		printf "  %-13s %s\n", name, $$0}' $(firstword $(MAKEFILE_LIST))

@@ -192,7 +192,7 @@ Block = Heading | Text | Items | Picture | Numbers
 
 
 def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
-    """Write report.pdf and report.html on the runs at `profile` and at the paper's scale.
+    """Write report.pdf and report.html on the runs at `profile`, at the paper's scale and at hours.
 
     They go to figures/, for smoke and for results elsewhere to figures/ beside or below the
     results (`figures.output_dir`). The files written. Raises ValueError for an unknown profile,
@@ -220,7 +220,7 @@ def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
 def compose(profile: str, results_root: str | Path | None, scratch: Path) -> list[Block]:
     """The blocks of the report; its figures are saved in the directory `scratch`."""
     root = results_root or None
-    scales = [s for s in dict.fromkeys(("paper", profile)) if _done(s, root)]
+    scales = [s for s in dict.fromkeys(("paper", "hours", profile)) if _done(s, root)]
     judged = {scale: claims.verdict_table(scale, root) for scale in scales}
     blocks: list[Block] = [Heading(1, "What this is"), *map(Text, _WHAT)]
     for scale in scales:

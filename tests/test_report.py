@@ -189,5 +189,5 @@ def test_without_runs_it_says_so(tmp_path: Path) -> None:
 
 
 def test_an_unknown_profile_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown profile 'fast': smoke, quick, paper"):
+    with pytest.raises(ValueError, match="unknown profile 'fast': smoke, quick, hours, paper"):
         report.report("fast", tmp_path)
