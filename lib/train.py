@@ -30,6 +30,7 @@ from lib.kernels import (
     SPARSE_BELOW,
     PerceptronTrainer,
     SparseNetwork,
+    SparseSGD,
     Track,
     available,
     dense_window,
@@ -221,6 +222,7 @@ class TrainingLoop:
             self.masking.apply()
         self.perceptron: PerceptronTrainer | None = None
         self.sparse: SparseNetwork | None = None
+        self.sparse_sgd: SparseSGD | None = None
         if kernels == "perceptron":
             rewires = run.method == "deepr" and run.density < SPARSE_BELOW
             below = 0.0 if run.method in EVERY_STEP else None  # its masks are new after each step
@@ -230,6 +232,8 @@ class TrainingLoop:
         elif kernels == "sparse":
             mode = "sparse" if run.kernels == "sparse" else "auto"  # of each layer
             self.sparse = sparse_network(self.model, self.masking.masks, mode=mode)
+            if run.momentum > 0:
+                self.sparse_sgd = SparseSGD(self.sparse, self.optimizer, self.masking)
 
     # ---- the loop ----
 
@@ -296,7 +300,7 @@ class TrainingLoop:
     def use_torch(self) -> None:
         """From now on compute by torch's operators alone: each layer as its module."""
         self._write_back()
-        self.perceptron = self.sparse = None
+        self.perceptron = self.sparse = self.sparse_sgd = None
 
     def lr(self) -> float:
         """Learning rate of the next mini-batch: linear warm-up, then x`lr_decay` in steps."""
@@ -336,7 +340,8 @@ class TrainingLoop:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint in one step: a kill leaves the old one or the new one."""
-        self._write_back()
+        if self.perceptron is not None:
+            self.perceptron.sync()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")  # one name: a kill leaves one at most
         torch.save(
@@ -348,6 +353,8 @@ class TrainingLoop:
                 "augment_stream": self.augment_stream.get_state(),
                 "dropout_stream": self._rng_state(),
                 "gradients": self._pending_gradients(),
+                # Not caught up with here, or momentum would round as it does in no other run.
+                "pending": self.sparse_sgd.pending if self.sparse_sgd is not None else {},
                 "state": vars(self.state),
             },
             temporary,
@@ -369,6 +376,8 @@ class TrainingLoop:
             self.masking.parameters[name].grad = gradient
         if self.perceptron is not None:
             self.perceptron.reload()
+        if self.sparse_sgd is not None:
+            self.sparse_sgd.pending = dict(saved.get("pending", {}))
 
     def outcome(self, status: str = "ok") -> Outcome:
         """The finished run's numbers; reads the test set, once."""
@@ -444,8 +453,11 @@ class TrainingLoop:
         for parameter in self.parameters:  # optimizer.zero_grad() costs 3 % of a LeNet step
             parameter.grad = None
         loss.backward()
-        self.optimizer.step()
-        self.masking.step()
+        if self.sparse_sgd is not None:
+            self.sparse_sgd.step()
+        else:
+            self.optimizer.step()
+            self.masking.step()
         return loss.detach()
 
     def _perceptron_step(self, index: Tensor) -> Tensor:
@@ -497,6 +509,8 @@ class TrainingLoop:
     def _write_back(self) -> None:
         if self.perceptron is not None:
             self.perceptron.sync()
+        if self.sparse_sgd is not None:
+            self.sparse_sgd.sync()
 
     def _batch(
         self, index: Tensor, augment: torch.Generator | None = None

@@ -519,6 +519,66 @@ def test_network_mixes_sparse_and_dense_layers(
 
 
 @needs_compiler
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sparse_sgd_takes_the_steps_of_torch(nesterov: bool) -> None:
+    """Steps with and without the gradients of inactive weights, and masks that move."""
+    found = []
+    for compact in (False, True):
+        model, _, masking = masked_model("lenet5", 0.2)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.05, momentum=0.9, nesterov=nesterov, weight_decay=1e-3
+        )
+        masking.optimizer = optimizer
+        network = kernels.sparse_network(model, masking.masks, mode="sparse")
+        sparse = kernels.SparseSGD(network, optimizer, masking) if compact else None
+        generator = torch.Generator().manual_seed(12)
+        for step in range(9):
+            network.dense_gradients = step % 4 == 0
+            optimizer.param_groups[0]["lr"] = 0.05 if step < 5 else 0.02
+            x = torch.randn(20, 1, 28, 28, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), torch.arange(20) % 10).backward()
+            if sparse is None:
+                optimizer.step()
+                masking.step()
+            else:
+                sparse.step()
+                whole = model.get_parameter("fc3.weight").grad is not None
+                assert whole == network.dense_gradients
+            if step == 6:
+                if sparse is not None:
+                    assert set(sparse.pending.values()) == {2}
+                    sparse.sync()
+                masking.update()
+        if sparse is not None:
+            sparse.sync()
+        found.append((model, optimizer, masking))
+    (model, optimizer, masking), (other, other_optimizer, other_masking) = found
+    assert masking.steps == other_masking.steps == 9
+    for name, parameter in model.named_parameters():
+        twin = other.get_parameter(name)
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        other_momentum = other_optimizer.state[twin]["momentum_buffer"]
+        assert torch.allclose(twin, parameter, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(other_momentum, momentum, rtol=1e-4, atol=1e-6), name
+        if name in masking.masks:
+            assert torch.equal(masking.masks[name], other_masking.masks[name])
+            assert not twin[~masking.masks[name]].any()
+    inactive = ~masking.masks["fc3.weight"]
+    assert optimizer.state[model.get_parameter("fc3.weight")]["momentum_buffer"][inactive].any()
+
+
+@needs_compiler
+def test_sparse_sgd_refuses_other_optimizers() -> None:
+    model, _, masking = masked_model("lenet5")
+    network = kernels.sparse_network(model, masking.masks)
+    with pytest.raises(ValueError, match="Adam"):
+        kernels.SparseSGD(network, torch.optim.Adam(model.parameters()), masking)
+    with pytest.raises(ValueError, match="with momentum"):
+        kernels.SparseSGD(network, torch.optim.SGD(model.parameters()), masking)
+
+
+@needs_compiler
 def test_dropout_acts_in_training_only() -> None:
     model, _, masking = masked_model("wrn-10-1", dropout=0.5)
     network = kernels.sparse_network(model, masking.masks, mode="sparse")

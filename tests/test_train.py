@@ -19,7 +19,7 @@ from lib import data as datasets
 from lib import results, runner
 from lib import train as training
 from lib.config import Run
-from lib.kernels import StepCost
+from lib.kernels import StepCost, library
 from lib.masking import Masking
 from lib.models import build_model
 from lib.train import Interrupted, TrainingLoop, stream, train
@@ -242,6 +242,25 @@ def test_convolutions_go_through_the_sparse_kernels_where_that_pays(cifar, tmp_p
         whole.outcome().train_flops_rel
         < trained(replace(run, kernels="torch"), cifar).outcome().train_flops_rel
     )
+
+
+@pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_sparse_runs_resume_identically_between_dense_windows(every, cifar, tmp_path):
+    """Also where the momentum of inactive weights lags behind when the checkpoint is written."""
+    run = Run(
+        dataset="cifar10",
+        model="wrn-10-1",
+        epochs=2,
+        batch_size=32,
+        train_samples=256,
+        update_every_steps=6,
+        dense_window_steps=1,
+        kernels="sparse",
+    )
+    whole = trained(run, cifar)
+    assert whole.sparse_sgd is not None
+    assert same(whole, interrupted(run, cifar, tmp_path / "a.pt", every))
 
 
 @pytest.mark.parametrize("every", [1, 7, 20, 21])

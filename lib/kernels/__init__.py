@@ -15,6 +15,7 @@ from .ops import (
     mean_pool2d,
     to_blocked,
 )
+from .optimizer import SparseSGD
 from .perceptron import MAX_SAMPLES, SPARSE_BELOW, PerceptronTrainer, Track, perceptron_layers
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Pattern",
     "PerceptronTrainer",
     "SparseNetwork",
+    "SparseSGD",
     "StepCost",
     "Track",
     "available",

@@ -1,3 +1,5 @@
+// Gradients of whole weights, and the step of single ones.
+//
 // The gradient of a whole weight, zeros of the pattern included, in the batch-blocked layout.
 //
 // For each output channel and each tap (input channel, row and column of the kernel) it is a sum of
@@ -145,6 +147,17 @@ static inline void dense_weight_gradient(const Shape& s, const float* x, const f
     detail::whole_gradient<5>(s, x, grad, out, samples, threads);
   else
     detail::whole_gradient<4>(s, x, grad, out, samples, threads);
+}
+
+// A step of SGD for the weights at the places `index` [count] of a layer, and their momentum;
+// gradient [count].  The other weights and their momentum stay.
+static inline void sgd_at(float* weight, float* momentum, const int64_t* index,
+                          const float* gradient, int64_t count, const Sgd& rule, int threads) {
+  const bool shared = threads > 1 && count > 1 << 15;
+  if (shared) detail::same_arithmetic(threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (shared)
+  for (int64_t k = 0; k < count; ++k)
+    detail::sgd(rule, weight[index[k]], momentum[index[k]], gradient[k]);
 }
 
 }  // namespace sparse

@@ -48,6 +48,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "sparse_convolve": [_PTR, _PTR, _PTR, _PTR, _PTR, _I64, _INT],
     "sparse_weight_gradient": [_PTR, _PTR, _PTR, _PTR, _I64, _INT],
     "sparse_dense_gradient": [_PTR, _PTR, _PTR, _PTR, _I64, _INT],
+    "sparse_sgd": [_PTR] * 4 + [_I64] + [_F32] * 3 + [_INT] * 2,
     "sparse_convert": [_INT, _PTR, _I64, _I64, _I64, _PTR, _I64, _I64, _I64, _INT],
     "sparse_norm_forward": [_PTR] * 6 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
     "sparse_norm_backward": [_PTR] * 9 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],

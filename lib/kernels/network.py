@@ -150,6 +150,10 @@ class SparseNetwork(nn.Module):
         dense_gradients: whether sparse layers compute the gradients of inactive weights too; with
             False these are zero.  Layers that run dense, or that are dense enough for the whole
             gradient to take less time than that of their non-zeros, have them in any case.
+        compact_gradients: whether the gradient of a sparse layer's non-zeros, where nobody asked
+            for that of all weights, stays [nnz] and goes to `values` in place of the parameter.
+        values: with compact gradients, pattern and values [nnz] of each such layer, of the last
+            pass with gradients, by the parameter's name (see SparseSGD).
         choices: how each layer ran last, by (name, training).
     """
 
@@ -159,7 +163,8 @@ class SparseNetwork(nn.Module):
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         require()
         self.model, self.masks, self.mode = model, masks, mode
-        self.dense_gradients = False
+        self.dense_gradients = self.compact_gradients = False
+        self.values: dict[str, tuple[ops.Pattern, Tensor]] = {}
         self.choices: dict[tuple[str, bool], Choice] = {}
         self._patterns: dict[str, tuple[Tensor, int, ops.Pattern]] = {}
         self._decided: dict[tuple, tuple[ops.Pattern, Choice]] = {}
@@ -331,12 +336,13 @@ class SparseNetwork(nn.Module):
             choice = self._choose(f"{path}.weight", pattern, geometry, x)
             channels_last = choice.channels_last and not flat
             if choice.sparse:
-                blocked = self._sparse(module, pattern, geometry, x, choice)
+                blocked = self._sparse(f"{path}.weight", module, pattern, geometry, x, choice)
                 return _Activation(x.samples, blocked=blocked, flat=flat)
         return _Activation(x.samples, plain=module(x.plain(channels_last)), flat=flat)
 
     def _sparse(
         self,
+        name: str,
         module: nn.Conv2d | nn.Linear,
         pattern: ops.Pattern,
         geometry: tuple[int, int],
@@ -346,9 +352,13 @@ class SparseNetwork(nn.Module):
         stride, padding = geometry
         # Then values need no gradient of their own: the dense one contains theirs.
         dense = (self.dense_gradients or choice.whole_gradient) and module.weight.requires_grad
+        compact = self.compact_gradients and not dense and torch.is_grad_enabled()
+        values = ops.gather(module.weight.detach() if dense or compact else module.weight, pattern)
+        if compact:
+            self.values[name] = pattern, values.requires_grad_(module.weight.requires_grad)
         return ops.conv2d(
             x.blocked(),
-            ops.gather(module.weight.detach() if dense else module.weight, pattern),
+            values,
             module.bias,
             pattern,
             stride=stride,

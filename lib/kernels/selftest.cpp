@@ -460,7 +460,31 @@ static bool perceptrons() {
          refuses(5, 0, 4) && refuses(5, 0, -1);
 }
 
+// Steps at some places of a weight, against torch's formula in double; the others stay.
+static bool single_weights(int64_t size, int threads) {
+  std::vector<float> weight = noise(size), momentum = noise(size);
+  std::vector<int64_t> index;
+  for (int64_t k = 0; k < size; ++k)
+    if (rng() % 3) index.push_back(k);
+  index.shrink_to_fit();
+  const std::vector<float> gradient = noise(index.size());
+  std::vector<double> w(weight.begin(), weight.end()), m(momentum.begin(), momentum.end());
+  for (bool nesterov : {false, true}) {
+    const Sgd rule{0.1f, 0.9f, 0.01f, nesterov};
+    sgd_at(weight.data(), momentum.data(), index.data(), gradient.data(), int64_t(index.size()), rule,
+           threads);
+    for (size_t k = 0; k < index.size(); ++k) {
+      const int64_t at = index[k];
+      const double g = gradient[k] + 0.01 * w[at];
+      m[at] = 0.9 * m[at] + g;
+      w[at] -= 0.1 * (nesterov ? g + 0.9 * m[at] : m[at]);
+    }
+  }
+  return close("weight after steps", weight, w) && close("its momentum", momentum, m);
+}
+
 int main() {
+  if (!single_weights(1, 1) || !single_weights(1000, 1) || !single_weights(70000, 3)) return 1;
   if (!perceptrons() || !deeprs()) return 1;
   std::uniform_real_distribution<double> uniform;
   auto pick = [&](int64_t lo, int64_t hi) { return lo + int64_t(rng() % uint64_t(hi - lo + 1)); };

@@ -73,6 +73,12 @@ int sparse_dense_gradient(const int64_t* shape, const float* x, const float* gra
   });
 }
 
+void sparse_sgd(float* weight, float* momentum, const int64_t* index, const float* gradient,
+                int64_t count, float lr, float a, float weight_decay, int nesterov, int threads) {
+  const sparse::Sgd rule{lr, a, weight_decay, nesterov};
+  sparse::sgd_at(weight, momentum, index, gradient, count, rule, threads);
+}
+
 void sparse_convert(int to_blocked, float* plain, int64_t stride_n, int64_t stride_c,
                     int64_t stride_p, float* blocked, int64_t samples, int64_t channels,
                     int64_t pixels, int threads) {
