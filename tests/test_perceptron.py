@@ -28,6 +28,8 @@ pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compi
 NOTHING, MORE, FIRST = Track.NOTHING, Track.MORE, Track.FIRST
 # Of the largest entry of a tensor: sums of up to 900 products in float32, through up to 7 layers.
 CLOSE = 1e-5
+# With batch norm, which divides what is left of a difference by its standard deviation.
+CLOSE_NORM = 1e-4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,11 +65,16 @@ class Setup:
         return [*self.model.parameters(), *(self.buffer(name) for name in names)]
 
 
-def chain(widths: Sequence[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for i in range(1, len(widths)):
-        layers += [nn.Linear(widths[i - 1], widths[i]), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def chain(widths: Sequence[int], norms: Sequence[nn.BatchNorm1d | None] = ()) -> nn.Sequential:
+    """Linear layers named 0, 2, 4, ..., with norms[k] before the ReLU of layer k."""
+    model = nn.Sequential()
+    for k in range(len(widths) - 1):
+        model.add_module(f"{2 * k}", nn.Linear(widths[k], widths[k + 1]))
+        if k < len(widths) - 2:
+            if k < len(norms) and (norm := norms[k]) is not None:
+                model.add_module(f"norm{2 * k}", norm)
+            model.add_module(f"{2 * k + 1}", nn.ReLU())
+    return model
 
 
 def setup(
@@ -80,12 +87,13 @@ def setup(
     lr: float = 0.05,
     images: int = 150,
     seed: int = 0,
+    norms: Sequence[nn.BatchNorm1d | None] = (),
 ) -> Setup:
     """Layer k has masks of densities[k]; None: no mask, "rows": an empty and a full row, "one": a
     single non-zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = chain(widths)
+    model = chain(widths, norms)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=lr,
@@ -119,6 +127,10 @@ def setup(
             terms = max(1.0, float(masking.masks[name].sum()) / weight.shape[0])
         nn.init.normal_(weight, std=(1.5 / terms) ** 0.5, generator=generator)
         nn.init.normal_(bias, std=0.3, generator=generator)
+    for norm in norms:
+        if norm is not None:
+            nn.init.normal_(norm.weight, mean=1.0, std=0.2, generator=generator)
+            nn.init.normal_(norm.bias, std=0.3, generator=generator)
     masking.apply()
     x = torch.randn(images, 1, widths[0], generator=generator)
     y = torch.randint(widths[-1], (images,), generator=generator)
@@ -152,10 +164,10 @@ class Reference:
 
     def step(self, images: Tensor, labels: Tensor, track: Track) -> float:
         x = images.double().flatten(1)
-        for k, layer in enumerate(self.model):
-            x = layer(x)
-            if isinstance(layer, nn.Linear) and k + 1 < len(self.model):
+        for layer in self.model:
+            if isinstance(layer, nn.ReLU):
                 self.clear &= float(x.detach().abs().min()) > 2e-6 * float(x.detach().abs().max())
+            x = layer(x)
         loss = F.cross_entropy(x, labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -188,10 +200,13 @@ def check_steps(
     sparse_below: float | None,
     *,
     gradients: bool = False,
+    close: float = CLOSE,
 ) -> bool:
     """Steps of the kernels against float64; False where a ReLU may take the other side."""
     reference = Reference(own)
     trainer = own.trainer(sparse_below)
+    found = kernels.perceptron_layers(own.model) or []
+    before_norm = [f"{layer.name}.bias" for layer in found if layer.norm is not None]
     below = 0.3 if sparse_below is None else sparse_below
     losses = [
         reference.step(own.images[index], own.labels[index], track)
@@ -202,19 +217,27 @@ def check_steps(
     for index, track, want in zip(batches, tracks, losses, strict=True):
         loss = trainer.step(own.images, own.labels, index, track=track, gradients=gradients)
         own.masking.step() if sparse_below == 0 else own.masking.advance()
-        assert loss == pytest.approx(want, rel=CLOSE, abs=CLOSE)
+        assert loss == pytest.approx(want, rel=close, abs=close)
     trainer.sync()
+    for name, buffer in own.model.named_buffers():
+        want = reference.model.get_buffer(name)
+        assert off_by(buffer, want) < close, name
+        assert buffer.dtype.is_floating_point or torch.equal(buffer, want)
     for name, parameter in own.model.named_parameters():
         want = reference.model.get_parameter(name)
-        assert off_by(parameter, want) < CLOSE, name
+        assert off_by(parameter, want) < close, name
         mask = reference.masks.get(name)
         sparse = mask is not None and int(mask.sum()) < below * mask.numel()
-        assert off_by(own.buffer(name), reference.momentum(name, sparse)) < CLOSE, name
+        momentum = reference.momentum(name, sparse)
+        if name in before_norm:  # batch norm takes the bias away: its gradient is only rounding
+            assert (own.buffer(name) - momentum).abs().max() < close, name
+        else:
+            assert off_by(own.buffer(name), momentum) < close, name
         if mask is not None:
             assert not parameter[~mask].any()
         if mask is not None and gradients:
             assert parameter.grad is not None
-            assert off_by(parameter.grad, reference.gradients[name]) < CLOSE, name
+            assert off_by(parameter.grad, reference.gradients[name]) < close, name
         else:
             assert parameter.grad is None
     return True
@@ -248,6 +271,43 @@ def test_steps_match_torch(data: st.DataObject) -> None:
     assume(check_steps(own, batches, tracks, below, gradients=draw(st.booleans())))
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_steps_with_batch_norm_match_torch(data: st.DataObject) -> None:
+    draw = data.draw
+    # Not narrower: where few numbers enter a batch norm, or what it normalised goes straight into
+    # another one, gradients are next to nothing, and all of them rounding.
+    widths = st.one_of(st.sampled_from([15, 16, 17, 33, 64, 100]), st.integers(15, 120))
+    hidden = draw(st.lists(widths, min_size=1, max_size=4))
+    norms = [
+        nn.BatchNorm1d(
+            width,
+            eps=draw(st.sampled_from([1e-5, 1e-2])),
+            momentum=draw(st.sampled_from([0.1, 0.5, 1.0])),
+        )
+        if draw(st.integers(0, 3))
+        else None
+        for width in hidden
+    ]
+    density = st.sampled_from([0.1, 0.2, 0.31, 1.0, "rows", None])
+    own = setup(
+        [draw(st.integers(60, 900)), *hidden, draw(st.integers(1, 30))],
+        [draw(density) for _ in range(len(hidden) + 1)],
+        momentum=draw(st.sampled_from([0.5, 0.9])),
+        nesterov=draw(st.booleans()),
+        weight_decay=draw(st.sampled_from([0.0, 5e-4, 0.1])),
+        seed=draw(st.integers(0, 2**20)),
+        norms=norms,
+    )
+    sizes = st.one_of(st.sampled_from([15, 16, 17, 100, 127, 128]), st.integers(15, 128))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    steps = draw(st.integers(1, 3))
+    batches = [torch.randperm(150, generator=generator)[: draw(sizes)] for _ in range(steps)]
+    tracks = [draw(st.sampled_from([NOTHING, MORE, FIRST])) for _ in range(steps)]
+    below = draw(st.sampled_from([0.0, None, 2.0]))
+    assume(check_steps(own, batches, tracks, below, gradients=True, close=CLOSE_NORM))
+
+
 WIDTHS = {
     "LeNet-300-100": [784, 300, 100, 10],
     "widest": [900, 90, 30],
@@ -279,6 +339,80 @@ def test_any_size_of_the_mini_batch(batch: int) -> None:
         if check_steps(own, [torch.randperm(150)[:batch]], [FIRST], None):
             return
     raise AssertionError("no draw is clear of rounding")
+
+
+@pytest.mark.parametrize("batch", range(2, 129))
+def test_statistics_of_mini_batches_of_any_size(batch: int) -> None:
+    norms = [nn.BatchNorm1d(21), nn.BatchNorm1d(18)]
+    own = setup([37, 21, 18, 5], [0.2, None, "rows"], seed=batch, norms=norms)
+    reference, trainer = Reference(own), own.trainer()
+    index = torch.randperm(150)[:batch]
+    want = reference.step(own.images[index], own.labels[index], NOTHING)
+    assert trainer.step(own.images, own.labels, index) == pytest.approx(want, rel=CLOSE_NORM)
+    trainer.sync()
+    for got, expected in zip(own.model.buffers(), reference.model.buffers(), strict=True):
+        assert off_by(got, expected) < CLOSE_NORM
+
+
+@pytest.mark.parametrize("images", [1, 128, 300])
+@pytest.mark.parametrize("below", [0.0, None, 2.0])
+def test_batch_norm_answers_by_the_running_estimates(images: int, below: float | None) -> None:
+    norms = [nn.BatchNorm1d(21, eps=0.1), None, nn.BatchNorm1d(17)]
+    own = setup([37, 21, 18, 17, 5], [0.2, None, 0.5, "rows"], images=300, norms=norms)
+    trainer = own.trainer(below)
+    for k in range(5):
+        trainer.step(own.images, own.labels, torch.arange(50 * k, 50 * k + 50))
+    x, y = own.images[:images].contiguous(), own.labels[:images].contiguous()
+    before = [buffer.clone() for buffer in own.model.buffers()]
+    wrong = trainer.wrong(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, own.model.buffers(), strict=True))
+    trainer.sync()
+    counts = [int(b) for n, b in own.model.named_buffers() if n.endswith("num_batches_tracked")]
+    assert counts == [5, 5]
+
+    def answers(training: bool) -> Tensor:
+        model = copy.deepcopy(own.model).double().train(training)
+        with torch.no_grad():
+            logits = model(x.double().flatten(1))
+        top = logits.topk(2).values
+        assert (top[:, 0] - top[:, 1] > 1e-4).all()  # rounding decides nothing
+        return logits.argmax(1)
+
+    assert int((answers(training=False) != y).sum()) == wrong
+    if images == 300:  # otherwise the test would not tell the estimates apart
+        assert int((answers(training=True) != y).sum()) != wrong
+
+
+def test_features_without_non_zeros_are_open_as_often_as_with_torch() -> None:
+    """With a shift of zero only rounding opens their ReLUs; closed ones would never learn."""
+    opened = []
+    for computed_by in ("torch", "kernels"):
+        own = setup([30, 400, 5], [1.0, None], norms=[nn.BatchNorm1d(400)])
+        own.masking.masks["0.weight"] = torch.zeros(400, 30, dtype=torch.bool)
+        own.masking.apply()
+        shift, index = own.model.get_parameter("norm0.bias"), torch.arange(100)
+        with torch.no_grad():
+            shift.zero_()
+        if computed_by == "torch":
+            F.cross_entropy(own.model(own.images[index].flatten(1)), own.labels[index]).backward()
+            own.optimizer.step()
+        else:
+            own.trainer().step(own.images, own.labels, index)
+        opened.append(float((shift != 0).float().mean()))
+    assert opened[0] == pytest.approx(0.5, abs=0.15)
+    assert opened[1] == pytest.approx(opened[0], abs=0.15)
+
+
+def test_batch_norm_of_a_single_image() -> None:
+    own = setup([30, 20, 5], [0.2, None], norms=[nn.BatchNorm1d(20)])
+    trainer = own.trainer()
+    before = [t.clone() for t in [*own.bits(), *own.model.buffers()]]
+    with pytest.raises(RuntimeError, match="more than one sample"):
+        trainer.step(own.images, own.labels, torch.arange(1))
+    trainer.sync()
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, [*own.bits(), *own.model.buffers()], strict=True)
+    )
 
 
 def test_inactive_momentum_is_what_the_track_says() -> None:
@@ -327,9 +461,13 @@ def test_learning_rate_and_momentum_are_read_in_each_step() -> None:
 # ---------------------------------------------------------------------------- threads
 
 
-def with_threads(threads: int, *, below: float | None, scale: float = 1.0) -> list[Tensor]:
-    """Weights, momentum, losses and wrong answers of a few steps."""
-    own = setup([300, 250, 90, 10], [0.05, 0.5, None], momentum=0.9, weight_decay=1e-3)
+def with_threads(
+    threads: int, *, below: float | None, scale: float = 1.0, norm: bool = False
+) -> list[Tensor]:
+    """Weights, momentum, running estimates, losses and wrong answers of a few steps."""
+    norms = [nn.BatchNorm1d(250), nn.BatchNorm1d(90)] if norm else []
+    densities = [0.05, 0.5, None]
+    own = setup([300, 250, 90, 10], densities, momentum=0.9, weight_decay=1e-3, norms=norms)
     with torch.no_grad():
         for parameter in own.model.parameters():
             parameter *= scale
@@ -348,14 +486,15 @@ def with_threads(threads: int, *, below: float | None, scale: float = 1.0) -> li
     grads = [p.grad for n, p in own.model.named_parameters() if n in own.masking.masks]
     assert all(g is not None for g in grads)
     numbers = torch.tensor([*losses, wrong], dtype=torch.float64)
-    return [numbers, *own.bits(), *(g for g in grads if g is not None)]
+    return [numbers, *own.bits(), *own.model.buffers(), *(g for g in grads if g is not None)]
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("below", [0.0, None, 2.0])
-def test_bits_do_not_depend_on_the_threads(below: float | None) -> None:
-    one = with_threads(1, below=below)
+def test_bits_do_not_depend_on_the_threads(below: float | None, norm: bool) -> None:
+    one = with_threads(1, below=below, norm=norm)
     for threads in (2, 3):
-        more = with_threads(threads, below=below)
+        more = with_threads(threads, below=below, norm=norm)
         assert all(torch.equal(a, b) for a, b in zip(one, more, strict=True))
 
 
@@ -512,6 +651,15 @@ def test_other_models() -> None:
         nn.Sequential(nn.Linear(8, 6, bias=False)),
         nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(5, 4)),
         nn.Sequential(nn.Conv2d(1, 1, 1)),
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)),
+        nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)),
+        chain([8, 6, 4], [nn.BatchNorm1d(5)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6, momentum=None)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6, affine=False)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6, track_running_stats=False)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6).double()]),
         nn.Sequential(),
         nn.Linear(8, 4),
     ):
@@ -523,7 +671,10 @@ def test_other_models() -> None:
         with pytest.raises(ValueError, match="chain of linear layers with ReLU in float32"):
             PerceptronTrainer(model, optimizer, masking)
     found = kernels.perceptron_layers(chain([8, 6, 4]))
-    assert found is not None and [name for name, _ in found] == ["0", "2"]
+    assert found is not None and [layer.name for layer in found] == ["0", "2"]
+    norm = nn.BatchNorm1d(6)
+    found = kernels.perceptron_layers(chain([8, 7, 6, 4], [None, norm]))
+    assert found is not None and [layer.norm for layer in found] == [None, norm, None]
 
 
 def test_other_optimizers() -> None:
@@ -551,8 +702,11 @@ def test_more_non_zeros_than_an_index_can_count() -> None:
 # ---------------------------------------------------------------------------- what torch holds
 
 
-def test_sync_and_reload_change_nothing() -> None:
-    plain, own = setup([60, 40, 7], [0.1, 0.9]), setup([60, 40, 7], [0.1, 0.9])
+@pytest.mark.parametrize("norm", [False, True])
+def test_sync_and_reload_change_nothing(norm: bool) -> None:
+    plain, own = (
+        setup([60, 40, 7], [0.1, 0.9], norms=[nn.BatchNorm1d(40)] if norm else []) for _ in range(2)
+    )
     a, b = plain.trainer(), own.trainer()
     for k in range(6):
         index, track = torch.arange(k, k + 50), (NOTHING, FIRST, MORE)[k % 3]
@@ -566,6 +720,8 @@ def test_sync_and_reload_change_nothing() -> None:
             b = own.trainer()
     a.sync(), b.sync()
     assert all(torch.equal(x, y) for x, y in zip(plain.bits(), own.bits(), strict=True))
+    for x, y in zip(plain.model.buffers(), own.model.buffers(), strict=True):
+        assert torch.equal(x, y)
     first, momentum = own.model.get_parameter("0.weight").clone(), own.buffer("0.weight").clone()
     b.sync(), b.reload(), b.sync()
     assert torch.equal(first, own.model.get_parameter("0.weight"))
@@ -780,6 +936,24 @@ def test_deepr_above_the_density_of_sparse_layers(mnist: datasets.Dataset) -> No
         assert (a - b).norm() <= 1e-3 * b.norm()
 
 
+@pytest.mark.parametrize("method", ["sparse_momentum", "rigl", "deepr", "dense"])
+def test_an_epoch_with_batch_norm_is_that_of_torch(method: str, mnist: datasets.Dataset) -> None:
+    # Dense enough for every feature to have non-zeros: rounding decides what one without does.
+    run = Run(model="mlpbn-60x3", method=method, density=0.2, train_samples=2000, epochs=2)
+    ours, torchs = (epoch_of(replace(run, kernels=k), mnist) for k in ("auto", "torch"))
+    assert TrainingLoop(run, mnist).perceptron is not None
+    masks = zip(ours.masking.masks.values(), torchs.masking.masks.values(), strict=True)
+    active = sum(torchs.masking.active().values())
+    assert sum(int((a != b).sum()) for a, b in masks) <= active // 1000
+    for (name, a), b in zip(ours.model.named_parameters(), torchs.model.parameters(), strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm(), name
+    for a, b in zip(ours.model.buffers(), torchs.model.buffers(), strict=True):
+        assert (a - b).double().norm() <= 1e-2 * b.double().norm()
+    for what, margin in (("train_loss", 1e-3), ("val_error_pct", 0.61)):
+        a, b = (loop.state.curves[0][what] for loop in (ours, torchs))
+        assert a == pytest.approx(b, abs=margin), what
+
+
 @pytest.mark.parametrize("every", [0, 7])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_epoch_is_that_of_torch(method: str, every: int, mnist: datasets.Dataset) -> None:
@@ -836,14 +1010,26 @@ def test_the_window_gives_the_masks_of_full_tracking() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "computed_by"), [*((m, "auto") for m in METHODS), ("rigl", "torch")]
+    ("method", "computed_by", "model"),
+    [
+        *((m, "auto", "lenet300-100") for m in METHODS),
+        ("rigl", "torch", "lenet300-100"),
+        ("sparse_momentum", "auto", "mlpbn-40x2"),
+        ("deepr", "auto", "mlpbn-40x2"),
+    ],
 )
 @pytest.mark.parametrize("every", [13, 20])
 def test_resumed_runs_have_the_same_bits(
-    method: str, computed_by: str, every: int, mnist: datasets.Dataset, tmp_path: Path
+    method: str,
+    computed_by: str,
+    model: str,
+    every: int,
+    mnist: datasets.Dataset,
+    tmp_path: Path,
 ) -> None:
     """Stopped within an epoch, in the window (K = 14) or before it, and after its last step."""
     run = Run(
+        model=model,
         method=method,
         train_samples=2000,
         epochs=3,
@@ -873,6 +1059,8 @@ def test_resumed_runs_have_the_same_bits(
             loop.optimizer.state[p]["momentum_buffer"] for loop, p in ((whole, a), (part, b))
         )
         assert torch.equal(one, two)
+    for a, b in zip(whole.model.buffers(), part.model.buffers(), strict=True):
+        assert torch.equal(a, b)
     for a, b in zip(whole.masking.masks.values(), part.masking.masks.values(), strict=True):
         assert torch.equal(a, b)
     assert whole.state.curves == part.state.curves

@@ -1,5 +1,6 @@
 // A whole training step of a perceptron in one call: forward, softmax cross-entropy, backward, SGD
-// with Nesterov momentum.  Small networks are otherwise mostly the cost of calling operators.
+// with Nesterov momentum; with or without batch norm.  Small networks are otherwise mostly the cost
+// of calling operators.
 //
 // Activations are [features, samples], samples padded to whole vectors with zero gradients, so that
 // a weight is one scalar times contiguous vectors, sparse or dense.  Each layer is one of two:
@@ -36,6 +37,9 @@ struct PerceptronLayer {
   int32_t *row_start, *column;          // [out + 1], [nonzeros]
   float *value, *value_momentum;        // [nonzeros]
   int32_t *column_start, *row, *place;  // [in + 1], [nonzeros] by column; place in `value`
+  float *scale, *scale_momentum, *shift, *shift_momentum;  // [out], of batch norm; null: none
+  float *mean, *variance;                                  // [out], its running estimates
+  float norm_momentum, eps;  // the new estimate's share in the running one; added to the variance
 };
 
 // SGD as in torch.optim.SGD: g += decay * w; m = a * m + g; w -= lr * (g + a * m with Nesterov, m).
@@ -288,6 +292,73 @@ static void sparse_gradient(const PerceptronLayer& layer, const Sgd& rule, const
   }
 }
 
+// Batch norm and ReLU of z [out, P], into y; z becomes the normalised value before scale and shift
+// and `inverse` [out] one over the standard deviation.  valid: [P], 1 for a sample and 0 for padding.
+// In training with the mini-batch's own statistics, which also enter the running ones.
+template <int NV>
+static void batch_norm(const PerceptronLayer& f, const float* valid, int64_t samples, bool training,
+                       float* z, float* inverse, float* y, int threads) {
+  constexpr int64_t P = NV * L;
+  const float n = float(samples);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t r = 0; r < f.out; ++r) {
+    float* const row = z + r * P;
+    float mean = f.mean[r], variance = f.variance[r];
+    if (training) {
+      // From the first sample on: the mean of equal values is exact.
+      V sum{}, squares{};
+      unroll<NV>([&](auto v) SPARSE_INLINE {
+        sum += (load(row + v * L) - row[0]) * load(valid + v * L);
+      });
+      mean = row[0] + float(lane_sum(sum)) / n;
+      unroll<NV>([&](auto v) SPARSE_INLINE {
+        const V off = (load(row + v * L) - mean) * load(valid + v * L);
+        squares += off * off;
+      });
+      variance = float(lane_sum(squares)) / n;
+      f.mean[r] += f.norm_momentum * (mean - f.mean[r]);
+      f.variance[r] += f.norm_momentum * (variance * (n / (n - 1)) - f.variance[r]);
+    }
+    inverse[r] = 1 / std::sqrt(variance + f.eps);
+    // As torch does it, not from the normalised value: a feature without non-zeros is zero but for
+    // rounding, and as often as there it is open, and so can learn, and can grow connections.
+    const float slope = f.scale[r] * inverse[r], offset = f.shift[r] - mean * slope;
+    unroll<NV>([&](auto v) SPARSE_INLINE {
+      const V x = load(row + v * L);
+      store(row + v * L, (x - mean) * inverse[r] * load(valid + v * L));
+      const V s = slope * x + offset;
+      store(y + r * P + v * L, s < 0.0f ? V{} : s);  // in this order NaN stays NaN
+    });
+  }
+}
+
+// The gradient d [out, P] of batch norm's outputs becomes that of its inputs; scale and shift learn.
+template <int NV>
+static void batch_norm_back(const PerceptronLayer& f, const float* valid, int64_t samples,
+                            const float* normal, const float* inverse, const Sgd& rule, float* d,
+                            int threads) {
+  constexpr int64_t P = NV * L;
+  const float n = float(samples);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t r = 0; r < f.out; ++r) {
+    float* const row = d + r * P;
+    const float* const x = normal + r * P;
+    V sum{}, product{};
+    unroll<NV>([&](auto v) SPARSE_INLINE {
+      sum += load(row + v * L);
+      product += load(row + v * L) * load(x + v * L);
+    });
+    const float shift = float(lane_sum(sum)), scale = float(lane_sum(product));
+    const float factor = f.scale[r] * inverse[r];
+    unroll<NV>([&](auto v) SPARSE_INLINE {
+      const V g = load(row + v * L) - shift / n - load(x + v * L) * (scale / n);
+      store(row + v * L, g * factor * load(valid + v * L));
+    });
+    sgd(rule, f.scale[r], f.scale_momentum[r], scale);
+    sgd(rule, f.shift[r], f.shift_momentum[r], shift);
+  }
+}
+
 // [rows, P] to [samples, width] (width: `rows` padded to whole vectors, zeros there) or back.
 static inline void transpose(const float* from, int64_t from_pitch, float* to, int64_t to_pitch,
                              int64_t rows, int64_t columns) {
@@ -331,8 +402,10 @@ struct Perceptron {
   const PerceptronLayer* layers;
   int64_t depth, samples;
   int threads;
-  std::vector<float*> act, delta;  // [width, P] each
-  float *natural, *other;          // [P, width padded]
+  std::vector<float*> act, delta;      // [width, P] each
+  std::vector<float*> normal, inverse;  // of layer k's batch norm [width, P], [width]; else null
+  float *natural, *other;               // [P, width padded]
+  float* valid;                         // [P], 1 for a sample and 0 for padding
 
   Perceptron(const PerceptronLayer* layers, int64_t depth, int64_t samples, int threads)
       : layers(layers), depth(depth), samples(samples), threads(threads) {
@@ -341,14 +414,20 @@ struct Perceptron {
       const int64_t width = aligned(k ? layers[k - 1].out : layers[0].in);
       widest = std::max(widest, width);
       size += 2 * width * P;
+      if (k && layers[k - 1].scale) size += width * (P + 1);
     }
-    float* at = workspace(size + 2 * widest * P);
+    float* at = workspace(size + 2 * widest * P + P);
     for (int64_t k = 0; k <= depth; ++k) {
       const int64_t width = aligned(k ? layers[k - 1].out : layers[0].in);
       act.push_back(at), delta.push_back(at + width * P);
       at += 2 * width * P;
+      if (!k) continue;
+      const bool norm = layers[k - 1].scale != nullptr;
+      normal.push_back(norm ? at : nullptr), inverse.push_back(norm ? at + width * P : nullptr);
+      if (norm) at += width * (P + 1);
     }
-    natural = at, other = at + widest * P;
+    natural = at, other = at + widest * P, valid = other + widest * P;
+    for (int64_t n = 0; n < P; ++n) valid[n] = n < samples ? 1.0f : 0.0f;
   }
 
   // Rows of x [images, in] named by `index` (0, 1, ... when null) become `natural` and act[0].
@@ -362,16 +441,18 @@ struct Perceptron {
     transpose(natural, width, act[0], P, P, width);
   }
 
-  void forward() {
+  void forward(bool training) {
     for (int64_t k = 0; k < depth; ++k) {
       const PerceptronLayer& f = layers[k];
-      const bool relu = k + 1 < depth;
+      const bool relu = k + 1 < depth && !f.scale;
+      float* const y = f.scale ? normal[k] : act[k + 1];
       if (f.nonzeros >= 0)
         sparse_product<NV>(f.row_start, f.column, nullptr, f.value, f.out, act[k], f.bias, relu,
-                           nullptr, act[k + 1], threads);
+                           nullptr, y, threads);
       else
-        product<NV>(f.weight, f.in, 1, f.out, f.in, act[k], f.bias, relu, nullptr, act[k + 1],
-                    threads);
+        product<NV>(f.weight, f.in, 1, f.out, f.in, act[k], f.bias, relu, nullptr, y, threads);
+      if (f.scale)
+        batch_norm<NV>(f, valid, samples, training, y, inverse[k], act[k + 1], threads);
     }
   }
 
@@ -380,6 +461,8 @@ struct Perceptron {
       const PerceptronLayer& f = layers[k];
       const bool sparse = f.nonzeros >= 0;
       float* const d = k + 1 == depth ? act[depth] : delta[k + 1];
+      if (f.scale)
+        batch_norm_back<NV>(f, valid, samples, normal[k], inverse[k], rule, d, threads);
       if (k > 0) {  // with the weights from before the step
         if (sparse)
           sparse_product<NV>(f.column_start, f.row, f.place, f.value, f.in, d, nullptr, false, act[k],
@@ -448,19 +531,22 @@ static void with_vectors(int64_t samples, F&& f) {
 }  // namespace detail
 
 // One step on the images `index` [samples] of x [images, in]; labels [images].  The mean loss from
-// before the step.  Throws std::exception for another number of samples, and for an index or a
-// label that is none.
+// before the step.  Throws std::exception for another number of samples, for a single one where there
+// is batch norm, and for an index or a label that is none.
 static inline double perceptron_step(const PerceptronLayer* layers, int64_t depth, const float* x,
                                      const int64_t* labels, int64_t images, const int64_t* index,
                                      int64_t samples, const Sgd& rule, int32_t track, int threads) {
   double loss = 0;
+  const auto normed = [](const PerceptronLayer& layer) { return layer.scale != nullptr; };
+  if (samples == 1 && std::any_of(layers, layers + depth, normed))
+    throw std::invalid_argument("batch norm takes the statistics of more than one sample");
   detail::with_vectors(samples, [&](auto vectors) {
     int64_t own[8 * L];
     detail::read_labels(labels, images, index, samples, layers[depth - 1].out, own);
     detail::same_arithmetic(threads);
     detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
     net.read(x, index);
-    net.forward();
+    net.forward(true);
     loss = detail::cross_entropy(net.act[depth], net.P, layers[depth - 1].out, samples, own);
     net.backward(rule, track);
   });
@@ -478,7 +564,7 @@ static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t de
     detail::with_vectors(samples, [&](auto vectors) {
       detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
       net.read(x + done * layers[0].in, nullptr);
-      net.forward();
+      net.forward(false);
       for (int64_t n = 0; n < samples; ++n) {
         const float* const logit = net.act[depth] + n;
         int64_t best = 0;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,14 @@ class _Layer(ctypes.Structure):
         ("column_start", ctypes.c_void_p),
         ("row", ctypes.c_void_p),
         ("place", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("scale_momentum", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("shift_momentum", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("variance", ctypes.c_void_p),
+        ("norm_momentum", ctypes.c_float),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -101,23 +109,44 @@ def _describe(tensor: Tensor) -> str:
     return f"{layout} {dtype} {list(tensor.shape)} on {tensor.device}"
 
 
-def perceptron_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
-    """Names and linear layers of a chain Linear, ReLU, Linear, ... in float32 on the CPU; None for
-    any other model.
+class PerceptronLayer(NamedTuple):
+    """A linear layer, by its name in the model, and the batch norm before its ReLU."""
+
+    name: str
+    linear: nn.Linear
+    norm: nn.BatchNorm1d | None
+
+
+def perceptron_layers(model: nn.Module) -> list[PerceptronLayer] | None:
+    """The layers of a chain Linear, ReLU, Linear, ... in float32 on the CPU; None for any other
+    model. Batch norm may come between a linear layer and its ReLU, with scale, shift and running
+    estimates that decay.
     """
-    children = list(model.named_children())
-    linear = [(name, m) for name, m in children if isinstance(m, nn.Linear)]
-    chain = all(isinstance(m, (nn.Linear, nn.ReLU)[i % 2]) for i, (_, m) in enumerate(children))
-    if not isinstance(model, nn.Sequential) or not linear or not chain or len(children) % 2 == 0:
+    if not isinstance(model, nn.Sequential):
         return None
-    if any(a.out_features != b.in_features for (_, a), (_, b) in itertools.pairwise(linear)):
+    found: list[PerceptronLayer] = []
+    last: nn.Module | None = None
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear) and (last is None or isinstance(last, nn.ReLU)):
+            found.append(PerceptronLayer(name, module, None))
+        elif isinstance(module, nn.BatchNorm1d) and isinstance(last, nn.Linear):
+            found[-1] = found[-1]._replace(norm=module)
+        elif not isinstance(module, nn.ReLU) or not isinstance(last, nn.Linear | nn.BatchNorm1d):
+            return None
+        last = module
+    if not isinstance(last, nn.Linear):
         return None
-    plain = all(
-        p is not None and p.dtype == torch.float32 and p.device.type == "cpu"
-        for _, m in linear
-        for p in (m.weight, m.bias)
-    )
-    return linear if plain else None
+    if any(a.linear.out_features != b.linear.in_features for a, b in itertools.pairwise(found)):
+        return None
+    for _, linear, norm in found:
+        numbers: list[Tensor | None] = [linear.weight, linear.bias]
+        if norm is not None:
+            if norm.momentum is None or norm.num_features != linear.out_features:
+                return None
+            numbers += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        if any(n is None or n.dtype != torch.float32 or n.device.type != "cpu" for n in numbers):
+            return None
+    return found
 
 
 class PerceptronTrainer:
@@ -150,7 +179,8 @@ class PerceptronTrainer:
         layers = perceptron_layers(model)
         if layers is None:
             raise ValueError(
-                f"{type(model).__name__} is no chain of linear layers with ReLU in float32 on CPU"
+                f"{type(model).__name__} is no chain of linear layers with ReLU in float32 on CPU, "
+                "with or without batch norm"
             )
         if len(optimizer.param_groups) != 1:
             raise ValueError(
@@ -172,6 +202,7 @@ class PerceptronTrainer:
         self._masks: list[tuple[str, Tensor, int]] = []  # with the versions that were taken
         self._data: tuple[Tensor, Tensor] | None = None  # checked last
         self._gradients = self._ahead = False
+        self._steps = 0  # not yet counted by batch norm
         self.reload()
 
     def reload(self) -> None:
@@ -183,12 +214,20 @@ class PerceptronTrainer:
         self._gradients = self._ahead = False
         self._masking.apply()
         active = sum(self._masking.active().values()) if self.rewires else 0
-        for layer, (name, module) in zip(self._layers, self._named, strict=True):
+        for layer, (name, module, norm) in zip(self._layers, self._named, strict=True):
             path = f"{name}.weight"
             mask = self._masking.masks.get(path)
             layer.outputs, layer.inputs = module.weight.shape
             layer.weight, layer.momentum = self._pointers(module.weight)
             layer.bias, layer.bias_momentum = self._pointers(module.bias)
+            if norm is not None:
+                assert norm.running_mean is not None and norm.running_var is not None
+                layer.scale, layer.scale_momentum = self._pointers(norm.weight)
+                layer.shift, layer.shift_momentum = self._pointers(norm.bias)
+                layer.mean, layer.variance = (
+                    estimate.data_ptr() for estimate in (norm.running_mean, norm.running_var)
+                )
+                layer.norm_momentum, layer.eps = norm.momentum, norm.eps
             layer.multiplier = layer.gradient = None
             layer.nonzeros = -1
             if mask is None or not (self._sparse_below or self.rewires):
@@ -222,7 +261,12 @@ class PerceptronTrainer:
         if not self._ahead:
             return
         self._ahead = False
-        modules, masks = dict(self._named), self._masking.masks
+        for _, _, norm in self._named:
+            if norm is not None:
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked += self._steps
+        self._steps = 0
+        modules, masks = {n: linear for n, linear, _ in self._named}, self._masking.masks
         for k, (path, taken, version) in enumerate(self._masks):
             if path not in self._sparse:
                 continue
@@ -265,8 +309,8 @@ class PerceptronTrainer:
 
         Raises:
             ValueError: tensors of another type, shape or memory layout.
-            RuntimeError: a mini-batch of another size, an index or a label that is none; nothing
-                has changed then.
+            RuntimeError: a mini-batch of another size, or of one image with batch norm, an index
+                or a label that is none; nothing has changed then.
         """
         self._check_data(images, labels)
         plain = index.dtype == torch.int64 and index.device.type == "cpu" and index.dim() == 1
@@ -295,6 +339,7 @@ class PerceptronTrainer:
             )
         )
         self._ahead = True
+        self._steps += 1
         return loss.value
 
     def deepr_step(self) -> None:
@@ -309,7 +354,7 @@ class PerceptronTrainer:
             self.sync()  # signs are those of the weights at the first look
         shrinkage, noise = deepr_rates(masking)
         count, dormant, died = 0, 0, ctypes.c_int64()
-        for layer, (name, module) in zip(self._layers, self._named, strict=True):
+        for layer, (name, module, _) in zip(self._layers, self._named, strict=True):
             if layer.nonzeros < 0:
                 continue
             weight = module.weight.detach()
@@ -391,7 +436,7 @@ class PerceptronTrainer:
             self.reload()
 
     def _provide_gradients(self, wanted: bool) -> None:
-        for layer, (name, module) in zip(self._layers, self._named, strict=True):
+        for layer, (name, module, _) in zip(self._layers, self._named, strict=True):
             layer.gradient = None
             if wanted and f"{name}.weight" in self._masking.masks:
                 if module.weight.grad is None or not module.weight.grad.is_contiguous():

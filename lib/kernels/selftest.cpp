@@ -136,11 +136,15 @@ struct Memory {
       value_momentum;
   std::vector<int32_t> row_start{0}, column, column_start{0}, row, place;
   std::vector<double> w, m, b, bm;      // the weights and biases in double, and their momentum
+  // Of batch norm: scale, its momentum, shift, its momentum, running mean and variance.
+  std::vector<std::vector<float>> norm;
+  std::vector<std::vector<double>> plain_norm;
   std::vector<char> mask;
   PerceptronLayer layer;
 
   // mask: nothing (dense), or [out * in]; as a sparse layer, or as a dense one with a multiplier.
-  Memory(int64_t in, int64_t out, std::vector<char> given, bool sparse, bool gradients)
+  Memory(int64_t in, int64_t out, std::vector<char> given, bool sparse, bool gradients,
+         bool normed = false)
       : in(in), out(out), sparse(sparse), weight(noise(out * in)), momentum(noise(out * in)),
         gradient(gradients ? out * in : 0, NAN), bias(noise(out)), bias_momentum(noise(out)),
         mask(std::move(given)) {
@@ -175,7 +179,18 @@ struct Memory {
     layer = {in, out, weight.data(), momentum.data(), multiplied ? multiplier.data() : nullptr,
              gradients ? gradient.data() : nullptr, bias.data(), bias_momentum.data(),
              sparse ? int64_t(column.size()) : -1, row_start.data(), column.data(), value.data(),
-             value_momentum.data(), column_start.data(), row.data(), place.data()};
+             value_momentum.data(), column_start.data(), row.data(), place.data(), nullptr, nullptr,
+             nullptr, nullptr, nullptr, nullptr, 0, 0};
+    if (!normed) return;
+    for (int k = 0; k < 6; ++k) {
+      norm.push_back(noise(out));
+      if (k == 5) for (float& v : norm[k]) v = 0.5f + v * v;
+      plain_norm.emplace_back(norm[k].begin(), norm[k].end());
+    }
+    layer.scale = norm[0].data(), layer.scale_momentum = norm[1].data();
+    layer.shift = norm[2].data(), layer.shift_momentum = norm[3].data();
+    layer.mean = norm[4].data(), layer.variance = norm[5].data();
+    layer.norm_momentum = 0.25f, layer.eps = 0.01f;
   }
 
   // The values of a sparse layer where a dense one has them.
@@ -195,16 +210,41 @@ static std::vector<char> some(int64_t count, double density) {
   return mask;
 }
 
-// Logits [classes] of one image in double; `act` gets the inputs of all layers and the logits.
-static void plain_forward(const std::vector<Memory>& net, const float* x,
-                          std::vector<std::vector<double>>& act) {
-  act.assign(1, std::vector<double>(x, x + net[0].in));
+using Rows = std::vector<std::vector<double>>;  // [samples][features]
+
+// Of a mini-batch `x` in double: `act` gets the inputs of all layers and the logits; `normal` and
+// `deviation` of each layer what batch norm makes of its outputs before scale and shift, and the
+// standard deviations [out]. In training the running estimates move.
+static void plain_forward(std::vector<Memory>& net, const Rows& x, bool training,
+                          std::vector<Rows>& act, std::vector<Rows>& normal, Rows& deviation) {
+  const double n = double(x.size());
+  act.assign(1, x), normal.assign(net.size(), Rows()), deviation.assign(net.size(), {});
   for (size_t k = 0; k < net.size(); ++k) {
-    std::vector<double> y(net[k].b);
-    for (int64_t r = 0; r < net[k].out; ++r) {
-      for (int64_t c = 0; c < net[k].in; ++c) y[r] += net[k].w[r * net[k].in + c] * act[k][c];
-      if (k + 1 < net.size()) y[r] = std::max(y[r], 0.0);
+    Memory& f = net[k];
+    Rows y(x.size(), f.b);
+    for (size_t i = 0; i < x.size(); ++i)
+      for (int64_t r = 0; r < f.out; ++r)
+        for (int64_t c = 0; c < f.in; ++c) y[i][r] += f.w[r * f.in + c] * act[k][i][c];
+    if (!f.norm.empty()) {
+      normal[k] = y, deviation[k].resize(f.out);
+      for (int64_t r = 0; r < f.out; ++r) {
+        double mean = f.plain_norm[4][r], variance = f.plain_norm[5][r];
+        if (training) {
+          mean = variance = 0;
+          for (const auto& row : y) mean += row[r] / n;
+          for (const auto& row : y) variance += (row[r] - mean) * (row[r] - mean) / n;
+          f.plain_norm[4][r] += 0.25 * (mean - f.plain_norm[4][r]);
+          f.plain_norm[5][r] += 0.25 * (variance * n / (n - 1) - f.plain_norm[5][r]);
+        }
+        deviation[k][r] = std::sqrt(variance + 0.01);
+        for (size_t i = 0; i < x.size(); ++i) {
+          normal[k][i][r] = (y[i][r] - mean) / deviation[k][r];
+          y[i][r] = f.plain_norm[0][r] * normal[k][i][r] + f.plain_norm[2][r];
+        }
+      }
     }
+    for (auto& row : y)
+      for (double& v : row) v = k + 1 < net.size() ? std::max(v, 0.0) : v;
     act.push_back(y);
   }
 }
@@ -222,55 +262,69 @@ static bool perceptron(std::vector<Memory>& net, int64_t images, int64_t samples
   for (Memory& layer : net) layers.push_back(layer.layer);
   layers.shrink_to_fit();
 
-  std::vector<std::vector<double>> act, gradient, bias_gradient;
+  const Sgd rule{0.1f, 0.9f, 0.01f, nesterov};
+  auto sgd = [&](double& w, double& m, double g) {
+    g += 0.01 * w, m = 0.9 * m + g, w -= 0.1 * (nesterov ? g + 0.9 * m : m);
+  };
+  std::vector<Rows> act, normal;
+  Rows gradient, bias_gradient, deviation, all, batch;
+  for (int64_t n = 0; n < images; ++n) all.emplace_back(x.data() + n * in, x.data() + (n + 1) * in);
+  for (int64_t n : index) batch.push_back(all[n]);
   for (const Memory& layer : net) {
     gradient.emplace_back(layer.out * layer.in);
     bias_gradient.emplace_back(layer.out);
   }
   double want = 0;
   int64_t wrong = 0;
+  plain_forward(net, all, false, act, normal, deviation);
   for (int64_t n = 0; n < images; ++n) {
-    plain_forward(net, x.data() + n * in, act);
-    const std::vector<double>& z = act[depth];
+    const std::vector<double>& z = act[depth][n];
     wrong += std::max_element(z.begin(), z.end()) - z.begin() != labels[n];
   }
   // The kernels' own memory holds what was there before: nothing of it may show.
-  auto spoil = [] { std::fill_n(workspace(200000), 200000, NAN); };
+  auto spoil = [] { std::fill_n(workspace(400000), 400000, NAN); };
   spoil();
   const int64_t counted =
       perceptron_wrong(layers.data(), depth, x.data(), labels.data(), images, threads);
   if (counted != wrong)
     return std::printf("%ld wrong answers, expected %ld\n", long(counted), long(wrong)), false;
-  for (int64_t n : index) {
-    plain_forward(net, x.data() + n * in, act);
-    std::vector<double> d = act[depth];
-    const double top = *std::max_element(d.begin(), d.end());
+  plain_forward(net, batch, true, act, normal, deviation);
+  Rows d = act[depth];
+  for (int64_t n = 0; n < samples; ++n) {
+    const double top = *std::max_element(d[n].begin(), d[n].end());
     double sum = 0;
-    for (double z : d) sum += std::exp(z - top);
-    want += (std::log(sum) + top - d[labels[n]]) / double(samples);
-    for (double& z : d) z = std::exp(z - top) / sum / double(samples);
-    d[labels[n]] -= 1 / double(samples);
-    for (int64_t k = depth - 1; k >= 0; --k) {
-      std::vector<double> before(net[k].in);
-      for (int64_t r = 0; r < net[k].out; ++r) {
-        bias_gradient[k][r] += d[r];
-        for (int64_t c = 0; c < net[k].in; ++c) {
-          gradient[k][r * net[k].in + c] += d[r] * act[k][c];
-          before[c] += act[k][c] > 0 ? d[r] * net[k].w[r * net[k].in + c] : 0;
+    for (double z : d[n]) sum += std::exp(z - top);
+    want += (std::log(sum) + top - d[n][labels[index[n]]]) / double(samples);
+    for (double& z : d[n]) z = std::exp(z - top) / sum / double(samples);
+    d[n][labels[index[n]]] -= 1 / double(samples);
+  }
+  for (int64_t k = depth - 1; k >= 0; --k) {
+    Memory& f = net[k];
+    for (int64_t r = 0; r < f.out && !f.norm.empty(); ++r) {
+      double shift = 0, scale = 0;
+      for (int64_t n = 0; n < samples; ++n) shift += d[n][r], scale += d[n][r] * normal[k][n][r];
+      for (int64_t n = 0; n < samples; ++n)
+        d[n][r] = (d[n][r] - (shift + scale * normal[k][n][r]) / double(samples)) *
+                  f.plain_norm[0][r] / deviation[k][r];
+      sgd(f.plain_norm[0][r], f.plain_norm[1][r], scale);
+      sgd(f.plain_norm[2][r], f.plain_norm[3][r], shift);
+    }
+    Rows before(samples, std::vector<double>(f.in));
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t r = 0; r < f.out; ++r) {
+        bias_gradient[k][r] += d[n][r];
+        for (int64_t c = 0; c < f.in; ++c) {
+          gradient[k][r * f.in + c] += d[n][r] * act[k][n][c];
+          before[n][c] += act[k][n][c] > 0 ? d[n][r] * f.w[r * f.in + c] : 0;
         }
       }
-      d = before;
-    }
+    d = before;
   }
   spoil();
-  const Sgd rule{0.1f, 0.9f, 0.01f, nesterov};
   const double loss = perceptron_step(layers.data(), depth, x.data(), labels.data(), images,
                                       index.data(), samples, rule, track, threads);
   if (!(std::fabs(loss - want) <= 1e-4 * (1 + want)))
     return std::printf("loss %g, expected %g\n", loss, want), false;
-  auto sgd = [&](double& w, double& m, double g) {
-    g += 0.01 * w, m = 0.9 * m + g, w -= 0.1 * (nesterov ? g + 0.9 * m : m);
-  };
   for (int64_t k = 0; k < depth; ++k) {
     Memory& f = net[k];
     f.write_back();
@@ -287,14 +341,17 @@ static bool perceptron(std::vector<Memory>& net, int64_t images, int64_t samples
         !close("bias", f.bias, f.b) || !close("bias momentum", f.bias_momentum, f.bm) ||
         (f.layer.gradient && !close("gradient", f.gradient, gradient[k])))
       return std::printf("in layer %ld of %ld\n", long(k), long(depth)), false;
+    for (size_t part = 0; part < f.norm.size(); ++part)
+      if (!close("batch norm", f.norm[part], f.plain_norm[part]))
+        return std::printf("part %zu in layer %ld of %ld\n", part, long(k), long(depth)), false;
   }
   return true;
 }
 
 // Throws, and touches nothing, for what is not there.
-static bool refuses(int64_t samples, int64_t place, int64_t label) {
+static bool refuses(int64_t samples, int64_t place, int64_t label, bool normed = false) {
   std::vector<Memory> net;
-  net.emplace_back(3, 4, some(12, 0.5), true, false);
+  net.emplace_back(3, 4, some(12, 0.5), true, false, normed);
   const std::vector<float> x = noise(7 * 3), before = net[0].value;
   std::vector<int64_t> labels(7, label), index(samples, place);
   try {
@@ -308,7 +365,7 @@ static bool refuses(int64_t samples, int64_t place, int64_t label) {
   return false;
 }
 
-// Two steps of DeepR on layers `net`, then by hand on their masks; `kinds`: which layers are sparse.
+// Two steps of DeepR on the sparse ones of these layers, against plain loops over their masks.
 static bool deepr(std::vector<Memory>& net) {
   const float shrinkage = 0.3f;
   std::vector<PerceptronLayer> layers;
@@ -429,7 +486,7 @@ static bool perceptrons() {
   // Dense, with a multiplier, sparse: some, no, all and one non-zero; an empty and a full row.
   enum { kDense, kMultiplier, kSome, kNone, kAll, kOne, kRows, kKinds };
   for (int round = 0; round < 84; ++round) {
-    const int64_t depth = 1 + round % 4;
+    const int64_t depth = 1 + round % 4, samples = batches[round % 7];
     std::vector<Memory> net;
     std::vector<int> kinds;
     int64_t in = widths[rng() % 9];
@@ -443,21 +500,23 @@ static bool perceptrons() {
         std::fill(mask.begin(), mask.begin() + in, 0);
         std::fill(mask.end() - in, mask.end(), 1);
       }
-      net.emplace_back(in, out, mask, kind > kMultiplier, round % 3 == 0);
+      const bool normed = k + 1 < depth && samples > 1 && rng() % 2;
+      net.emplace_back(in, out, mask, kind > kMultiplier, round % 3 == 0, normed);
       kinds.push_back(kind);
       in = out;
     }
-    const int64_t samples = batches[round % 7], images = 1 + int64_t(rng() % 200);
+    const int64_t images = 1 + int64_t(rng() % 200);
     if (!perceptron(net, images, samples, round % 3, round % 2, 1 + round % 2)) {
       std::printf("perceptron, round %d: %ld samples of %ld, track %d, layers", round,
                   long(samples), long(images), round % 3);
       for (size_t k = 0; k < net.size(); ++k)
-        std::printf(" %ldx%ld (kind %d)", long(net[k].out), long(net[k].in), kinds[k]);
+        std::printf(" %ldx%ld (kind %d%s)", long(net[k].out), long(net[k].in), kinds[k],
+                    net[k].norm.empty() ? "" : ", batch norm");
       return std::printf("\n"), false;
     }
   }
   return refuses(0, 0, 0) && refuses(129, 0, 0) && refuses(5, 7, 0) && refuses(5, -1, 0) &&
-         refuses(5, 0, 4) && refuses(5, 0, -1);
+         refuses(5, 0, 4) && refuses(5, 0, -1) && refuses(1, 0, 0, true);
 }
 
 // Steps at some places of a weight, against torch's formula in double; the others stay.
