@@ -328,7 +328,7 @@ _RAW = "dsr_authors_raw_runs_wrn28-2_and_mnist"
 _HEADLINES = "headline_and_speedup_claims"
 _FIGURE = "MNIST figure (official code, results/MNIST_sparse_summary.csv)"
 
-_TEN_IMAGES = 0.1  # points: ten of the 10,000 test images
+TEN_IMAGES = 0.1  # points: ten of the 10,000 test images
 # Points: the official code's own two files differ by 0.19 in one cell (sparse momentum at 2 % of
 # the weights: 1.80 in MNIST_sparse_summary.csv, 1.99 in the data of the compression figure).
 _BETWEEN_FILES = 0.2
@@ -347,7 +347,7 @@ def _mnist_lower(method: str) -> Claim:
         statement=f"MNIST: lower error than {METHOD_NAMES[method]}, mean over the weights",
         source=_FIGURE + ("; static: raw runs of the DSR authors" if raw_only else ""),
         kind="lower",
-        margin=_TEN_IMAGES,
+        margin=TEN_IMAGES,
         ours=Difference("main_results", a, b, over="density"),
         paper=Published(_CURVES, a, b, over="density", b_table=_RAW if raw_only else "", raw=_RAW),
         notebook="01_main_results",
@@ -360,7 +360,7 @@ def _mnist_match(experiment: str, density: float, source: str, paper: Published)
         statement=f"MNIST: matches dense with {100 * density:g} % of the weights",
         source=source,
         kind="match",
-        margin=_TEN_IMAGES,
+        margin=TEN_IMAGES,
         ours=Difference(experiment, _side("sparse_momentum", density=density), _side("dense")),
         paper=paper,
         notebook="01_main_results",
@@ -435,7 +435,7 @@ _MNIST = (
         "(raw runs; the figure's file has a slip)",
         source="official code, results/dynamic_sparse/results.zip",
         kind="lower",
-        margin=_TEN_IMAGES,
+        margin=TEN_IMAGES,
         ours=Difference(
             "main_results", _side("dsr", density=0.01), _side("sparse_momentum", density=0.01)
         ),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lib import claims
-from lib.claims import _TEN_IMAGES, Claim, Measured, PaperValue
-from lib.claims_main import _TABLE_MARGIN
+from lib.claims import TEN_IMAGES, Claim, Measured, PaperValue
+from lib.claims_main import TABLE_MARGIN
 from lib.effects import decisive, untrained
 from lib.reading import NoRuns, Runs, Where, interval_text, load, model_name
 from lib.stats import PairedDifference, paired_difference, t_interval
@@ -32,7 +32,7 @@ WAY_NAMES = {
     "bf16": "Masked dense, bfloat16",
 }
 # Points of test error, those of the claims that a sparse network matches the dense one.
-MARGINS = {"mnist": _TEN_IMAGES, "cifar10": _TABLE_MARGIN}
+MARGINS = {"mnist": TEN_IMAGES, "cifar10": TABLE_MARGIN}
 
 
 def computed(runs: Runs, way: str) -> Runs:

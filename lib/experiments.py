@@ -504,7 +504,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
         },
     ),
-    # Five seeds at quick: the question is whether a difference is small, and these runs are short.
+    # Ten seeds at quick: the question is whether a difference is small, and these runs are short.
     "computing": Experiment(
         title="Does the way of computing matter?",
         notebook="05_speedups",
@@ -514,11 +514,13 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_ways({**_CIFAR["smoke"], "model": _NARROW, "density": 0.05}, 2),
             ),
             "quick": (
-                *_ways(_MNIST["quick"], 5),
-                *_ways({**_CIFAR["quick"], "model": _NARROW, "density": 0.05}, 5),
+                *_ways(_MNIST["quick"], 10),
+                *_ways({**_LENET5["quick"], "density": 0.05}, 10),
+                *_ways({**_CIFAR["quick"], "model": _NARROW, "density": 0.05}, 10),
             ),
             "paper": (
                 *_ways({}, 10),
+                *_ways({**_LENET5["paper"], "density": 0.05}, 10),
                 *_ways({**_CIFAR["paper"], "model": "alexnet-s", "density": 0.05}, 10),
                 *_ways({**_CIFAR["paper"], "model": "wrn-28-2", "density": 0.1}, 10),
             ),

@@ -62,10 +62,10 @@ def test_differences_are_paired_and_the_spread_is_masked_denses(tmp_path: Path) 
     runs = load("computing", "quick", tmp_path)
     for way, shift in (("sparse", 0.25), ("bf16", -0.5)):
         found = differences(runs, way)
-        assert list(found) == ["lenet300-100", "wrn-10-1"]
+        assert list(found) == ["lenet300-100", "lenet5", "wrn-10-1"]
         for pair in found.values():  # the seeds differ by a point each and yet have no spread here
-            assert (pair.mean, pair.sd, pair.n) == (pytest.approx(shift), pytest.approx(0), 5)
-    assert spread(runs, "wrn-10-1") == pytest.approx(np.std(range(5), ddof=1))
+            assert (pair.mean, pair.sd, pair.n) == (pytest.approx(shift), pytest.approx(0), 10)
+    assert spread(runs, "wrn-10-1") == pytest.approx(np.std(range(10), ddof=1))
 
 
 def test_a_seed_that_lacks_a_way_is_left_out(tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_a_seed_that_lacks_a_way_is_left_out(tmp_path: Path) -> None:
 
     write(tmp_path, error, keep=gap)
     runs = load("computing", "quick", tmp_path)
-    assert differences(runs, "sparse")["wrn-10-1"].seeds == (0, 1, 3, 4)
-    assert differences(runs, "bf16")["wrn-10-1"].seeds == (0, 1, 3)
+    assert differences(runs, "sparse")["wrn-10-1"].seeds == (0, 1, *range(3, 10))
+    assert differences(runs, "bf16")["wrn-10-1"].seeds == (0, 1, 3, *range(5, 10))
     row = judged(tmp_path)["computing_bf16_cifar10"]
-    assert row["n"] == 3 and "1 runs diverged" in row["detail"]
+    assert row["n"] == 8 and "1 runs diverged" in row["detail"]
 
 
 def by_torch(path: Path, model: str) -> int:
@@ -104,14 +104,14 @@ def test_torch_against_torch_is_no_evidence_for_the_kernels(tmp_path: Path) -> N
     assert judged(tmp_path)["computing_sparse_cifar10"]["verdict"] == "reproduced"
     count = by_torch(paths.results_csv("quick", "computing", tmp_path), "wrn-10-1")
     runs = load("computing", "quick", tmp_path)
-    assert list(differences(runs, "sparse")) == ["lenet300-100"]
-    assert len(computed(runs, "sparse").rows) == count == 5
+    assert list(differences(runs, "sparse")) == ["lenet300-100", "lenet5"]
+    assert count == 10 and len(computed(runs, "sparse").rows) == 20  # of the other networks
     rows = judged(tmp_path)
     assert rows["computing_sparse_cifar10"]["verdict"] == claims.NO_RUNS
     assert "python -m lib run computing" in rows["computing_sparse_cifar10"]["detail"]
     assert rows["computing_sparse_mnist"]["verdict"] == "reproduced"
     note = figures_computing.computing_table("quick", tmp_path).note
-    assert "5 runs that asked for the kernels were computed by torch: left out." in note
+    assert "10 runs that asked for the kernels were computed by torch: left out." in note
 
 
 # -------------------------------------------------------------------------------------- verdicts
@@ -129,7 +129,7 @@ def test_a_difference_counts_on_either_side(tmp_path: Path, sign: int) -> None:
         "computing_bf16_mnist": "reproduced",
         "computing_bf16_cifar10": "reproduced",
     }
-    assert {row["n"] for row in rows.values()} == {5}
+    assert {row["n"] for row in rows.values()} == {10}
     shown = "+" if sign == 1 else "−"
     assert f"{shown}0.15 in LeNet-300-100" in rows["computing_sparse_mnist"]["detail"]
     assert rows["computing_sparse_mnist"]["ours_mean"] == pytest.approx(0.15, abs=0.02)
@@ -163,7 +163,7 @@ def test_every_seed_is_drawn_paired_with_the_margin(tmp_path: Path) -> None:
     plot = figures_computing.computing("quick", tmp_path)
     left, right = plot.axes[0], plot.axes[1]
     lines = [line for line in left.lines if len(line.get_xdata()) == len(WAYS)]
-    assert len(lines) == 5
+    assert len(lines) == 10
     runs = load("computing", "quick", tmp_path, model="lenet300-100")
     drawn = sorted(tuple(line.get_ydata()) for line in lines)
     wanted = np.array([computed(runs, way).by_seed().to_numpy() for way in WAYS]).T
@@ -171,10 +171,12 @@ def test_every_seed_is_drawn_paired_with_the_margin(tmp_path: Path) -> None:
     pair = differences(runs, "sparse")["lenet300-100"]
     intervals = [line.get_xdata() for line in right.lines if len(line.get_xdata()) == 2]
     assert any(np.allclose(x, [pair.low, pair.high]) for x in intervals)
-    seeds = [line.get_xdata() for line in right.lines if len(line.get_xdata()) == 5]
+    seeds = [line.get_xdata() for line in right.lines if len(line.get_xdata()) == 10]
     assert any(np.allclose(sorted(x), sorted(wanted[:, 1] - wanted[:, 0])) for x in seeds)
     assert [ax.get_title(loc="left") or ax.get_title() for ax in plot.axes] == [
         "LeNet-300-100, 5 % of the weights",
+        "Margin 0.1 points",
+        "LeNet-5, 5 % of the weights",
         "Margin 0.1 points",
         "WRN-10-1, 5 % of the weights",
         "Margin 0.2 points",
@@ -186,12 +188,14 @@ def test_every_seed_is_drawn_paired_with_the_margin(tmp_path: Path) -> None:
 def test_table_has_each_way_of_each_network(tmp_path: Path) -> None:
     write(tmp_path, errors(sparse=0.25))
     made = figures_computing.computing_table("quick", tmp_path)
-    assert made.frame["network"].tolist() == ["LeNet-300-100"] * 3 + ["WRN-10-1"] * 3
+    assert made.frame["network"].tolist() == [
+        name for name in ("LeNet-300-100", "LeNet-5", "WRN-10-1") for _ in range(3)
+    ]
     assert made.frame["difference (points)"].tolist()[:2] == ["–", "+0.25 [+0.25, +0.25]"]
-    assert set(made.frame["n"]) == {"5"}
+    assert set(made.frame["n"]) == {"10"}
     assert made.frame["p (Holm)"].tolist()[:3] == ["–", "< 0.001", "1.000"]  # shifted, and not
     assert "0.1 points on MNIST, 0.2 points on CIFAR-10" in made.note
-    assert "LeNet-300-100 1.58; WRN-10-1 1.58" in made.note
+    assert "LeNet-300-100 3.03; LeNet-5 3.03; WRN-10-1 3.03" in made.note
 
 
 def test_files_are_written_and_missing_runs_are_a_line(tmp_path: Path) -> None:
