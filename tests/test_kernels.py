@@ -158,6 +158,26 @@ def test_any_number_of_threads(threads: int) -> None:
 
 
 @needs_compiler
+def test_two_threads_give_the_same_bits_each_time() -> None:
+    before = torch.get_num_threads()
+    torch.manual_seed(5)
+    x, weight = torch.randn(64, 40, 8, 8), torch.randn(37, 40, 3, 3)
+    mask = torch.rand(weight.shape) < 0.2
+    weight, pattern = (weight * mask).requires_grad_(), kernels.Pattern(mask)
+    try:
+        torch.set_num_threads(2)
+        blocked = kernels.to_blocked(x)
+        found = []
+        for _ in range(40):
+            values = kernels.gather(weight, pattern)
+            y = kernels.conv2d(blocked, values, None, pattern, stride=1, padding=1, samples=64)
+            found.append(torch.autograd.grad(y.square().sum(), weight)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@needs_compiler
 def test_whole_gradient_has_the_same_bits_with_any_number_of_threads() -> None:
     before, found = torch.get_num_threads(), []
     x, grad = torch.randn(3, 7, 9, 9, 16), torch.randn(3, 13, 9, 9, 16)

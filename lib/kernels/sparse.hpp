@@ -609,7 +609,7 @@ static inline void weight_gradient(const Plan& p, const float* x, const float* g
     float* const own = space + thread_index() * size;
     float* const total = own + packed + scratch + lines;
     std::fill(total, total + entries, 0.0f);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)  // a total of its own per thread: the same items each time
     for (int64_t k = 0; k < n; ++k)
       detail::dispatch(p, [&](auto r, auto q) {
         detail::weight_gradient_item<decltype(r)::value, decltype(q)::value>(
