@@ -36,7 +36,14 @@ from lib.kernel_rows import (
     WINDOW_EXTRA,
     setting_of,
 )
-from lib.kernels import SparseNetwork, calibrate, dense_window, keep_freed_memory, sparse_network
+from lib.kernels import (
+    SparseNetwork,
+    SparseSGD,
+    calibrate,
+    dense_window,
+    keep_freed_memory,
+    sparse_network,
+)
 from lib.kernels import bench as layers
 from lib.timing import Row, forward_backward, in_turn, ratios, row
 from lib.train import TrainingLoop
@@ -118,8 +125,9 @@ def _steps_of(
         variants[name] = training_step(network, batch_of, labels, low)
         variants[f"{name}, inference"] = inference(network, batch_of, low)
     sparse = sparse_network(loop.model, loop.masking.masks)
+    sgd = SparseSGD(sparse, loop.optimizer, loop.masking)
     for name, window in (("outside", False), ("inside", True)):
-        step = training_step(sparse, images, labels, False, loop)
+        step = training_step(sparse, images, labels, False, sgd)
         variants[name] = functools.partial(_with_window, sparse, window, step)
     variants["sparse, inference"] = inference(sparse, images)
     with train.flushed_denormals():
@@ -204,12 +212,14 @@ def training_step(
     images: Tensor,
     labels: Tensor,
     low: bool,
-    loop: TrainingLoop | None = None,
+    sparse_sgd: SparseSGD | None = None,
 ) -> Callable[[], None]:
-    """Forward, backward, optimizer step, and the masks where the network has them."""
-    optimizer: torch.optim.Optimizer = (
-        loop.optimizer
-        if loop is not None
+    """Forward, backward, and the step of the optimizer: that of sparse layers, masks included, or
+    torch's.
+    """
+    step_weights = (
+        sparse_sgd.step
+        if sparse_sgd is not None
         else torch.optim.SGD(
             list(network.parameters()),
             lr=1e-3,
@@ -217,16 +227,15 @@ def training_step(
             nesterov=True,
             weight_decay=5e-4,
             fused=True,
-        )
+        ).step
     )
     once = forward_backward(network, images, labels, low)
 
     def step() -> None:
         network.train()
         once()
-        optimizer.step()
-        if loop is not None:
-            loop.masking.step()
+        with torch.profiler.record_function(STEP_WEIGHTS):
+            step_weights()
 
     return step
 
@@ -251,6 +260,7 @@ def inference(network: nn.Module, images: Tensor, low: bool = False) -> Callable
 # Where the time goes
 # --------------------------------------------------------------------------------------------------
 
+STEP_WEIGHTS = "step of the weights"  # an event of our own: sparse steps have none of torch's
 _EVALUATED = "autograd::engine::evaluate_function: "
 # Name of an event of the profiler -> part; the first that is contained in it counts.
 _BY_NAME = (
@@ -264,7 +274,7 @@ _BY_NAME = (
     ("AddmmBackward", DENSE_LAYERS),
     ("TBackward", DENSE_LAYERS),
     ("ToCopyBackward", DENSE_LAYERS),
-    ("Optimizer.step", OPTIMIZER),
+    (STEP_WEIGHTS, OPTIMIZER),
     ("aten::_foreach_mul_", OPTIMIZER),
     ("AccumulateGrad", OPTIMIZER),
     ("og_softmax", REST),
@@ -323,7 +333,8 @@ def breakdown(repeats: int, networks: Sequence[str] = tuple(NETWORKS)) -> Iterat
             network = copy.deepcopy(loop.model).to(memory_format=layout)
             batch_of = images.contiguous(memory_format=layout)
             dense[str(layout)] = training_step(network, batch_of, labels, False)
-        step = training_step(sparse, images, labels, False, loop)
+        sgd = SparseSGD(sparse, loop.optimizer, loop.masking)
+        step = training_step(sparse, images, labels, False, sgd)
         outside = functools.partial(_with_window, sparse, False, step)
         inside = functools.partial(_with_window, sparse, True, step)
         with train.flushed_denormals():

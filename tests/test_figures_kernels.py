@@ -159,7 +159,7 @@ def test_events_belong_to_one_part() -> None:
         f"{backward}_FromBlockedBackward": kernel_rows.CONVERSIONS,
         "_Norm": kernel_rows.ELEMENTWISE,
         f"{backward}MaxPool2DWithIndicesBackward0": kernel_rows.ELEMENTWISE,
-        "Optimizer.step#SGD.step": kernel_rows.OPTIMIZER,
+        "step of the weights": kernel_rows.OPTIMIZER,
         "aten::cross_entropy_loss": kernel_rows.REST,
     }.items():
         assert part_of(event) == part, event

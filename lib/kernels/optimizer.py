@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.masking import Masking
+from lib.masking import Masking, clear_outside
 
 from .library import require
 from .network import SparseNetwork
@@ -60,7 +60,7 @@ class SparseSGD:
             self._masking.apply()
         elif dense:
             for name in dense:
-                parameters[name].mul_(masks[name])
+                clear_outside(parameters[name], masks[name])
         (group,), threads = self._optimizer.param_groups, torch.get_num_threads()
         for name, (pattern, values) in self._network.values.items():
             if values.grad is None:
