@@ -121,6 +121,9 @@ def _cell_text(row: Mapping[Any, Any]) -> str:
     return "\n".join([*lines, n])
 
 
+_FAR = 10.0  # points; larger differences have the last colour, where there are smaller ones
+
+
 def _heat_map(ax: Axes, cells: pd.DataFrame, density: float) -> None:
     model = cells["model"].iloc[0]
     down = [name for name in REDISTRIBUTION_NAMES if name in set(cells["redistribution"])]
@@ -132,7 +135,10 @@ def _heat_map(ax: Axes, cells: pd.DataFrame, density: float) -> None:
             if (redistribution, growth) in at:
                 row = at[(redistribution, growth)]
                 values[i, j] = 0.0 if row["full"] else row["mean"]
-    largest = np.nanmax(np.abs(values), initial=0.0) or 1.0
+    sizes = np.abs(values[np.isfinite(values)])
+    # A rule that keeps a network from learning must not take the colour of all others.
+    near = sizes[sizes <= _FAR]
+    largest = float(near.max(initial=0.0) or sizes.max(initial=0.0)) or 1.0
     norm = Normalize(-largest, largest)
     ax.set_facecolor("#EEEEEE")
     image = ax.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto")
@@ -165,7 +171,8 @@ def _heat_map(ax: Axes, cells: pd.DataFrame, density: float) -> None:
     ax.grid(True, which="minor", axis="both", color="white", linewidth=1.5)
     ax.set_title(f"{model_name(model)}, {100 * density:g} % of the weights")
     ax.set_xlabel("growth")
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
+    beyond = "both" if sizes.max(initial=0.0) > largest else "neither"
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02, extend=beyond)
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
     bar.ax.yaxis.set_major_formatter(

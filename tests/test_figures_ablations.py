@@ -133,6 +133,17 @@ def test_ablation_table_by_hand(root: Path) -> None:
         assert row["p (Holm)"] == ("< 0.001" if p < 0.001 else f"{p:.3f}")
 
 
+def test_a_rule_that_does_not_learn_leaves_the_other_cells_their_colours(tmp_path: Path) -> None:
+    def error(run: Run) -> float:
+        return 2 + (80 if run.redistribution == "nonzeros" else 0.2 * (run.growth == "random"))
+
+    write(tmp_path, "quick", error, ("ablations",))
+    plot = FIGURES["ablations"]("quick", tmp_path)
+    image = plot.axes[0].images[0]
+    assert image.get_clim() == pytest.approx((-0.2, 0.2))
+    assert image.colorbar is not None and image.colorbar.extend == "both"
+
+
 def test_heat_map_has_a_panel_per_network_and_says_which_none(root: Path) -> None:
     plot = FIGURES["ablations"]("quick", root)
     maps = [ax for ax in plot.axes if ax.get_images() and ax.get_xlabel() == "growth"]
