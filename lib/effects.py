@@ -53,6 +53,38 @@ def untrained(runs: Runs) -> str:
     )
 
 
+# Redistributions that mean to leave each layer its share of the weights (from uniform densities).
+_KEEPING = {"nonzeros": "non-zeros", "layer_size": "layer size"}
+_DRAINED = 0.5  # of its weights are left, or fewer
+
+
+def drained(runs: Runs) -> str:
+    """Which layers lost half of their weights or more where the redistribution means to keep them,
+    with active weights at the first and at the last epoch (means); "" for none.
+
+    That is rounding: ceil(rate * active) weights go from every layer, at least one at the smallest
+    rate, and a layer whose share is less than one weight gets none back.
+    """
+    table = runs.layers()
+    found: dict[str, None] = {}
+    for run in runs.planned:
+        if run.redistribution not in _KEEPING:
+            continue
+        mine = table[table["run_id"] == run.run_id].sort_values("epoch")
+        for layer, rows in mine.groupby("layer", sort=False):
+            first, last = int(rows["active"].iloc[0]), int(rows["active"].iloc[-1])
+            if last <= _DRAINED * first:
+                rule = f"{_KEEPING[run.redistribution]} at {100 * run.density:g} %"
+                found[f"{rule} {layer} from {first} to {last}"] = None
+    if not found:
+        return ""
+    return (
+        f"Rounding drains small layers: {', '.join(found)} active weights. Pruning rounds up in "
+        "every layer, and a share of less than one weight grows none (the official code rounds it "
+        "up, at the cost of the budget)."
+    )
+
+
 # ------------------------------------------------------------------------------ effect against size
 
 

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from lib.effects import FULL, Family, Scaling, families, rules, scaling, untrained
+from lib.effects import FULL, Family, Scaling, drained, families, rules, scaling, untrained
 from lib.figures import (
     PALETTE,
     Plot,
@@ -57,6 +57,11 @@ PARTS = {
 def _untrained(runs: Runs) -> str:
     said = untrained(runs)
     return f" {said}: their differences mean nothing." if said else ""
+
+
+def _drained(runs: Runs) -> str:
+    said = drained(runs)
+    return f" {said}" if said else ""
 
 
 # --------------------------------------------------------------------------------- 02: ablations
@@ -209,7 +214,7 @@ def ablations(profile: str, results_root: str | Path | None) -> Plot:
         runs,
         "Test error minus that of full sparse momentum in percentage points (red: worse), with the "
         "paired 95 % interval over shared seeds; * p < 0.05 after Holm within the network. "
-        f"{WHICH_NONE}{_untrained(runs)}",
+        f"{WHICH_NONE}{_untrained(runs)}{_drained(runs)}",
     )
     return plot
 
@@ -240,7 +245,8 @@ def ablations_table(profile: str, results_root: str | Path | None) -> Table:
     note = (
         "Percentage points of test error, positive: worse than full sparse momentum (momentum "
         "redistribution and growth); paired t-test over shared seeds, p adjusted by Holm over the "
-        f"variants of each network. {WHICH_NONE}{_untrained(runs)} {_sentence(runs.scale())}"
+        f"variants of each network. {WHICH_NONE}{_untrained(runs)}{_drained(runs)} "
+        f"{_sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "What redistribution and growth contribute", note)
 

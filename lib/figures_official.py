@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from lib.effects import drained
 from lib.experiments import READINGS
 from lib.figures import (
     PALETTE,
@@ -329,7 +330,7 @@ def official_readings(profile: str, results_root: str | Path | None) -> Plot:
         plot,
         runs,
         f"LeNet-300-100 on MNIST. Below zero: lower error than ours. {WHAT} Holm over the readings "
-        "at one share of weights. An arrow: beyond the axis, with the mean.",
+        f"at one share of weights. An arrow: beyond the axis, with the mean. {drained(runs)}",
     )
     return plot
 
@@ -371,6 +372,6 @@ def official_readings_table(profile: str, results_root: str | Path | None) -> Ta
         f"{WHAT} Paired t-test over shared seeds, p adjusted by Holm over the readings at one "
         "share of weights. Active weights: least and most after any epoch of any seed. Published "
         f"error of sparse momentum, 100 epochs (two files of the official code): {printed}. "
-        f"{' '.join(conclusions(profile, results_root))} {_sentence(runs.scale())}"
+        f"{' '.join(conclusions(profile, results_root))} {drained(runs)} {_sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "Readings of the algorithm against ours", note)

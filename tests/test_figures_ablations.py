@@ -144,6 +144,26 @@ def test_a_rule_that_does_not_learn_leaves_the_other_cells_their_colours(tmp_pat
     assert image.colorbar is not None and image.colorbar.extend == "both"
 
 
+def test_layers_drained_by_rounding_are_told(tmp_path: Path) -> None:
+    """As written by a run: one that keeps its last layer and one that loses it."""
+    write(tmp_path, "quick", lambda run: 2.0, ("ablations",), keep=lambda run: run.seed == 0)
+    runs = reading.load("ablations", "quick", tmp_path, model="lenet300-100", growth="momentum")
+    lines = ["run_id,epoch,layer,weights,active,momentum_share"]
+    for run in runs.planned:
+        for epoch, active in (
+            (1, 50),
+            (2, 30),
+            (10, 25 if run.redistribution == "nonzeros" else 26),
+        ):
+            lines.append(f"{run.run_id},{epoch},fc3.weight,1000,{active},0.5")
+            lines.append(f"{run.run_id},{epoch},fc2.weight,30000,{1500 - active},0.5")
+    path = paths.results_csv("quick", "ablations", tmp_path).with_suffix(".layers.csv")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    said = "Rounding drains small layers: non-zeros at 5 % fc3.weight from 50 to 25 active weights."
+    assert said in words(FIGURES["ablations"]("quick", tmp_path))
+    assert said in TABLES["ablations"]("quick", tmp_path).note
+
+
 def test_heat_map_has_a_panel_per_network_and_says_which_none(root: Path) -> None:
     plot = FIGURES["ablations"]("quick", root)
     maps = [ax for ax in plot.axes if ax.get_images() and ax.get_xlabel() == "growth"]
