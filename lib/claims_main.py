@@ -199,6 +199,29 @@ def _dense_level(model: str) -> Claim:
     )
 
 
+# ----------------------------------------------------------------------------- initial densities
+
+
+def _lower_from_erk(method: str) -> Claim:
+    from_erk: Where = {"init": "erk"}
+    return Claim(
+        id=f"mnist_erk_lower_than_{method}",
+        statement="MNIST, both from ERK densities of the layers: lower error than "
+        f"{METHOD_NAMES[method]}, mean over the weights",
+        source="not of the paper: a check of this reproduction",
+        kind="lower",
+        margin=TEN_IMAGES,
+        ours=Difference(
+            "initial_densities",
+            {**from_erk, "method": "sparse_momentum"},
+            {**from_erk, "method": method},
+            over="density",
+        ),
+        paper=None,
+        notebook=_NOTEBOOK,
+    )
+
+
 # --------------------------------------------------------------------------- CIFAR-10, WRN-28-2
 
 
@@ -253,6 +276,7 @@ _PARTIAL = "partially dense (first conv + downsample convs dense)"
 _LOGS = "tuned fully sparse, final epoch of log"
 
 claims.add(
+    *map(_lower_from_erk, ("dsr", "set", "deepr", "static")),
     *map(_mnist_snip, ("lenet300-100", "lenet5")),
     _variational_dropout("lenet300-100", 0.015),
     _variational_dropout("lenet5", 0.004),

@@ -137,6 +137,12 @@ def _curve(scale: Block, seeds: int, densities: list[float]) -> tuple[Block, ...
     )
 
 
+def _densities(scale: Block, seeds: int, densities: list[float]) -> tuple[Block, ...]:
+    """The sparse methods of the curve from layers of the same density, and from ERK densities."""
+    both: Block = {**scale, "density": densities, "init": ["uniform", "erk"], "seeds": seeds}
+    return ({**both, "method": ["sparse_momentum", *_OTHERS]}, {**both, **_DEEPR})
+
+
 def _table(
     scale: Block, seeds: int, snip: list[float], sparse_momentum: list[float]
 ) -> tuple[Block, ...]:
@@ -319,6 +325,16 @@ EXPERIMENTS: dict[str, Experiment] = {
             "smoke": _curve(_MNIST["smoke"], 2, [0.02, 0.05]),
             "quick": _curve(_MNIST["quick"], 3, [0.01, 0.02, 0.05, 0.10]),
             "paper": _curve({}, 10, [0.01, 0.02, 0.03, 0.04, 0.05, 0.10]),
+        },
+    ),
+    # The uniform runs are those of the curve, with the five seeds that come first.
+    "initial_densities": Experiment(
+        title="What the initial densities of the layers do to the comparison",
+        notebook="01_main_results",
+        blocks={
+            "smoke": _densities(_MNIST["smoke"], 2, [0.05]),
+            "quick": _densities(_MNIST["quick"], 3, [0.01, 0.02, 0.05]),
+            "paper": _densities({}, 5, [0.01, 0.02, 0.05]),
         },
     ),
     "mnist_compression": Experiment(

@@ -778,6 +778,7 @@ def _sentence(text: str) -> str:
 from lib import (  # noqa: E402, F401
     figures_ablations,
     figures_computing,
+    figures_init,
     figures_kernels,
     figures_main,
     figures_measured,

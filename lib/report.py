@@ -67,6 +67,9 @@ _REDUCED = (
 QUESTIONS = {
     "main_results": "At equal weights, is LeNet-300-100 trained with sparse momentum more accurate "
     "than with SET, DSR, DeepR or a fixed mask, and with how many weights is it as good as dense?",
+    "initial_densities": "At 1 or 2 % of the weights SET, DSR and DeepR err more here than "
+    "published. Is that how the weights are shared out among the layers at the start, and what is "
+    "left of the comparison when small layers start denser?",
     "mnist_compression": "How do the sparse LeNets compare with the results published by methods "
     "that compress a trained network?",
     "cifar10_table": "Is sparse momentum more accurate than SNIP, and how far below the dense "
