@@ -30,7 +30,7 @@ from lib.reading import METHOD_NAMES, Runs, interval_text, load, summarise
 
 INIT_NAMES = {"uniform": "the same density in each layer", "erk": "denser small layers (ERK)"}
 _MARKS = {"uniform": "o", "erk": "s"}
-_OFFSET = {"uniform": 0.16, "erk": -0.16}
+_OFFSET = {"uniform": -0.16, "erk": 0.16}
 WHAT = (
     "ERK: the density of a layer is proportional to (inputs + outputs) / (inputs x outputs), as in "
     "RigL, with the same number of weights in all. The published runs of SET, DSR and DeepR are of "
@@ -59,7 +59,15 @@ def initial_densities(profile: str, results_root: str | Path | None) -> Plot:
     axes[0, 0].set_yticks(range(len(methods)), [METHOD_NAMES[m] for m in methods])
     axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
     handles = [
-        Line2D([], [], color="0.3", marker=mark, ls="none", label=f"{INIT_NAMES[name]}")
+        Line2D(
+            [],
+            [],
+            color="0.3",
+            marker=mark,
+            mfc="0.3" if name == "uniform" else "white",
+            ls="none",
+            label=INIT_NAMES[name],
+        )
         for name, mark in _MARKS.items()
     ]
     handles.append(Line2D([], [], color="black", marker="|", ls="none", ms=9, label="published"))
