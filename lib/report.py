@@ -107,6 +107,10 @@ DEVIATIONS = (
     "after every update, layers can fill, grown weights start at zero as in the paper, and every "
     "layer keeps a weight. The prune rate falls to 0, not to 0.005. What the code's way does to "
     "the error is measured by the experiment `official_readings`.",
+    "Initial densities. Every layer starts with the same share of its weights, as in the official "
+    "code, under all methods. The published runs of SET, DSR and DeepR are of another code base, "
+    "whose initial densities are not at hand; what they decide is measured by the experiment "
+    "`initial_densities`.",
     "Length of training. The sources at hand don't agree on epochs and batch sizes. Taken: MNIST "
     "100 epochs, batches of 100, learning rate decayed every 25,000 mini-batches; CIFAR-10 250 "
     "epochs, batches of 128, decays every 30,000. The number of seeds is not documented; 10 are "
