@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from lib import kernel_rows, measured
+from lib import experiments, kernel_rows, measured
 from lib.figures import (
     PALETTE,
     PUBLISHED_ALPHA,
@@ -87,6 +87,12 @@ def _times_axis(ax: Axes, low: float, high: float) -> None:
     ax.axhline(1, color="#444444", lw=0.7, zorder=1.2)
 
 
+def _planned(profile: str) -> None:
+    """NoRuns at a profile without speed-ups; the rows of the clock are the same at all others."""
+    if profile not in experiments.EXPERIMENTS["speedups"].blocks:
+        raise NoRuns(f"speedups ({profile}): no such runs in this profile")
+
+
 def _estimates(profile: str, results_root: str | Path | None) -> pd.DataFrame:
     """Our estimates by the paper's formula (sparse convolution): model, density, full; empty where
     no network has been measured.
@@ -110,6 +116,7 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
     if found.empty:
         found, alone = alone, found
     names = list(dict.fromkeys(every["model"]))
+    _planned(profile)
     estimates = _estimates(profile, results_root)
     low, high = published_range()
     values = found[[c + s for c in _LINES for s in ("_low", "_high")]].to_numpy(float).ravel()
@@ -190,7 +197,7 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
 @figure("speedups_breakdown")
 def speedups_breakdown(profile: str, results_root: str | Path | None) -> Plot:
     """Where the time of a training step goes, dense and sparse, per network."""
-    del profile  # one machine's clock, the same at every profile
+    _planned(profile)
     found = kernel_rows.parts(results_root)
     names = list(dict.fromkeys(found["model"]))
     plot, axes = new_plot(1, 1, size=(7.2, 1.5 + 0.62 * len(names)))
@@ -237,7 +244,7 @@ def speedups_breakdown(profile: str, results_root: str | Path | None) -> Plot:
 @figure("speedups_layers")
 def speedups_layers(profile: str, results_root: str | Path | None) -> Plot:
     """Each convolution of VGG16-D on the clock, one line per share of weights."""
-    del profile
+    _planned(profile)
     found = kernel_rows.layer_ratios(results_root)
     rows = kernel_rows.kernel_rows(results_root, "sparse_layers")
     each = found.drop(index=ALL_LAYERS, errors="ignore")
@@ -281,7 +288,7 @@ def _times(row: Any, column: str) -> str:
 @table("speedups_kernels")
 def kernels_table(profile: str, results_root: str | Path | None) -> Table:
     """Whole steps on the clock, sparse against dense, per network and share of weights."""
-    del profile
+    _planned(profile)
     found = kernel_rows.whole_steps(results_root)
     lines = [
         {
@@ -321,7 +328,7 @@ def _seconds(value: float) -> str:
 @table("speedups_layers")
 def layers_table(profile: str, results_root: str | Path | None) -> Table:
     """Each convolution of VGG16-D on the clock, one column per share of weights."""
-    del profile
+    _planned(profile)
     found = kernel_rows.layer_ratios(results_root)
     rows = kernel_rows.kernel_rows(results_root, "sparse_layers")
     lines = []
@@ -340,7 +347,7 @@ def layers_table(profile: str, results_root: str | Path | None) -> Table:
 @table("speedups_breakdown")
 def breakdown_table(profile: str, results_root: str | Path | None) -> Table:
     """Seconds of a training step by part, dense and sparse, per network."""
-    del profile
+    _planned(profile)
     found = kernel_rows.parts(results_root)
     columns = [(m, side) for m in dict.fromkeys(found["model"]) for side in SIDES]
     cells = found.set_index(["model", "side", "part"])["value"]
@@ -367,7 +374,7 @@ def breakdown_table(profile: str, results_root: str | Path | None) -> Table:
 @table("speedups_window")
 def window_table(profile: str, results_root: str | Path | None) -> Table:
     """What momentum gathered in the last K mini-batches alone grows differently, and its FLOPs."""
-    del profile
+    _planned(profile)
     found = kernel_rows.window_counts(results_root)
     flops = kernel_rows.window_flops(results_root)
     rows = kernel_rows.kernel_rows(results_root, "window")
