@@ -181,10 +181,10 @@ def _holds(group: dict[str, Any], parameter: nn.Parameter) -> bool:
 def pick(values: Tensor, candidates: Tensor, k: int, score: Score = "value") -> Tensor:
     """Bool tensor with exactly k of the candidates: those of the largest scores, O(n).
 
-    `values` (float) and `candidates` (bool) have the same shape; the score is the "value" or
-    its "smallness" -|v|. Among equal scores the positions that come first win,
-    so that the choice is the same everywhere. Raises ValueError when there are fewer than k
-    candidates (checked on CPU, where counting costs no synchronisation).
+    `values` (float) and `candidates` (bool) have the same shape; the score is the "value" or its
+    "smallness" -|v|. Among equal scores the positions that come first win, so that the choice is
+    the same everywhere. Raises ValueError when there are fewer than k candidates (checked on CPU,
+    where counting costs no synchronisation).
     """
     if k == 0:
         return torch.zeros_like(candidates)
