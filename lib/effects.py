@@ -60,7 +60,7 @@ _DRAINED = 0.5  # of its weights are left, or fewer
 
 def drained(runs: Runs) -> str:
     """Which layers lost half of their weights or more where the redistribution means to keep them,
-    with active weights at the first and at the last epoch (means); "" for none.
+    with the active weights at the first and at the last recorded epoch; "" for none.
 
     That is rounding: ceil(rate * active) weights go from every layer, at least one at the smallest
     rate, and a layer whose share is less than one weight gets none back.

@@ -76,7 +76,7 @@ def initial_densities(profile: str, results_root: str | Path | None) -> Plot:
         plot,
         runs,
         f"LeNet-300-100 on MNIST. Mean of the seeds (dots) with Student-t 95 % interval "
-        f"({n_text(counts)}), logarithmic scale. {WHAT}",
+        f"({n_text(counts)}), cut at half the mean and at 100 % on the logarithmic scale. {WHAT}",
     )
     return plot
 

@@ -33,8 +33,8 @@ struct Score {
 namespace detail {
 
 // Sixteen places at a time, as a set of bits; compilers don't find these instructions by themselves.
-// Nothing is read or written at a place without a bit, except that
-// what is packed or taken may fill sixteen.
+// Nothing is read or written at a place without a bit, except that what is packed or taken may fill
+// sixteen.
 constexpr int64_t kPlaces = 16;
 
 // The places from i on, of n.
