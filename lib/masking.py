@@ -64,12 +64,12 @@ class Layer:
     def __post_init__(self) -> None:
         self.survivors = self.mask
 
-    @property
+    @functools.cached_property
     def weight(self) -> Tensor:
         """The weight, outside of the graph of gradients."""
         return self.parameter.detach()
 
-    @property
+    @functools.cached_property
     def momentum(self) -> Tensor:
         """The momentum that scores weights, same shape as the weight (see `momentum_of`)."""
         return momentum_of(self.optimizer, self.parameter, self.name)
@@ -99,19 +99,21 @@ PruneRule = Callable[[Sequence[Layer], float, dict[str, Any]], list[Tensor]]
 RedistributionRule = Callable[[Layer], "Tensor | float"]
 GrowthRule = Callable[[Layer], Tensor]
 R = TypeVar("R")
-Score = Literal["value", "smallness"]
+Score = Literal["value", "magnitude", "smallness"]
 
 
 @dataclass(frozen=True)
 class Rule(Generic[R]):
     """A registered rule: `needs` is "", "momentum" or "gradient"; `before_pruning` is read for
-    redistribution rules only (importance measured on the weights active before pruning).
+    redistribution rules only (importance measured on the weights active before pruning), `score`
+    for growth rules only (what counts of what they return: its "value" or its "magnitude").
     """
 
     name: str
     function: R
     needs: str = ""
     before_pruning: bool = False
+    score: Score = "value"
 
 
 class Registry(dict[str, Rule[R]]):
@@ -122,12 +124,17 @@ class Registry(dict[str, Rule[R]]):
         self.kind = kind
 
     def register(
-        self, name: str, *, needs: str = "", before_pruning: bool = False
+        self,
+        name: str,
+        *,
+        needs: str = "",
+        before_pruning: bool = False,
+        score: Score = "value",
     ) -> Callable[[R], R]:
         """Decorate the function of a new rule; see `Rule` for the keywords."""
 
         def decorate(function: R) -> R:
-            self[name] = Rule(name, function, needs, before_pruning)
+            self[name] = Rule(name, function, needs, before_pruning, score)
             return function
 
         return decorate
@@ -144,7 +151,7 @@ EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
 # Option -> what takes the place of a part of the cycle where the option is on (lib/official.py):
 # of `share_out` and of `choose`.
 SHARE_OUT: dict[str, Callable[[Sequence[Layer], dict[str, Any]], list[int]]] = {}
-CHOOSE: dict[str, Callable[[Layer, GrowthRule, int], Tensor]] = {}
+CHOOSE: dict[str, Callable[[Layer, Rule[GrowthRule], int], Tensor]] = {}
 # What `Masking(options={...})` knows.
 OPTIONS = {"l1", "temperature", "keep_regrown", "anneal_every_steps"}
 
@@ -181,16 +188,17 @@ def _holds(group: dict[str, Any], parameter: nn.Parameter) -> bool:
 def pick(values: Tensor, candidates: Tensor, k: int, score: Score = "value") -> Tensor:
     """Bool tensor with exactly k of the candidates: those of the largest scores, O(n).
 
-    `values` (float) and `candidates` (bool) have the same shape; the score is the "value" or its
-    "smallness" -|v|. Among equal scores the positions that come first win, so that the choice is
-    the same everywhere. Raises ValueError when there are fewer than k candidates (checked on CPU,
-    where counting costs no synchronisation).
+    `values` (float) and `candidates` (bool) have the same shape; the score is the "value", its
+    "magnitude" |v| or its "smallness" -|v|. Among equal scores the positions that come first win,
+    so that the choice is the same everywhere. Raises ValueError when there are fewer than k
+    candidates (checked on CPU, where counting costs no synchronisation).
     """
     if k == 0:
         return torch.zeros_like(candidates)
     if compiled().takes(values, candidates):
-        return compiled().choose_largest(values, candidates, k, score)
-    scores = -values.abs() if score == "smallness" else values
+        return candidates ^ compiled().flip_largest(values, candidates, k, True, score)
+    scores = values if score == "value" else values.abs()
+    scores = -scores if score == "smallness" else scores
     if scores.device.type == "cpu":  # NumPy's selection is vectorised, torch's far slower
         array, allowed = _numpy(scores), candidates.numpy()
         chosen = array[allowed]
@@ -209,6 +217,20 @@ def pick(values: Tensor, candidates: Tensor, k: int, score: Score = "value") -> 
     ties = (filled == threshold) & candidates
     first = (ties.reshape(-1).cumsum(0) <= k - above.sum()).view(ties.shape)
     return above | (ties & first)
+
+
+def without(mask: Tensor, values: Tensor, k: int, score: Score) -> Tensor:
+    """`mask` less k of its active positions, those of the largest scores (see `pick`)."""
+    if compiled().takes(values, mask):
+        return compiled().flip_largest(values, mask, k, True, score)
+    return mask ^ pick(values, mask, k, score)
+
+
+def together_with(mask: Tensor, values: Tensor, k: int, score: Score) -> Tensor:
+    """`mask` and k of its inactive positions, those of the largest scores (see `pick`)."""
+    if compiled().takes(values, mask):
+        return compiled().flip_largest(values, mask, k, False, score)
+    return mask | pick(values, ~mask, k, score)
 
 
 @functools.cache
@@ -245,7 +267,7 @@ def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any])
         if layer.share is not None and inactive < 0.2 and layer.share > 1 / len(layers):
             layer_rate = min(rate, inactive)
         count = share_of(layer_rate, layer.active)
-        survivors.append(layer.mask ^ pick(layer.weight, layer.mask, count, "smallness"))
+        survivors.append(without(layer.mask, layer.weight, count, "smallness"))
     return survivors
 
 
@@ -325,10 +347,14 @@ def to_host(numbers: Sequence[Tensor | float]) -> list[float]:
     return [next(crossed) if isinstance(n, Tensor) else float(n) for n in numbers]
 
 
-def clear_outside(values: Tensor, mask: Tensor) -> None:
-    """Set `values` to zero, in place, where `mask` (bool, same shape) is false."""
-    if compiled().takes(values, mask):
-        compiled().clear_outside(values, mask)
+def clear_outside(values: Tensor, mask: Tensor, within: Tensor | None = None) -> None:
+    """Set `values` to zero, in place, where `mask` (bool, same shape) is false.
+
+    They must be zero outside of `within`, if that is given: there is nothing to do there.
+    """
+    fits = within is None or compiled().counts(within)
+    if fits and compiled().takes(values, mask):
+        compiled().clear_outside(values, mask, within)
     else:
         values.mul_(mask)
 
@@ -399,10 +425,10 @@ def leave_no_layer_empty(counts: list[int], survivors: Sequence[int]) -> list[in
 # --------------------------------------------------------------------------------------------------
 
 
-@GROWTH.register("momentum", needs="momentum")
+@GROWTH.register("momentum", needs="momentum", score="magnitude")
 def grow_momentum(layer: Layer) -> Tensor:
     """Largest |momentum| first (paper, section 3)."""
-    return layer.momentum.abs()
+    return layer.momentum
 
 
 @GROWTH.register("random")
@@ -414,10 +440,10 @@ def grow_random(layer: Layer) -> Tensor:
     )
 
 
-@GROWTH.register("gradient", needs="gradient")
+@GROWTH.register("gradient", needs="gradient", score="magnitude")
 def grow_gradient(layer: Layer) -> Tensor:
     """Largest |gradient| of the last mini-batch first (RigL)."""
-    return layer.gradient.abs()
+    return layer.gradient
 
 
 @GROWTH.register("none")
@@ -426,12 +452,13 @@ def grow_none(layer: Layer) -> Tensor:
     return torch.zeros_like(layer.weight)
 
 
-def choose(layer: Layer, growth: GrowthRule, count: int) -> Tensor:
-    """Which weights grow (bool, the weight's shape): `count` inactive ones of the highest scores.
-
-    A weight that was pruned just now is a candidate.
+def choose(layer: Layer, growth: Rule[GrowthRule], count: int) -> Tensor:
+    """The survivors and what grows (bool, the weight's shape): `count` inactive weights of the
+    highest scores. A weight that was pruned just now is a candidate.
     """
-    return pick(growth(layer), ~layer.survivors, count) if count else torch.zeros_like(layer.mask)
+    if count == 0:
+        return layer.survivors
+    return together_with(layer.survivors, growth.function(layer), count, growth.score)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -585,8 +612,7 @@ class Masking:
         """
         rate = self.current_rate if prune_rate is None else prune_rate
         _check_rate(rate)
-        self.apply()
-        layers = self._layers()
+        layers = self._survey()
         if rate == 0 or self.prune.name == "none":
             return [_report(layer, grown=0) for layer in layers]
 
@@ -608,9 +634,9 @@ class Masking:
 
         # 3. Grow. Grown weights start at zero.
         for layer, count in zip(layers, counts, strict=True):
-            grown = self._choose(layer, self.growth.function, count)
-            self._masks[layer.name] = mask = layer.survivors | grown
-            clear_outside(layer.weight, mask if self._keep_regrown else layer.survivors)
+            self._masks[layer.name] = mask = self._choose(layer, self.growth, count)
+            kept_weights = mask if self._keep_regrown else layer.survivors
+            clear_outside(layer.weight, kept_weights, within=layer.mask)
         if self._choose is not choose:  # may have chosen survivors
             counts = [n - left for n, left in zip(self.active().values(), remaining, strict=True)]
         return [_report(layer, n) for layer, n in zip(layers, counts, strict=True)]
@@ -692,13 +718,19 @@ class Masking:
         By one compiled pass per layer; where that is not to be had, by one fused multiplication by
         masks kept as floats.
         """
+        left = []
+        for name, mask in self._masks.items():
+            if compiled().takes(self.parameters[name], mask):
+                compiled().clear_outside(self.parameters[name], mask)
+            else:
+                left.append(name)
+        self._multiply(left)
+
+    def _multiply(self, names: Sequence[str]) -> None:
         weights: list[Tensor] = []
         multipliers: list[Tensor] = []
-        for name, mask in self._masks.items():
-            parameter = self.parameters[name]
-            if compiled().takes(parameter, mask):
-                compiled().clear_outside(parameter, mask)
-                continue
+        for name in names:
+            parameter, mask = self.parameters[name], self._masks[name]
             cached = self._multipliers.get(name)
             if cached is None or cached[0] is not mask or cached[1] != mask._version:
                 # In place, so that a captured CUDA graph goes on reading the same memory.
@@ -710,7 +742,8 @@ class Masking:
         if weights:
             torch._foreach_mul_(weights, multipliers)
 
-    def _layers(self) -> list[Layer]:
+    def _survey(self) -> list[Layer]:
+        """What rules may read; sets inactive weights to zero, looks for what isn't finite."""
         layers = [
             Layer(name, self.parameters[name], mask, self.optimizer, self.generator)
             for name, mask in self._masks.items()
@@ -718,14 +751,33 @@ class Masking:
         if not layers:
             return []
         needs = sorted({self.growth.needs, self.redistribution.needs} - {""})
+        momenta = [_momentum(layer, "momentum" in needs) for layer in layers]
+        at_once = [
+            compiled().takes(layer.weight, layer.mask)
+            and (momentum is None or compiled().takes(momentum, layer.mask))
+            for layer, momentum in zip(layers, momenta, strict=True)
+        ]
+        self._multiply([y.name for y, fits in zip(layers, at_once, strict=True) if not fits])
         read: list[Tensor | float] = []
-        for layer in layers:
-            read += [count_of(layer.mask), layer.weight.sum(), _mean_momentum(layer)]
-            read += [getattr(layer, n).sum() for n in needs]  # only whether it is finite counts
+        for layer, momentum, fits in zip(layers, momenta, at_once, strict=True):
+            largest: dict[str, Tensor | float] = {}
+            if fits:
+                seen = compiled().survey(layer.weight, momentum, layer.mask)
+                active, largest["weight"] = seen.active, seen.largest_weight
+                if momentum is not None:
+                    largest["momentum"] = seen.largest_momentum
+                    layer.mean_momentum = seen.momentum / max(1, active)
+            else:
+                active, largest["weight"] = count_of(layer.mask), layer.weight.abs().max()
+            for need in needs:
+                if need not in largest:
+                    largest[need] = getattr(layer, need).abs().max()
+            read += [active, math.nan if momentum is None else layer.mean_momentum]
+            read += [largest["weight"], *(largest[need] for need in needs)]
         width = 3 + len(needs)
         numbers = to_host(read)  # one transfer to the host for all layers
         table = [numbers[i : i + width] for i in range(0, len(numbers), width)]
-        momentum_sum = sum(row[2] for row in table)
+        momentum_sum = sum(row[1] for row in table)
         for layer, row in zip(layers, table, strict=True):
             layer.active = int(row[0])
             if layer.active == 0 and self.prune.name != "none":  # SNIP may well cut a network
@@ -733,13 +785,13 @@ class Masking:
                     f"{layer.name} has no active weight among {layer.numel}: give it at least one, "
                     "raise the density or name it in keep_dense"
                 )
-            for what, value in zip(["weight", *needs], [row[1], *row[3:]], strict=True):
+            for what, value in zip(["weight", *needs], row[2:], strict=True):
                 if not math.isfinite(value):
                     raise DivergenceError(
-                        f"{layer.name}: the sum of |{what}| is {value} after {self.steps} steps; "
+                        f"{layer.name}: the largest |{what}| is {value} after {self.steps} steps; "
                         "training has diverged, lower the learning rate"
                     )
-            layer.momentum_share = row[2] / momentum_sum if momentum_sum > 0 else math.nan
+            layer.momentum_share = row[1] / momentum_sum if momentum_sum > 0 else math.nan
         return layers
 
     def _importance(self, layers: Sequence[Layer]) -> list[float]:
@@ -828,12 +880,14 @@ def _random_mask(parameter: nn.Parameter, count: int, generator: torch.Generator
     return mask.view(parameter.shape)
 
 
-def _mean_momentum(layer: Layer) -> Tensor | float:
-    """For the report; NaN where the optimizer has no momentum."""
+def _momentum(layer: Layer, needed: bool) -> Tensor | None:
+    """None, or ValueError where it is needed, where the optimizer has no momentum."""
     try:
-        return layer.mean_momentum
+        return layer.momentum
     except ValueError:
-        return math.nan
+        if needed:
+            raise
+        return None
 
 
 def _report(layer: Layer, grown: int) -> LayerReport:

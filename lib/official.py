@@ -32,10 +32,12 @@ from lib.masking import (
     SHARE_OUT,
     GrowthRule,
     Layer,
+    Rule,
     mean_active,
     pick,
     prune_magnitude,
     share_of,
+    without,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def prune_magnitude_plain(
 ) -> list[Tensor]:
     """In each layer the ceil(rate * active) smallest |w| go, whatever its density."""
     return [
-        layer.mask ^ pick(layer.weight, layer.mask, share_of(rate, layer.active), "smallness")
+        without(layer.mask, layer.weight, share_of(rate, layer.active), "smallness")
         for layer in layers
     ]
 
@@ -125,14 +127,15 @@ SHARE_OUT["feedback"] = share_out_by_feedback
 # --------------------------------------------------------------------------------------------------
 
 
-def choose_anywhere(layer: Layer, growth: GrowthRule, count: int) -> Tensor:
-    """The `count` highest scores of the whole layer, where those of active weights count as zero.
+def choose_anywhere(layer: Layer, growth: Rule[GrowthRule], count: int) -> Tensor:
+    """The survivors and the `count` highest scores of the whole layer, where those of active
+    weights count as zero.
 
     With fewer inactive weights of positive score than `count`, active ones can be among them, and
     so many fewer weights grow. (Equal scores: the earlier position.)
     """
-    scores = growth(layer).masked_fill(layer.survivors, 0.0)
-    return pick(scores, torch.ones_like(layer.mask), count)
+    scores = growth.function(layer).masked_fill(layer.survivors, 0.0)
+    return layer.survivors | pick(scores, torch.ones_like(layer.mask), count, growth.score)
 
 
 CHOOSE["grow_anywhere"] = choose_anywhere

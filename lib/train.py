@@ -564,7 +564,7 @@ class TrainingLoop:
         self._write_back()
         self.state.report = [tuple(line) for line in self.masking.update()]
         if self.perceptron is not None:
-            self.perceptron.reload()
+            self.perceptron.follow()
 
     def _record_layers(self) -> None:
         shares = {LayerReport(*line).name: line[-1] for line in self.state.report}

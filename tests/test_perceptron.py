@@ -696,7 +696,7 @@ def test_other_optimizers() -> None:
 
 def test_more_non_zeros_than_an_index_can_count() -> None:
     with pytest.raises(ValueError, match=r"non-zeros, got 2147483640"):
-        _Sparse(torch.ones(2, 3, dtype=torch.bool), 2**31 - 8)
+        _Sparse(2, 3, 2**31 - 8)
 
 
 # ---------------------------------------------------------------------------- what torch holds
@@ -726,6 +726,31 @@ def test_sync_and_reload_change_nothing(norm: bool) -> None:
     b.sync(), b.reload(), b.sync()
     assert torch.equal(first, own.model.get_parameter("0.weight"))
     assert torch.equal(momentum, own.buffer("0.weight"))
+
+
+def test_following_an_update_is_reloading_after_it() -> None:
+    """With a layer that outgrows its room and one that crosses the density of sparse layers."""
+    follows, reloads = (setup([60, 40, 30, 7], [0.1, 0.28, 0.5]) for _ in range(2))
+    a, b = follows.trainer(), reloads.trainer()
+    rooms, kinds = set(), set()
+    for k, (first, second) in enumerate([(0.08, 0.2), (0.2, 0.25), (0.1, 0.5), (0.1, 0.6)] * 2):
+        moved = {}
+        for name, density in {"0.weight": first, "2.weight": second, "4.weight": 0.5}.items():
+            torch.manual_seed(k)
+            moved[name] = torch.rand(follows.masking.masks[name].shape) < density
+        for own, trainer in ((follows, a), (reloads, b)):
+            trainer.step(own.images, own.labels, torch.arange(k, k + 50), track=MORE)
+            trainer.sync()
+            own.masking.masks = {name: mask.clone() for name, mask in moved.items()}
+            own.masking.apply()
+        a.follow(), b.reload()
+        rooms.add(a._sparse["0.weight"].room)
+        kinds.add("2.weight" in a._sparse)
+    for own, trainer in ((follows, a), (reloads, b)):
+        trainer.step(own.images, own.labels, torch.arange(50))
+        trainer.sync()
+    assert all(torch.equal(x, y) for x, y in zip(follows.bits(), reloads.bits(), strict=True))
+    assert len(rooms) > 1 and len(kinds) == 2
 
 
 @pytest.mark.parametrize("density", [0.1, 0.9])

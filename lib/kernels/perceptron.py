@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lib.baselines import deepr_rates, randn, signs_of, some_of
 from lib.masking import Masking
 
 from .library import check, require
-from .select import count, list_nonzeros
+from .select import Nonzeros, count, counts, put_nonzeros, take_nonzeros
 
 # Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
 # density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
@@ -70,37 +70,45 @@ class _Layer(ctypes.Structure):
 
 
 class _Sparse:
-    """The non-zeros of one layer by row and by column; `mask` is bool [out, in] with `nonzeros`.
-    There is memory for `room` of them, or for those of the mask.
-    """
+    """The non-zeros of one layer [rows, inputs] by row and by column, at most `room` of them."""
 
-    def __init__(self, mask: Tensor, nonzeros: int, room: int = 0) -> None:
-        if nonzeros > MAX_NONZEROS:
-            raise ValueError(f"a layer has at most {MAX_NONZEROS} non-zeros, got {nonzeros}")
-        rows, self.inputs = mask.shape
-        room = max(room, nonzeros)
-        self.index = torch.empty(nonzeros, dtype=torch.int64)  # places in the flat weight
+    layer: _Layer
+    weight: Tensor
+    momentum: Tensor
+
+    def __init__(self, rows: int, inputs: int, room: int) -> None:
+        if room > MAX_NONZEROS:
+            raise ValueError(f"a layer has at most {MAX_NONZEROS} non-zeros, got {room}")
+        self.inputs, self.room, self.count = inputs, room, 0
+        self.index = torch.empty(room, dtype=torch.int64)  # places in the flat weight
         self.row_start = torch.empty(rows + 1, dtype=torch.int32)
         self.column = torch.empty(room, dtype=torch.int32)
-        self.column_start = torch.empty(self.inputs + 1, dtype=torch.int32)
+        self.column_start = torch.empty(inputs + 1, dtype=torch.int32)
         self.row = torch.empty(room, dtype=torch.int32)
         self.place = torch.empty(room, dtype=torch.int32)
-        list_nonzeros(
-            mask,
-            self.index,
-            self.row_start,
-            self.column,
-            self.column_start,
-            self.row,
-            self.place,
-        )
         self.value = torch.empty(room)
         self.value_momentum = torch.empty(room)
+        names = [field[0] for field in Nonzeros._fields_[2:]]
+        self.arrays = Nonzeros(rows, inputs, *(getattr(self, name).data_ptr() for name in names))
+
+    def take(self, mask: Tensor, count: int, weight: Tensor, momentum: Tensor) -> None:
+        """Hold what is true in the mask, bool [rows, inputs] with `count` of them."""
+        self.count, self.weight, self.momentum = count, weight, momentum
+        take_nonzeros(mask, weight, momentum, self.arrays)
+
+    def put(self) -> None:
+        """Write weights and momentum back to where they were taken from."""
+        put_nonzeros(self.arrays, self.count, self.weight, self.momentum)
 
     def moved(self) -> Tensor:
-        """`index` of where the non-zeros have moved."""
+        """Bool [rows * inputs]: where the non-zeros have moved; they will be written there."""
         row = torch.repeat_interleave(self.row_start.diff())  # [nnz], that of each
-        return row * self.inputs + self.column[: len(row)]
+        self.count = len(row)
+        moved = self.index[: self.count]
+        torch.add(row * self.inputs, self.column[: self.count], out=moved)
+        return torch.zeros((len(self.row_start) - 1) * self.inputs, dtype=torch.bool).index_fill_(
+            0, moved, True
+        )
 
 
 def _describe(tensor: Tensor) -> str:
@@ -198,19 +206,38 @@ class PerceptronTrainer:
         self.rewires = rewires
         self._layers = (_Layer * len(layers))()
         self._sparse: dict[str, _Sparse] = {}
-        self._held: list[Any] = []
+        self._multipliers: dict[str, Tensor] = {}
         self._masks: list[tuple[str, Tensor, int]] = []  # with the versions that were taken
         self._data: tuple[Tensor, Tensor] | None = None  # checked last
         self._gradients = self._ahead = False
         self._steps = 0  # not yet counted by batch norm
         self.reload()
 
+    def follow(self) -> None:
+        """Take the masks after `sync()` and an update of the Masking, and what these moved."""
+        for k, (path, _, _) in enumerate(self._masks):
+            mask, sparse = self._masking.masks[path], self._sparse.get(path)
+            if self._ahead or not counts(mask):
+                return self.reload()
+            nonzeros = count(mask)
+            if (sparse is None) != self._dense(nonzeros, mask):
+                return self.reload()
+            if sparse is None:
+                self._multipliers[path].copy_(mask)
+            elif nonzeros > sparse.room:
+                return self.reload()
+            else:
+                sparse.take(mask, nonzeros, sparse.weight, sparse.momentum)
+                sparse.layer.nonzeros = nonzeros
+            self._masks[k] = path, mask, mask._version
+
     def reload(self) -> None:
         """Take masks, weights and momentum as they are in the model, the Masking, the optimizer.
 
         Weights outside the masks become zero.
         """
-        self._held, self._sparse, self._masks = [], {}, []
+        known, self._sparse = self._sparse, {}
+        self._multipliers, self._masks = {}, []
         self._gradients = self._ahead = False
         self._masking.apply()
         active = sum(self._masking.active().values()) if self.rewires else 0
@@ -235,11 +262,17 @@ class PerceptronTrainer:
             self._masks.append((path, mask, mask._version))
             mask = mask.contiguous()
             nonzeros = count(mask)
-            if not self.rewires and nonzeros >= self._sparse_below * mask.numel():
-                layer.multiplier = self._hold(mask.to(torch.float32))
+            if self._dense(nonzeros, mask):
+                multiplier = self._multipliers[path] = mask.to(torch.float32)
+                layer.multiplier = multiplier.data_ptr()
                 continue
-            sparse = self._sparse[path] = _Sparse(mask, nonzeros, min(active, mask.numel()))
-            layer.nonzeros = nonzeros
+            layer.nonzeros, needed = nonzeros, max(nonzeros, min(active, mask.numel()))
+            sparse = known.get(path)
+            if sparse is None or sparse.room < needed:  # and some room to grow in
+                rows, inputs = mask.shape
+                sparse = _Sparse(rows, inputs, min(needed + needed // 8, mask.numel()))
+            self._sparse[path], sparse.layer = sparse, layer
+            sparse.take(mask, nonzeros, module.weight, self._momentum(module.weight))
             for field in (
                 "row_start",
                 "column",
@@ -250,9 +283,6 @@ class PerceptronTrainer:
                 "place",
             ):
                 setattr(layer, field, getattr(sparse, field).data_ptr())
-            weight, momentum = module.weight.detach(), self._momentum(module.weight)
-            for values, held in ((weight, sparse.value), (momentum, sparse.value_momentum)):
-                torch.index_select(values.view(-1), 0, sparse.index, out=held[:nonzeros])
 
     def sync(self) -> None:
         """Write weights and momentum of the sparse layers to the model and the optimizer, and the
@@ -266,22 +296,17 @@ class PerceptronTrainer:
                 assert norm.num_batches_tracked is not None
                 norm.num_batches_tracked += self._steps
         self._steps = 0
-        modules, masks = {n: linear for n, linear, _ in self._named}, self._masking.masks
+        masks = self._masking.masks
         for k, (path, taken, version) in enumerate(self._masks):
             if path not in self._sparse:
                 continue
-            sparse, parameter = self._sparse[path], modules[path.removesuffix(".weight")].weight
-            weight, momentum = parameter.detach().view(-1), self._momentum(parameter).view(-1)
-            index = sparse.index
+            sparse, moved = self._sparse[path], None
             if self.rewires:
-                index = sparse.moved()
-                weight.zero_()
-                momentum.zero_()  # of dormant connections it is never read
-            weight.scatter_(0, index, sparse.value[: len(index)])
-            momentum.scatter_(0, index, sparse.value_momentum[: len(index)])
-            if self.rewires and masks[path] is taken and taken._version == version:
-                moved = torch.zeros(taken.shape, dtype=torch.bool)
-                moved.view(-1)[index] = True
+                moved = sparse.moved().view(taken.shape)
+                sparse.weight.detach().zero_()
+                sparse.momentum.zero_()  # of dormant connections it is never read
+            sparse.put()
+            if moved is not None and masks[path] is taken and taken._version == version:
                 masks[path] = moved
                 self._masks[k] = path, moved, moved._version
 
@@ -455,6 +480,6 @@ class PerceptronTrainer:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return state["momentum_buffer"]
 
-    def _hold(self, tensor: Tensor) -> int:
-        self._held.append(tensor)
-        return tensor.data_ptr()
+    def _dense(self, nonzeros: int, mask: Tensor) -> bool:
+        """Whether a layer is computed over all its weights, in spite of its mask."""
+        return not self.rewires and nonzeros >= self._sparse_below * mask.numel()

@@ -1,6 +1,6 @@
-// What an update of the masks does to each layer: choose weights, sum momentum, clear the pruned
-// ones, list the non-zeros.  Each is a pass or two over the layer, O(n).  Masks are bytes, 0 or 1.
-// Free of torch.
+// What an update of the masks does to each layer: survey it, move its mask to or from the weights of
+// the largest scores, clear those that were pruned, list the non-zeros.  Each is a pass or two over
+// the layer, O(n).  Masks are bytes, 0 or 1.  Free of torch.
 #pragma once
 
 #include <algorithm>
@@ -18,16 +18,34 @@
 
 namespace sparse {
 
-// A choice goes by the floats themselves, or by minus their magnitudes: the bits `sign` are set.
+constexpr uint32_t kSign = 0x80000000u;
+
+static inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// A choice goes by the floats themselves, by their magnitudes, or by minus these: of a float's bits
+// those of `keep` remain and those of `set` are set.
 struct Score {
-  uint32_t sign;
-  float of(float value) const {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    bits |= sign;
-    std::memcpy(&value, &bits, sizeof(bits));
-    return value;
-  }
+  uint32_t keep, set;
+  static Score value() { return {~0u, 0u}; }
+  static Score smallness() { return {~0u, kSign}; }
+  static Score magnitude() { return {~kSign, 0u}; }
+  float of(float value) const { return float_of((bits_of(value) & keep) | set); }
+};
+
+// Who may be chosen: the places whose byte of the mask is set, or those where it isn't.
+struct Candidates {
+  const uint8_t* mask;
+  bool active;
 };
 
 namespace detail {
@@ -59,11 +77,6 @@ static inline uint32_t above(const float* values, uint32_t at, float pivot) {
   return _mm512_mask_cmp_ps_mask(__mmask16(at), v, _mm512_set1_ps(pivot), _CMP_GT_OQ);
 }
 
-static inline void take_scores(const Score& score, const float* values, uint32_t at, float* to) {
-  const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
-  _mm512_storeu_si512(to, _mm512_or_si512(v, _mm512_set1_epi32(int32_t(score.sign))));
-}
-
 static inline void clear(float* values, uint32_t at) {
   _mm512_mask_storeu_ps(values, __mmask16(at), _mm512_setzero_ps());
 }
@@ -76,15 +89,31 @@ static inline void add_magnitudes(const float* values, uint32_t at, double* sums
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(high)));
 }
 
+// By the bits: what is no number is larger than what is infinite, and that than all else.
+static inline void raise_to_magnitudes(const float* values, uint32_t at, uint32_t* largest) {
+  const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
+  const __m512i magnitudes = _mm512_and_si512(v, _mm512_set1_epi32(int32_t(~kSign)));
+  _mm512_storeu_si512(largest, _mm512_max_epu32(_mm512_loadu_si512(largest), magnitudes));
+}
+
 static inline void pack(const float* values, uint32_t at, float* to) {
   const __m512 v = _mm512_maskz_loadu_ps(__mmask16(at), values);
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(__mmask16(at), v));
 }
 
-static inline void pack_places(int32_t first, uint32_t at, int32_t* to) {
+// Packs the scores that are at least `lowest`, and their places; how many there are.
+static inline int64_t take(const Score& score, const float* values, uint32_t at, float lowest,
+                           int64_t first, float* scores, int32_t* places) {
+  const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
+  const __m512i kept = _mm512_and_si512(v, _mm512_set1_epi32(int32_t(score.keep)));
+  const __m512i bits = _mm512_or_si512(kept, _mm512_set1_epi32(int32_t(score.set)));
+  const __mmask16 taken = _mm512_mask_cmp_ps_mask(__mmask16(at), _mm512_castsi512_ps(bits),
+                                                  _mm512_set1_ps(lowest), _CMP_GE_OQ);
   const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(first), order);
-  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(at), places));
+  const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int32_t(first)), order);
+  _mm512_storeu_si512(scores, _mm512_maskz_compress_epi32(taken, bits));
+  _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(taken, place));
+  return __builtin_popcount(taken);
 }
 
 #else
@@ -109,10 +138,6 @@ static inline uint32_t above(const float* values, uint32_t at, float pivot) {
   return where(at, [&](int i) { return values[i] > pivot; });
 }
 
-static inline void take_scores(const Score& score, const float* values, uint32_t at, float* to) {
-  for (int i = 0; i < kPlaces; ++i) to[i] = at >> i & 1 ? score.of(values[i]) : 0.0f;
-}
-
 static inline void clear(float* values, uint32_t at) {
   for (; at; at &= at - 1) values[__builtin_ctz(at)] = 0.0f;
 }
@@ -121,15 +146,36 @@ static inline void add_magnitudes(const float* values, uint32_t at, double* sums
   for (; at; at &= at - 1) sums[__builtin_ctz(at)] += std::fabs(values[__builtin_ctz(at)]);
 }
 
+static inline void raise_to_magnitudes(const float* values, uint32_t at, uint32_t* largest) {
+  for (; at; at &= at - 1) {
+    const int i = __builtin_ctz(at);
+    largest[i] = std::max(largest[i], bits_of(values[i]) & ~kSign);
+  }
+}
+
 static inline void pack(const float* values, uint32_t at, float* to) {
   for (; at; at &= at - 1) *to++ = values[__builtin_ctz(at)];
 }
 
-static inline void pack_places(int32_t first, uint32_t at, int32_t* to) {
-  for (; at; at &= at - 1) *to++ = first + __builtin_ctz(at);
+static inline int64_t take(const Score& score, const float* values, uint32_t at, float lowest,
+                           int64_t first, float* scores, int32_t* places) {
+  int64_t found = 0;
+  for (; at; at &= at - 1) {
+    const int i = __builtin_ctz(at);
+    if (const float s = score.of(values[i]); s >= lowest) {
+      scores[found] = s;
+      places[found++] = int32_t(first + i);
+    }
+  }
+  return found;
 }
 
 #endif
+
+static inline uint32_t those_of(const Candidates& candidates, int64_t i, uint32_t at) {
+  const uint32_t active = set_bytes(candidates.mask + i, at);
+  return candidates.active ? active : at & ~active;
+}
 
 // f(i) for each i < n whose byte is set, in order.
 template <class F>
@@ -177,7 +223,8 @@ static float kth_largest(float* values, float* room, int64_t n, int64_t k) {
 
 // A score that about k of the candidates reach, and rarely fewer: read off every so-many-th place.
 static float score_that_suffices(const Score& score, const float* values,
-                                 const uint8_t* candidates, int64_t n, int64_t count, int64_t k) {
+                                 const Candidates& candidates, int64_t n, int64_t count,
+                                 int64_t k) {
   constexpr int64_t kSample = 2048;
   const float everything = -std::numeric_limits<float>::infinity();
   if (n < 4 * kSample) return everything;
@@ -186,7 +233,8 @@ static float score_that_suffices(const Score& score, const float* values,
   const int64_t step = (n / kSample) | 1;
   int64_t size = 0;
   for (int64_t i = step / 2; i < n; i += step)
-    if (candidates[i] && !std::isnan(values[i])) sample[size++] = score.of(values[i]);
+    if ((candidates.mask[i] != 0) == candidates.active && !std::isnan(values[i]))
+      sample[size++] = score.of(values[i]);
   const double share = double(k) / double(count);
   const double rank = share * double(size) + 4 * std::sqrt(share * double(size)) + 8;
   return rank < double(size) ? kth_largest(sample, room, size, int64_t(rank)) : everything;
@@ -198,22 +246,18 @@ struct Found {
 };
 
 // The candidates whose score is at least `lowest`, in order.
-static Found gather(const Score& score, const float* values, const uint8_t* candidates, int64_t n,
-                    float lowest) {
+static Found gather(const Score& score, const float* values, const Candidates& candidates,
+                    int64_t n, float lowest) {
   constexpr int64_t kBlock = 4096;
-  float scores[kBlock + kPlaces], sixteen[kPlaces];
+  float scores[kBlock + kPlaces];
   int32_t place[kBlock + kPlaces];
   Found all;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t size = std::min(n - start, kBlock);
     int64_t found = 0;
     for (int64_t i = 0; i < size; i += kPlaces) {
-      const uint32_t candidate = set_bytes(candidates + start + i, places_from(i, size));
-      take_scores(score, values + start + i, candidate, sixteen);
-      const uint32_t bits = at_least(sixteen, candidate, lowest);
-      pack(sixteen, bits, scores + found);
-      pack_places(int32_t(i), bits, place + found);
-      found += __builtin_popcount(bits);
+      const uint32_t at = those_of(candidates, start + i, places_from(i, size));
+      found += take(score, values + start + i, at, lowest, i, scores + found, place + found);
     }
     all.scores.insert(all.scores.end(), scores, scores + found);
     for (int64_t j = 0; j < found; ++j) all.places.push_back(start + place[j]);
@@ -231,13 +275,14 @@ static int64_t count_set(const uint8_t* mask, int64_t n) {
   return count;
 }
 
-// Sets `chosen` [n] for exactly k candidates, those of the largest scores; of equal scores the first
-// places win.  Throws where fewer than k candidates have a score that is a number.
-static void choose_largest(const Score& score, const float* values, const uint8_t* candidates,
-                           int64_t n, int64_t k, uint8_t* chosen) {
-  std::fill(chosen, chosen + n, uint8_t(0));
+// `result` [n] is the mask with exactly k candidates flipped, those of the largest scores; of equal
+// scores the first places win.  Throws where fewer than k candidates have a score that is a number.
+static void flip_largest(const Score& score, const float* values, const Candidates& candidates,
+                         int64_t n, int64_t k, uint8_t* result) {
+  std::copy(candidates.mask, candidates.mask + n, result);
   if (k == 0) return;
-  const int64_t count = count_set(candidates, n);
+  const int64_t active = count_set(candidates.mask, n);
+  const int64_t count = candidates.active ? active : n - active;
   if (k > count)
     throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
                                 std::to_string(count) + " candidates");
@@ -253,14 +298,15 @@ static void choose_largest(const Score& score, const float* values, const uint8_
   std::vector<float> scores(size + detail::kPlaces), room(size + detail::kPlaces);
   std::copy(found.scores.begin(), found.scores.end(), scores.begin());
   const float last = detail::kth_largest(scores.data(), room.data(), size, k);
+  const uint8_t before = candidates.active, after = !candidates.active;
   int64_t reached = 0;
   for (int64_t j = 0; j < size; ++j) {
     const bool is = found.scores[j] >= last;
     reached += is;
-    chosen[found.places[j]] = is;
+    result[found.places[j]] = is ? after : before;
   }
   for (int64_t j = size - 1; reached > k; --j)  // the last ones of the ties
-    if (found.scores[j] == last) chosen[found.places[j]] = 0, --reached;
+    if (found.scores[j] == last) result[found.places[j]] = before, --reached;
 }
 
 // Sum of |value| where the mask is set, in double, always in the same order.
@@ -272,30 +318,67 @@ static double sum_of_magnitudes(const float* values, const uint8_t* mask, int64_
   return total;
 }
 
-// Sets values outside of the mask to zero.
-static void clear_outside(float* values, const uint8_t* mask, int64_t n, int threads) {
+// What an update has to know of a layer. The largest magnitudes, of the weights inside the mask and
+// of all momentum, are NaN or infinite where one of the numbers is.
+struct Survey {
+  int64_t active;
+  double momentum;  // sum of the magnitudes inside the mask
+  float largest_weight, largest_momentum;
+};
+
+// Clears the weights outside of the mask on the way. No momentum (null) counts as zero.
+static Survey survey(float* weight, const float* momentum, const uint8_t* mask, int64_t n) {
+  double sums[detail::kPlaces] = {};
+  uint32_t weights[detail::kPlaces] = {}, momenta[detail::kPlaces] = {};
+  Survey seen = {};
+  for (int64_t i = 0; i < n; i += detail::kPlaces) {
+    const uint32_t at = detail::places_from(i, n), active = detail::set_bytes(mask + i, at);
+    detail::clear(weight + i, at & ~active);
+    detail::raise_to_magnitudes(weight + i, active, weights);
+    seen.active += __builtin_popcount(active);
+    if (momentum == nullptr) continue;
+    detail::add_magnitudes(momentum + i, active, sums);
+    detail::raise_to_magnitudes(momentum + i, at, momenta);
+  }
+  for (const double sum : sums) seen.momentum += sum;
+  seen.largest_weight = float_of(*std::max_element(weights, weights + detail::kPlaces));
+  seen.largest_momentum = float_of(*std::max_element(momenta, momenta + detail::kPlaces));
+  return seen;
+}
+
+// Sets values outside of the mask to zero; those outside of `within` too are left alone, where it
+// isn't null.
+static void clear_outside(float* values, const uint8_t* mask, const uint8_t* within, int64_t n,
+                          int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > 1 << 18)
   for (int64_t i = 0; i < n; i += detail::kPlaces) {
-    const uint32_t at = detail::places_from(i, n);
-    detail::clear(values + i, at & ~detail::set_bytes(mask + i, at));
+    uint32_t at = detail::places_from(i, n);
+    if (within != nullptr) at = detail::set_bytes(within + i, at);
+    const uint32_t outside = at & ~detail::set_bytes(mask + i, at);
+    if (outside) detail::clear(values + i, outside);
   }
 }
 
-// The non-zeros of a matrix, by row and by column; see PerceptronLayer.  `index` [nonzeros] are their
-// places in the matrix.  The mask has as many set bytes as the arrays have room.
-struct MatrixPattern {
+// The non-zeros of a matrix, by row and by column, and what two matrices hold there; see
+// PerceptronLayer.  `index` [nonzeros] are their places in the matrix.
+struct Nonzeros {
   int64_t rows, columns;
   int64_t* index;
   int32_t *row_start, *column, *column_start, *row, *place;
+  float *value, *value_momentum;
 };
 
-static void list_nonzeros(const uint8_t* mask, const MatrixPattern& p) {
+// The mask has as many set bytes as the arrays have room.
+static void take_nonzeros(const uint8_t* mask, const float* weight, const float* momentum,
+                          const Nonzeros& p) {
   std::fill(p.column_start, p.column_start + p.columns + 1, 0);
   int32_t found = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
     p.row_start[r] = found;
     detail::each_set(mask + r * p.columns, p.columns, [&](int64_t c) {
-      p.index[found] = r * p.columns + c;
+      const int64_t at = p.index[found] = r * p.columns + c;
+      p.value[found] = weight[at];
+      p.value_momentum[found] = momentum[at];
       p.column[found++] = int32_t(c);
       ++p.column_start[c + 1];
     });
@@ -309,6 +392,14 @@ static void list_nonzeros(const uint8_t* mask, const MatrixPattern& p) {
       p.row[at] = int32_t(r);
       p.place[at] = k;
     }
+}
+
+// Writes `count` of them back.
+static void put_nonzeros(const Nonzeros& p, int64_t count, float* weight, float* momentum) {
+  for (int64_t k = 0; k < count; ++k) {
+    weight[p.index[k]] = p.value[k];
+    momentum[p.index[k]] = p.value_momentum[k];
+  }
 }
 
 }  // namespace sparse

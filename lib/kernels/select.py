@@ -13,9 +13,29 @@ from torch import Tensor
 
 from .library import available, check, require
 
+SCORES = {"value": 0, "magnitude": 1, "smallness": 2}  # as in sparse.cpp
 
-class _MatrixPattern(ctypes.Structure):
-    """MatrixPattern of select.hpp."""
+
+class Survey(ctypes.Structure):
+    """What an update has to know of a layer: how many weights are `active`, the sum of |momentum|
+    over these, the largest |weight| and |momentum| (NaN or infinite where one of them is).
+    """
+
+    _fields_ = [
+        ("active", ctypes.c_int64),
+        ("momentum", ctypes.c_double),
+        ("largest_weight", ctypes.c_float),
+        ("largest_momentum", ctypes.c_float),
+    ]
+
+
+class Nonzeros(ctypes.Structure):
+    """Addresses of the arrays that describe the non-zeros of a matrix [rows, columns].
+
+    By row: `index` int64, their places in the flat matrix, and int32 `column`, those of row r from
+    row_start[r] to row_start[r + 1]. By column likewise `row`, and `place`, where each stands in
+    the order by row. In that order what is held there: float32 `value` and `value_momentum`.
+    """
 
     _fields_ = [
         ("rows", ctypes.c_int64),
@@ -26,6 +46,8 @@ class _MatrixPattern(ctypes.Structure):
         ("column_start", ctypes.c_void_p),
         ("row", ctypes.c_void_p),
         ("place", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("value_momentum", ctypes.c_void_p),
     ]
 
 
@@ -47,24 +69,36 @@ def count(mask: Tensor) -> int:
     return number
 
 
-def choose_largest(values: Tensor, candidates: Tensor, k: int, score: str) -> Tensor:
-    """Bool, as `candidates`: exactly k of them, of the largest scores; first places win ties.
+def flip_largest(values: Tensor, mask: Tensor, k: int, active: bool, score: str) -> Tensor:
+    """`mask` with exactly k of its places that are `active` flipped, those of the largest scores;
+    first places win ties.
 
-    `score`: the "value", or its "smallness" -|v|. Raises ValueError for fewer than k candidates
-    whose score is a number.
+    `score`: the "value", its "magnitude" |v| or its "smallness" -|v|. Raises ValueError for fewer
+    than k candidates whose score is a number.
     """
     library = require()
-    chosen = torch.empty_like(candidates)
-    if library.mask_choose_largest(
-        score == "smallness",
+    result = torch.empty_like(mask)
+    if library.mask_flip_largest(
+        SCORES[score],
         values.data_ptr(),
-        candidates.data_ptr(),
+        mask.data_ptr(),
+        active,
         values.numel(),
         k,
-        chosen.data_ptr(),
+        result.data_ptr(),
     ):
         raise ValueError(library.sparse_error().decode())
-    return chosen
+    return result
+
+
+def survey(weight: Tensor, momentum: Tensor | None, mask: Tensor) -> Survey:
+    """Look at a layer once, and clear its weights outside of `mask` on the way."""
+    seen = Survey()
+    address = None if momentum is None else momentum.data_ptr()
+    require().mask_survey(
+        weight.data_ptr(), address, mask.data_ptr(), mask.numel(), ctypes.byref(seen)
+    )
+    return seen
 
 
 def sum_of_magnitudes(values: Tensor, mask: Tensor) -> float:
@@ -75,28 +109,28 @@ def sum_of_magnitudes(values: Tensor, mask: Tensor) -> float:
     return total
 
 
-def clear_outside(values: Tensor, mask: Tensor) -> None:
-    """Set `values` to zero in place where mask is false."""
+def clear_outside(values: Tensor, mask: Tensor, within: Tensor | None = None) -> None:
+    """Set `values` to zero in place where `mask` is false, and `within`, if given, is true."""
     require().mask_clear_outside(
-        values.data_ptr(), mask.data_ptr(), values.numel(), torch.get_num_threads()
+        values.data_ptr(),
+        mask.data_ptr(),
+        None if within is None else within.data_ptr(),
+        values.numel(),
+        torch.get_num_threads(),
     )
 
 
-def list_nonzeros(
-    mask: Tensor,
-    index: Tensor,
-    row_start: Tensor,
-    column: Tensor,
-    column_start: Tensor,
-    row: Tensor,
-    place: Tensor,
-) -> None:
-    """Fill the arrays of a matrix's non-zeros, those where `mask` [rows, columns] is true.
-
-    By row: `index` int64 [nonzeros], places in the flat matrix, and int32 `column` [nonzeros],
-    those of row r from row_start[r] to row_start[r + 1]. By column likewise `row`, and `place`,
-    where each stands in the order by row.
+def take_nonzeros(mask: Tensor, weight: Tensor, momentum: Tensor, arrays: Nonzeros) -> None:
+    """Fill the arrays with the non-zeros of `weight`, those where `mask` is true; there must be
+    room for them.
     """
-    arrays = (index, row_start, column, column_start, row, place)
-    pattern = _MatrixPattern(*mask.shape, *(array.data_ptr() for array in arrays))
-    check(require().mask_list_nonzeros(mask.data_ptr(), ctypes.byref(pattern)))
+    check(
+        require().mask_take_nonzeros(
+            mask.data_ptr(), weight.data_ptr(), momentum.data_ptr(), ctypes.byref(arrays)
+        )
+    )
+
+
+def put_nonzeros(arrays: Nonzeros, count: int, weight: Tensor, momentum: Tensor) -> None:
+    """Write the first `count` values back to where `index` says."""
+    require().mask_put_nonzeros(ctypes.byref(arrays), count, weight.data_ptr(), momentum.data_ptr())

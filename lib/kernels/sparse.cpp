@@ -142,22 +142,37 @@ int perceptron_wrong(const sparse::PerceptronLayer* layers, int64_t depth, const
 // See select.hpp; masks are bytes.
 int64_t mask_count(const uint8_t* mask, int64_t n) { return sparse::count_set(mask, n); }
 
-int mask_choose_largest(int by_smallness, const float* values, const uint8_t* candidates, int64_t n,
-                        int64_t k, uint8_t* chosen) {
-  const sparse::Score score{by_smallness ? 0x80000000u : 0u};
-  return guarded([&] { sparse::choose_largest(score, values, candidates, n, k, chosen); });
+// score: 0 the value, 1 its magnitude, 2 its smallness.
+int mask_flip_largest(int score, const float* values, const uint8_t* mask, int active, int64_t n,
+                      int64_t k, uint8_t* result) {
+  const sparse::Score by = score == 0   ? sparse::Score::value()
+                           : score == 1 ? sparse::Score::magnitude()
+                                        : sparse::Score::smallness();
+  return guarded([&] { sparse::flip_largest(by, values, {mask, active != 0}, n, k, result); });
+}
+
+void mask_survey(float* weight, const float* momentum, const uint8_t* mask, int64_t n,
+                 sparse::Survey* seen) {
+  *seen = sparse::survey(weight, momentum, mask, n);
 }
 
 double mask_sum_of_magnitudes(const float* values, const uint8_t* mask, int64_t n) {
   return sparse::sum_of_magnitudes(values, mask, n);
 }
 
-void mask_clear_outside(float* values, const uint8_t* mask, int64_t n, int threads) {
-  sparse::clear_outside(values, mask, n, threads);
+void mask_clear_outside(float* values, const uint8_t* mask, const uint8_t* within, int64_t n,
+                        int threads) {
+  sparse::clear_outside(values, mask, within, n, threads);
 }
 
-int mask_list_nonzeros(const uint8_t* mask, const sparse::MatrixPattern* pattern) {
-  return guarded([&] { sparse::list_nonzeros(mask, *pattern); });
+int mask_take_nonzeros(const uint8_t* mask, const float* weight, const float* momentum,
+                       const sparse::Nonzeros* nonzeros) {
+  return guarded([&] { sparse::take_nonzeros(mask, weight, momentum, *nonzeros); });
+}
+
+void mask_put_nonzeros(const sparse::Nonzeros* nonzeros, int64_t count, float* weight,
+                       float* momentum) {
+  sparse::put_nonzeros(*nonzeros, count, weight, momentum);
 }
 
 int deepr_move(const sparse::PerceptronLayer* layer, const int8_t* sign, const float* noise,
