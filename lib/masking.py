@@ -726,20 +726,27 @@ class Masking:
                 left.append(name)
         self._multiply(left)
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring what `apply` multiplies by up to date with masks that moved: before a CUDA graph
+        that contains `apply` is replayed.
+        """
+        for name in self._multipliers:
+            self._multiplier(name)
+
+    def _multiplier(self, name: str) -> Tensor:
+        mask, cached = self._masks[name], self._multipliers.get(name)
+        if cached is None or cached[0] is not mask or cached[1] != mask._version:
+            # In place, so that a captured CUDA graph goes on reading the same memory.
+            multiplier = torch.empty_like(self.parameters[name]) if cached is None else cached[2]
+            multiplier.copy_(mask)
+            self._multipliers[name] = cached = (mask, mask._version, multiplier)
+        return cached[2]
+
     def _multiply(self, names: Sequence[str]) -> None:
-        weights: list[Tensor] = []
-        multipliers: list[Tensor] = []
-        for name in names:
-            parameter, mask = self.parameters[name], self._masks[name]
-            cached = self._multipliers.get(name)
-            if cached is None or cached[0] is not mask or cached[1] != mask._version:
-                # In place, so that a captured CUDA graph goes on reading the same memory.
-                multiplier = torch.empty_like(parameter) if cached is None else cached[2]
-                multiplier.copy_(mask)
-                self._multipliers[name] = cached = (mask, mask._version, multiplier)
-            weights.append(parameter)
-            multipliers.append(cached[2])
-        if weights:
+        if names:
+            weights: list[Tensor] = [self.parameters[name] for name in names]
+            multipliers = [self._multiplier(name) for name in names]
             torch._foreach_mul_(weights, multipliers)
 
     def _survey(self) -> list[Layer]:

@@ -25,6 +25,7 @@ from lib import data as datasets
 from lib.baselines import snip_masks
 from lib.config import UNMASKED, Run, stream_seed, unknown
 from lib.features import observe_features
+from lib.graphs import CudaRecorder, GraphedStep
 from lib.kernels import (
     MAX_SAMPLES,
     SPARSE_BELOW,
@@ -47,6 +48,8 @@ EVALUATION_BATCH = 1000
 # unless training is so short that finding out would cost more than it gains.
 SPARSE_NETWORK_UP_TO = 0.5
 WORTH_CALIBRATING_STEPS = 1_000
+# What a recorded step keeps of the optimizer's settings.
+_FIXED = ("lr", "momentum", "weight_decay", "nesterov")
 
 
 class Interrupted(Exception):
@@ -220,6 +223,13 @@ class TrainingLoop:
         if run.method == "snip":
             self.masking.masks = self._snip()
             self.masking.apply()
+        self.graphed: GraphedStep | None = None
+        if self.device.type == "cuda":
+            # Whole epochs of one shape: worth trying out which algorithm is fastest.
+            torch.backends.cudnn.benchmark = True
+            if run.method not in EVERY_STEP:  # these look at the masks on the host
+                recorder = CudaRecorder(self.device, [self.augment_stream])
+                self.graphed = GraphedStep(self._compute, self.parameters, run.batch_size, recorder)
         self.perceptron: PerceptronTrainer | None = None
         self.sparse: SparseNetwork | None = None
         self.sparse_sgd: SparseSGD | None = None
@@ -378,6 +388,8 @@ class TrainingLoop:
             self.perceptron.reload()
         if self.sparse_sgd is not None:
             self.sparse_sgd.pending = dict(saved.get("pending", {}))
+        if self.graphed is not None:
+            self.graphed.forget()
 
     def outcome(self, status: str = "ok") -> Outcome:
         """The finished run's numbers; reads the test set, once."""
@@ -441,6 +453,20 @@ class TrainingLoop:
         return cost.sparse_is_faster(share)
 
     def _torch_step(self, index: Tensor) -> Tensor:
+        if self.graphed is not None:
+            self.masking.refresh()
+            loss = self.graphed(index, tuple(self.optimizer.param_groups[0][n] for n in _FIXED))
+            self.masking.advance()
+            return loss
+        loss = self._compute(index)
+        if self.sparse_sgd is not None or self.run.method not in EVERY_STEP:
+            self.masking.advance()
+        else:
+            self.masking.step()
+        return loss
+
+    def _compute(self, index: Tensor) -> Tensor:
+        """The arithmetic of a step, up to inactive weights set back to zero: its mean loss."""
         images, labels = self._batch(index)
         network = self.model
         if self.sparse is not None:
@@ -457,7 +483,7 @@ class TrainingLoop:
             self.sparse_sgd.step()
         else:
             self.optimizer.step()
-            self.masking.step()
+            self.masking.apply()
         return loss.detach()
 
     def _perceptron_step(self, index: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class SparseSGD:
 
     @torch.no_grad()
     def step(self) -> None:
-        """What `optimizer.step()` and `masking.step()` do, from the gradients of the last pass."""
+        """What `optimizer.step()` and `masking.apply()` do, from the gradients of the last pass."""
         masks, parameters = self._masking.masks, self._masking.parameters
         dense = [name for name in masks if parameters[name].grad is not None]
         for name in dense:
@@ -82,7 +82,6 @@ class SparseSGD:
             )
             self.pending[name] = self.pending.get(name, 0) + 1
         self._network.values.clear()
-        self._masking.advance()
 
     def sync(self) -> None:
         """Let the momentum of all inactive weights catch up; the masks must still be the same."""
