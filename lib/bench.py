@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lib import data as datasets
 from lib import paths, runner
+from lib.bench_gpu import GPU_NETWORKS, gpu
 from lib.bench_sparse import (
     NETWORKS,
     WINDOW_RUNS,
@@ -36,11 +36,12 @@ from lib.bench_sparse import (
     window,
 )
 from lib.config import Run, unknown
+from lib.conventional import Conventional
 from lib.kernel_rows import COLUMNS
 from lib.kernels import keep_freed_memory
 from lib.masking import Masking
 from lib.models import build_model, forward_flops
-from lib.timing import Row, forward_backward, in_turn, row
+from lib.timing import Row, forward_backward, in_turn, row, timed_steps
 from lib.train import TrainingLoop
 
 REPEATS = 5
@@ -90,51 +91,8 @@ def bench(
 
 
 # --------------------------------------------------------------------------------------------------
-# The conventional script
+# Against the conventional script
 # --------------------------------------------------------------------------------------------------
-
-
-class Conventional:
-    """How such training is usually written: a DataLoader with workers that transforms image by
-    image, torch.optim.SGD as it comes, and each weight multiplied by its mask after each step.
-    """
-
-    def __init__(self, model: str, density: float, batch_size: int = 100) -> None:
-        from torchvision import datasets as vision
-        from torchvision import transforms
-
-        normalise = transforms.Normalize((0.1307,), (0.3081,))
-        transform = transforms.Compose([transforms.ToTensor(), normalise])
-        full = vision.MNIST(str(paths.data_root()), train=True, transform=transform)
-        part = torch.utils.data.Subset(full, range(54_000))
-        self.loader = torch.utils.data.DataLoader(
-            part, batch_size=batch_size, shuffle=True, num_workers=os.cpu_count() or 1
-        )
-        self.model = build_model(model)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
-        self.masks = {
-            p: (torch.rand_like(p) < density).float()
-            for p in self.model.parameters()
-            if p.dim() > 1
-        }
-
-    def steps(self, count: int) -> float:
-        """Seconds of `count` mini-batches, the start of the workers left out."""
-        batches = iter(self.loader)
-        next(batches)
-        start = time.perf_counter()
-        for _ in range(count):
-            images, labels = next(batches)
-            self.optimizer.zero_grad()
-            F.nll_loss(F.log_softmax(self.model(images), dim=1), labels).backward()
-            self.optimizer.step()
-            for parameter, mask in self.masks.items():
-                parameter.data = parameter.data * mask
-        seconds = time.perf_counter() - start
-        del batches
-        return seconds
 
 
 def lenets(repeats: int) -> Iterator[Row]:
@@ -155,7 +113,7 @@ def lenets(repeats: int) -> Iterator[Row]:
             for _ in range(repeats):
                 torch.set_num_threads(cores)
                 times["conventional"].append(conventional.steps(count) / count)
-                times["threads"].append(_timed_steps(loop, order, len(order)))
+                times["threads"].append(timed_steps(loop, order, len(order)))
                 start = time.time() + 0.2  # together, so that they compete for the machine
                 jobs = [(model, start, len(order))] * cores
                 side_by_side = list(pool.map(_steps_in_worker, jobs))
@@ -178,7 +136,7 @@ def _loop_of_worker(model: str) -> tuple[TrainingLoop, Any]:
     keep_freed_memory()  # as every worker of the runner does
     loop = TrainingLoop(Run(model=model))
     order = loop._order().split(loop.run.batch_size)
-    _timed_steps(loop, order, 20)
+    timed_steps(loop, order, 20)
     return loop, order
 
 
@@ -186,15 +144,7 @@ def _steps_in_worker(job: tuple[str, float, int]) -> float:
     model, start, count = job
     loop, order = _loop_of_worker(model)
     time.sleep(max(0.2, start - time.time()))  # long enough that every worker takes one job
-    return _timed_steps(loop, order, count)
-
-
-def _timed_steps(loop: TrainingLoop, order: Any, count: int) -> float:
-    """Seconds per mini-batch of the real training loop."""
-    start = time.perf_counter()
-    for index in order[:count]:
-        loop.step(index)
-    return (time.perf_counter() - start) / count
+    return timed_steps(loop, order, count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,7 +169,7 @@ def peak_share(repeats: int) -> Iterator[Row]:
         for _ in range(5):
             a @ a
         peaks.append(5 * 2 * 1024**3 / (time.perf_counter() - start))
-        shares.append(per_step / peaks[-1] / _timed_steps(loop, order, 100))
+        shares.append(per_step / peaks[-1] / timed_steps(loop, order, 100))
     yield row("float32 matrix peak, one thread", "1024 x 1024", [p / 1e9 for p in peaks], "GFLOP/s")
     yield row("products at peak over whole step", "lenet300-100", shares, "")
 
@@ -273,10 +223,10 @@ def mask_update(repeats: int) -> Iterator[Row]:
     ):
         loop = TrainingLoop(run)
         order = loop._order().split(run.batch_size)
-        _timed_steps(loop, order, 2)
+        timed_steps(loop, order, 2)
         shares = []
         for _ in range(repeats):
-            epoch = loop.steps_per_epoch * _timed_steps(loop, order, count)
+            epoch = loop.steps_per_epoch * timed_steps(loop, order, count)
             start = time.perf_counter()
             loop._update_masks()
             shares.append(100 * (time.perf_counter() - start) / epoch)
@@ -320,6 +270,7 @@ TOPICS: dict[str, tuple[str, Topic]] = {
     for file, functions in {
         "speed": (lenets, peak_share, layouts, augmentation, mask_update, selection, figures),
         "kernels": (sparse_layers, sparse_steps, one_thread, breakdown, window),
+        "gpu": (gpu,),
     }.items()
     for function in functions
 }
@@ -328,6 +279,7 @@ BY_NETWORK: dict[str, tuple[str, ...]] = {
     "one_thread": tuple(NETWORKS),
     "breakdown": tuple(NETWORKS),
     "window": tuple(WINDOW_RUNS),
+    "gpu": GPU_NETWORKS,
 }
 ON_REQUEST = ("window",)  # counts, the same each time, by a training of its own
 

@@ -32,6 +32,10 @@ import pandas as pd
 from lib import cost, experiments, paths, results
 from lib.config import Run
 
+# On a GPU, runs of networks that do not fill it are trained so many side by side.
+GPU_JOBS = 4
+FILLS_A_GPU = 2e10
+
 # Fields of a run without a column of their own go into the column `overrides`.
 _COLUMN_OF_FIELD = {item.name for item in fields(Run)} & set(results.COLUMNS)
 
@@ -192,12 +196,18 @@ def default_jobs(runs: Sequence[Run], device: str) -> tuple[int, int]:
     """(runs side by side, threads of each): on a CPU one single-threaded run per core.
 
     Runs are independent, so this wastes nothing on synchronising threads: `make bench` measures
-    it against one run with all threads. One run on a GPU at a time, the data being resident there.
+    it against one run with all threads. On a GPU one at a time, or GPU_JOBS where none of them
+    fills it: the forward pass of a mini-batch is under FILLS_A_GPU floating-point operations.
+    `make bench` measures that too, where there is a GPU; none has been at hand so far.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if device != "cpu":
-        return 1, 1
     jobs = max(1, min(cores or 1, len(runs)))
+    if device != "cpu":
+        from lib.models import forward_flops
+
+        work = {(run.model, run.batch_size) for run in runs}
+        small = all(sum(forward_flops(m).values()) * b < FILLS_A_GPU for m, b in work)
+        jobs = min(jobs, GPU_JOBS) if small else 1
     return jobs, 1
 
 
@@ -582,7 +592,7 @@ def status_table(profile: str, results_root: str | Path | None = None, device: s
 
     The last line counts a run that several experiments need once.
     """
-    cores = default_jobs([Run()] * 1000, device)[0]
+    cores = default_jobs([Run()] * 1000, device)[0] if device == "cpu" else 1
     width = 20
 
     def line(name: str, finished: int, diverged: int, left: dict[str, float]) -> str:
@@ -606,5 +616,6 @@ def status_table(profile: str, results_root: str | Path | None = None, device: s
         bad |= diverged
     missing = {run_id: seconds for run_id, seconds in each.items() if run_id not in done}
     lines.append(line("all, each run once", len(done), len(bad), missing))
-    lines.append(f"profile {profile}, on {cores} x {device_name(device)}, one run per core")
+    how = "one run per core" if device == "cpu" else "one run at a time"
+    lines.append(f"profile {profile}, on {cores} x {device_name(device)}, {how}")
     return "\n".join(lines)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    from lib.train import TrainingLoop
 
 Row = dict[str, Any]
 
@@ -44,6 +47,22 @@ def in_turn(
             function()
             times[name].append(clock() - start)
     return times
+
+
+def timed_steps(loop: TrainingLoop, order: Sequence[torch.Tensor], count: int) -> float:
+    """Seconds per mini-batch of the real training loop; `order` begins anew when it ends."""
+    synchronize(loop.device)
+    start = time.perf_counter()
+    for k in range(count):
+        loop.step(order[k % len(order)])
+    synchronize(loop.device)
+    return (time.perf_counter() - start) / count
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def row(what: str, setting: str, values: Sequence[float], unit: str) -> Row:

@@ -106,8 +106,9 @@ def same(a: TrainingLoop, b: TrainingLoop) -> bool:
     )
 
 
-@pytest.mark.parametrize("method", ["sparse_momentum", "rigl", "set", "dense"])
-@pytest.mark.parametrize("every", [0, 7])
+@pytest.mark.parametrize(
+    ("method", "every"), [("sparse_momentum", 0), ("rigl", 7), ("set", 0), ("dense", 0)]
+)
 def test_replayed_training_is_training(
     method: str, every: int, mnist: datasets.Dataset, masks_as_floats: None
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from lib import experiments, paths, results, runner
 from lib.__main__ import main
+from lib.config import Run
 
 REPO = Path(__file__).parent.parent
 TINY = ["--set", "epochs=1", "--set", "train_samples=1000"]
@@ -302,3 +303,19 @@ def test_results_and_figures_need_no_torch():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------ runs side by side
+
+
+def test_runs_side_by_side(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    small, large = Run(), Run(dataset="cifar10", model="vgg16-d", batch_size=128)
+    for runs, device, jobs in (
+        ([small] * 40, "cpu", 16),
+        ([small] * 3, "cpu", 3),
+        ([small] * 40, "cuda", runner.GPU_JOBS),
+        ([small] * 3, "cuda", 3),
+        ([small, large], "cuda", 1),
+    ):
+        assert runner.default_jobs(runs, device) == (jobs, 1)
