@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -122,7 +123,7 @@ def _run(command: list[str]) -> None:
 
 def build(link_openmp: bool = False) -> Path:
     """Path of the compiled library, built unless the cache holds it for these sources,
-    flags, compiler and processor.
+    flags, compiler and processor. A build takes some ten seconds and says so on stderr.
 
     Raises:
         KernelsUnavailable: no C++ compiler, or it failed.
@@ -142,6 +143,7 @@ def build(link_openmp: bool = False) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    print("compiling the CPU kernels, once for this machine", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled, linked = Path(folder) / "sparse.o", Path(folder) / "sparse.so"
         _run([cxx, *FLAGS, "-c", str(_HERE / "sparse.cpp"), "-o", str(compiled)])
