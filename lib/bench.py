@@ -217,6 +217,7 @@ def mask_update(repeats: int) -> Iterator[Row]:
     Whole epochs of LeNet-300-100; of AlexNet-s steps outside of the window, the fast ones.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every worker of the runner does
     for run, count in (
         (Run(), 540),
         (Run(dataset="cifar10", model="alexnet-s", batch_size=128, epochs=250), 8),
