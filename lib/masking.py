@@ -60,6 +60,7 @@ class Layer:
     pruned: int = 0
     share: float | None = None
     momentum_share: float = math.nan
+    listed: Any = None  # the active weights once more, where compiled passes made a list of them
 
     def __post_init__(self) -> None:
         self.survivors = self.mask
@@ -93,6 +94,19 @@ class Layer:
     def numel(self) -> int:
         """Number of positions, active or not."""
         return self.mask.numel()
+
+    def without_smallest(self, k: int) -> Tensor:
+        """The mask less k active positions, those of the smallest |weight|."""
+        if self.listed is not None:
+            return compiled().drop_smallest(self.listed, self.mask, k)
+        return without(self.mask, self.weight, k, "smallness")
+
+    def clear_outside(self, mask: Tensor) -> None:
+        """Set the weights to zero that `mask` doesn't keep; inactive ones are already."""
+        if self.listed is not None and compiled().counts(mask):
+            compiled().clear_listed(self.weight, mask, self.listed)
+        else:
+            clear_outside(self.weight, mask)
 
 
 PruneRule = Callable[[Sequence[Layer], float, dict[str, Any]], list[Tensor]]
@@ -152,6 +166,9 @@ EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
 # of `share_out` and of `choose`.
 SHARE_OUT: dict[str, Callable[[Sequence[Layer], dict[str, Any]], list[int]]] = {}
 CHOOSE: dict[str, Callable[[Layer, Rule[GrowthRule], int], Tensor]] = {}
+# Layers up to this density are pruned by a list of their active weights: 8 bytes for each.
+LISTED_UP_TO = 0.25
+MOST_LISTED = 2**31 - 1  # places are int32
 # What `Masking(options={...})` knows.
 OPTIONS = {"l1", "temperature", "keep_regrown", "anneal_every_steps"}
 
@@ -267,7 +284,7 @@ def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any])
         if layer.share is not None and inactive < 0.2 and layer.share > 1 / len(layers):
             layer_rate = min(rate, inactive)
         count = share_of(layer_rate, layer.active)
-        survivors.append(without(layer.mask, layer.weight, count, "smallness"))
+        survivors.append(layer.without_smallest(count))
     return survivors
 
 
@@ -347,14 +364,10 @@ def to_host(numbers: Sequence[Tensor | float]) -> list[float]:
     return [next(crossed) if isinstance(n, Tensor) else float(n) for n in numbers]
 
 
-def clear_outside(values: Tensor, mask: Tensor, within: Tensor | None = None) -> None:
-    """Set `values` to zero, in place, where `mask` (bool, same shape) is false.
-
-    They must be zero outside of `within`, if that is given: there is nothing to do there.
-    """
-    fits = within is None or compiled().counts(within)
-    if fits and compiled().takes(values, mask):
-        compiled().clear_outside(values, mask, within)
+def clear_outside(values: Tensor, mask: Tensor) -> None:
+    """Set `values` to zero, in place, where `mask` (bool, same shape) is false."""
+    if compiled().takes(values, mask):
+        compiled().clear_outside(values, mask)
     else:
         values.mul_(mask)
 
@@ -583,6 +596,7 @@ class Masking:
         self._check_optimizer()
         self._masks = Masks(self.parameters)
         self._multipliers: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._lists: dict[str, Any] = {}  # layer -> room for a list of its active weights
         counts = initial_counts(self.parameters, density, init)
         for name, parameter in self.parameters.items():
             self._masks[name] = _random_mask(parameter, counts[name], generator)
@@ -636,7 +650,7 @@ class Masking:
         for layer, count in zip(layers, counts, strict=True):
             self._masks[layer.name] = mask = self._choose(layer, self.growth, count)
             kept_weights = mask if self._keep_regrown else layer.survivors
-            clear_outside(layer.weight, kept_weights, within=layer.mask)
+            layer.clear_outside(kept_weights)
         if self._choose is not choose:  # may have chosen survivors
             counts = [n - left for n, left in zip(self.active().values(), remaining, strict=True)]
         return [_report(layer, n) for layer, n in zip(layers, counts, strict=True)]
@@ -769,7 +783,7 @@ class Masking:
         for layer, momentum, fits in zip(layers, momenta, at_once, strict=True):
             largest: dict[str, Tensor | float] = {}
             if fits:
-                seen = compiled().survey(layer.weight, momentum, layer.mask)
+                seen = self._survey_at_once(layer, momentum)
                 active, largest["weight"] = seen.active, seen.largest_weight
                 if momentum is not None:
                     largest["momentum"] = seen.largest_momentum
@@ -800,6 +814,18 @@ class Masking:
                     )
             layer.momentum_share = row[1] / momentum_sum if momentum_sum > 0 else math.nan
         return layers
+
+    def _survey_at_once(self, layer: Layer, momentum: Tensor | None) -> Any:
+        """By the compiled pass, with a list of the active weights where they are few."""
+        room = self._lists.get(layer.name)
+        seen = compiled().survey(layer.weight, momentum, layer.mask, room)
+        if room is None or room.count != seen.active:
+            if seen.active > LISTED_UP_TO * layer.numel or layer.numel > MOST_LISTED:
+                return seen
+            room = self._lists[layer.name] = compiled().ActiveList(seen.active + seen.active // 8)
+            seen = compiled().survey(layer.weight, momentum, layer.mask, room)
+        layer.listed = room
+        return seen
 
     def _importance(self, layers: Sequence[Layer]) -> list[float]:
         shares = to_host([self.redistribution.function(layer) for layer in layers])

@@ -37,7 +37,6 @@ from lib.masking import (
     pick,
     prune_magnitude,
     share_of,
-    without,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -50,10 +49,7 @@ def prune_magnitude_plain(
     layers: Sequence[Layer], rate: float, state: dict[str, Any]
 ) -> list[Tensor]:
     """In each layer the ceil(rate * active) smallest |w| go, whatever its density."""
-    return [
-        without(layer.mask, layer.weight, share_of(rate, layer.active), "smallness")
-        for layer in layers
-    ]
+    return [layer.without_smallest(share_of(rate, layer.active)) for layer in layers]
 
 
 @PRUNE.register("magnitude_before")

@@ -265,6 +265,24 @@ static Found gather(const Score& score, const float* values, const Candidates& c
   return all;
 }
 
+// Flips the places of the k largest of `size` scores, 1 <= k <= size; places stand in order.
+template <class Place>
+static void flip_best(const Place* places, const float* scores, int64_t size, int64_t k,
+                      bool active, uint8_t* result) {
+  std::vector<float> sorted(size + kPlaces), room(size + kPlaces);
+  std::copy(scores, scores + size, sorted.begin());
+  const float last = kth_largest(sorted.data(), room.data(), size, k);
+  const uint8_t before = active, after = !active;
+  int64_t reached = 0;
+  for (int64_t j = 0; j < size; ++j) {
+    const bool is = scores[j] >= last;
+    reached += is;
+    result[places[j]] = is ? after : before;
+  }
+  for (int64_t j = size - 1; reached > k; --j)  // the last ones of the ties
+    if (scores[j] == last) result[places[j]] = before, --reached;
+}
+
 }  // namespace detail
 
 // Number of set bytes.
@@ -295,18 +313,7 @@ static void flip_largest(const Score& score, const float* values, const Candidat
     throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
                                 std::to_string(count) + " candidates: only " +
                                 std::to_string(size) + " scores are numbers");
-  std::vector<float> scores(size + detail::kPlaces), room(size + detail::kPlaces);
-  std::copy(found.scores.begin(), found.scores.end(), scores.begin());
-  const float last = detail::kth_largest(scores.data(), room.data(), size, k);
-  const uint8_t before = candidates.active, after = !candidates.active;
-  int64_t reached = 0;
-  for (int64_t j = 0; j < size; ++j) {
-    const bool is = found.scores[j] >= last;
-    reached += is;
-    result[found.places[j]] = is ? after : before;
-  }
-  for (int64_t j = size - 1; reached > k; --j)  // the last ones of the ties
-    if (found.scores[j] == last) result[found.places[j]] = before, --reached;
+  detail::flip_best(found.places.data(), found.scores.data(), size, k, candidates.active, result);
 }
 
 // Sum of |value| where the mask is set, in double, always in the same order.
@@ -326,8 +333,17 @@ struct Survey {
   float largest_weight, largest_momentum;
 };
 
-// Clears the weights outside of the mask on the way. No momentum (null) counts as zero.
-static Survey survey(float* weight, const float* momentum, const uint8_t* mask, int64_t n) {
+// Room for the places and values of a layer's active weights, in order, and for sixteen more.
+struct ActiveList {
+  int64_t room;
+  int32_t* place;
+  float* weight;
+};
+
+// Clears the weights outside of the mask on the way, and lists those inside, unless the list is null
+// or has no room for them. No momentum (null) counts as zero.
+static Survey survey(float* weight, const float* momentum, const uint8_t* mask, int64_t n,
+                     const ActiveList* list) {
   double sums[detail::kPlaces] = {};
   uint32_t weights[detail::kPlaces] = {}, momenta[detail::kPlaces] = {};
   Survey seen = {};
@@ -335,6 +351,9 @@ static Survey survey(float* weight, const float* momentum, const uint8_t* mask, 
     const uint32_t at = detail::places_from(i, n), active = detail::set_bytes(mask + i, at);
     detail::clear(weight + i, at & ~active);
     detail::raise_to_magnitudes(weight + i, active, weights);
+    if (list != nullptr && seen.active + detail::kPlaces <= list->room)
+      detail::take(Score::value(), weight + i, active, -std::numeric_limits<float>::infinity(), i,
+                   list->weight + seen.active, list->place + seen.active);
     seen.active += __builtin_popcount(active);
     if (momentum == nullptr) continue;
     detail::add_magnitudes(momentum + i, active, sums);
@@ -346,17 +365,33 @@ static Survey survey(float* weight, const float* momentum, const uint8_t* mask, 
   return seen;
 }
 
-// Sets values outside of the mask to zero; those outside of `within` too are left alone, where it
-// isn't null.
-static void clear_outside(float* values, const uint8_t* mask, const uint8_t* within, int64_t n,
-                          int threads) {
+// `result` [n] is the mask without the k smallest of the `active` weights listed, finite ones.
+static void drop_smallest(const ActiveList& list, int64_t active, const uint8_t* mask, int64_t n,
+                          int64_t k, uint8_t* result) {
+  std::copy(mask, mask + n, result);
+  if (k == 0) return;
+  if (k > active)
+    throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
+                                std::to_string(active) + " candidates");
+  std::vector<float> scores(active);
+  for (int64_t j = 0; j < active; ++j) scores[j] = Score::smallness().of(list.weight[j]);
+  detail::flip_best(list.place, scores.data(), active, k, true, result);
+}
+
+// Sets values outside of the mask to zero.
+static void clear_outside(float* values, const uint8_t* mask, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > 1 << 18)
   for (int64_t i = 0; i < n; i += detail::kPlaces) {
-    uint32_t at = detail::places_from(i, n);
-    if (within != nullptr) at = detail::set_bytes(within + i, at);
-    const uint32_t outside = at & ~detail::set_bytes(mask + i, at);
-    if (outside) detail::clear(values + i, outside);
+    const uint32_t at = detail::places_from(i, n);
+    detail::clear(values + i, at & ~detail::set_bytes(mask + i, at));
   }
+}
+
+// The same for values that are zero wherever none is listed.
+static void clear_listed(float* values, const uint8_t* mask, const ActiveList& list,
+                         int64_t active) {
+  for (int64_t j = 0; j < active; ++j)
+    if (!mask[list.place[j]]) values[list.place[j]] = 0.0f;
 }
 
 // The non-zeros of a matrix, by row and by column, and what two matrices hold there; see

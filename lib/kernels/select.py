@@ -29,6 +29,25 @@ class Survey(ctypes.Structure):
     ]
 
 
+class ActiveList:
+    """Room for the places and values of `count` active weights; `survey` fills it."""
+
+    class _Addresses(ctypes.Structure):
+        _fields_ = [
+            ("room", ctypes.c_int64),
+            ("place", ctypes.c_void_p),
+            ("weight", ctypes.c_void_p),
+        ]
+
+    def __init__(self, count: int) -> None:
+        self.room = count + 16  # the kernels write sixteen at a time
+        self.place = torch.empty(self.room, dtype=torch.int32)
+        self.weight = torch.empty(self.room)
+        self.count = 0
+        self._addresses = self._Addresses(self.room, self.place.data_ptr(), self.weight.data_ptr())
+        self.address = ctypes.addressof(self._addresses)
+
+
 class Nonzeros(ctypes.Structure):
     """Addresses of the arrays that describe the non-zeros of a matrix [rows, columns].
 
@@ -91,14 +110,41 @@ def flip_largest(values: Tensor, mask: Tensor, k: int, active: bool, score: str)
     return result
 
 
-def survey(weight: Tensor, momentum: Tensor | None, mask: Tensor) -> Survey:
-    """Look at a layer once, and clear its weights outside of `mask` on the way."""
+def survey(
+    weight: Tensor, momentum: Tensor | None, mask: Tensor, active: ActiveList | None = None
+) -> Survey:
+    """Look at a layer once, and clear its weights outside of `mask` on the way.
+
+    `active` is filled; its count is 0 afterwards if it had too little room.
+    """
     seen = Survey()
-    address = None if momentum is None else momentum.data_ptr()
     require().mask_survey(
-        weight.data_ptr(), address, mask.data_ptr(), mask.numel(), ctypes.byref(seen)
+        weight.data_ptr(),
+        None if momentum is None else momentum.data_ptr(),
+        mask.data_ptr(),
+        mask.numel(),
+        None if active is None else active.address,
+        ctypes.byref(seen),
     )
+    if active is not None:
+        active.count = seen.active if seen.active + 16 <= active.room else 0
     return seen
+
+
+def drop_smallest(active: ActiveList, mask: Tensor, k: int) -> Tensor:
+    """`mask`, whose finite weights are listed in `active`, less the k smallest of them."""
+    result = torch.empty_like(mask)
+    check(
+        require().mask_drop_smallest(
+            active.address, active.count, mask.data_ptr(), mask.numel(), k, result.data_ptr()
+        )
+    )
+    return result
+
+
+def clear_listed(values: Tensor, mask: Tensor, active: ActiveList) -> None:
+    """Set the `values` that are listed to zero in place where `mask` is false."""
+    require().mask_clear_listed(values.data_ptr(), mask.data_ptr(), active.address, active.count)
 
 
 def sum_of_magnitudes(values: Tensor, mask: Tensor) -> float:
@@ -109,14 +155,10 @@ def sum_of_magnitudes(values: Tensor, mask: Tensor) -> float:
     return total
 
 
-def clear_outside(values: Tensor, mask: Tensor, within: Tensor | None = None) -> None:
-    """Set `values` to zero in place where `mask` is false, and `within`, if given, is true."""
+def clear_outside(values: Tensor, mask: Tensor) -> None:
+    """Set `values` to zero in place where `mask` is false."""
     require().mask_clear_outside(
-        values.data_ptr(),
-        mask.data_ptr(),
-        None if within is None else within.data_ptr(),
-        values.numel(),
-        torch.get_num_threads(),
+        values.data_ptr(), mask.data_ptr(), values.numel(), torch.get_num_threads()
     )
 
 

@@ -51,24 +51,32 @@ static bool check(int64_t n, double density, int values, int64_t k_of_8, const S
 
   std::vector<float> cleared = v, surveyed = v;
   for (auto* x : {&cleared, &surveyed}) x->shrink_to_fit();
-  clear_outside(cleared.data(), mask.data(), nullptr, n, 2);
+  clear_outside(cleared.data(), mask.data(), n, 2);
   for (int64_t i = 0; i < n; ++i)
     if (cleared[i] != (mask[i] ? v[i] : 0.0f)) return std::printf("cleared %ld\n", long(i)), false;
-  const Survey seen = survey(surveyed.data(), v.data(), mask.data(), n);
-  const Survey still = survey(surveyed.data(), nullptr, mask.data(), n);
+  std::vector<int32_t> place(count + 16);
+  std::vector<float> listed(count + 16);
+  const ActiveList list{count + 16, place.data(), listed.data()};
+  const ActiveList small{count, place.data() + 16, listed.data() + 16};  // too small: left alone
+  const Survey still = survey(surveyed.data(), nullptr, mask.data(), n, &small);
+  const Survey seen = survey(surveyed.data(), v.data(), mask.data(), n, &list);
   if (surveyed != cleared || seen.active != count || still.active != count ||
       seen.momentum != sum_of_magnitudes(v.data(), mask.data(), n) || still.momentum != 0 ||
       seen.largest_weight != largest || seen.largest_momentum != largest_of_all)
     return std::printf("survey of %ld\n", long(n)), false;
 
-  cleared = v;
-  std::vector<uint8_t> inner = mask;  // fewer
-  for (uint8_t& byte : inner) byte &= rng() % 2;
-  inner.shrink_to_fit();
-  clear_outside(cleared.data(), inner.data(), mask.data(), n, 2);
+  for (int64_t j = 0; j < count; ++j)
+    if (!mask[place[j]] || listed[j] != v[place[j]] || (j > 0 && place[j] <= place[j - 1]))
+      return std::printf("listed %ld\n", long(j)), false;
+  const int64_t k = count * k_of_8 / 8;
+  std::vector<uint8_t> dropped(n);
+  flip_largest(Score::smallness(), v.data(), {mask.data(), true}, n, k, flipped.data());
+  drop_smallest(list, count, mask.data(), n, k, dropped.data());
+  if (dropped != flipped) return std::printf("dropped %ld of %ld\n", long(k), long(n)), false;
+  clear_listed(surveyed.data(), dropped.data(), list, count);
   for (int64_t i = 0; i < n; ++i)
-    if (cleared[i] != (mask[i] && !inner[i] ? 0.0f : v[i]))
-      return std::printf("cleared %ld within\n", long(i)), false;
+    if (surveyed[i] != (dropped[i] ? v[i] : 0.0f))
+      return std::printf("cleared %ld of those listed\n", long(i)), false;
   return true;
 }
 
@@ -136,11 +144,11 @@ static bool hard() {
     std::vector<float> weight(n, 1.0f), momentum(n, 1.0f);
     weight[7] = momentum[8] = bad;
     mask.assign(n, 1);
-    const Survey seen = survey(weight.data(), momentum.data(), mask.data(), n);
+    const Survey seen = survey(weight.data(), momentum.data(), mask.data(), n, nullptr);
     if (std::isfinite(seen.largest_weight) || std::isfinite(seen.largest_momentum))
       return std::printf("not finite, not seen\n"), false;
     mask[7] = 0;  // an inactive weight is cleared, inactive momentum counts
-    const Survey inside = survey(weight.data(), momentum.data(), mask.data(), n);
+    const Survey inside = survey(weight.data(), momentum.data(), mask.data(), n, nullptr);
     if (inside.largest_weight != 1.0f || std::isfinite(inside.largest_momentum))
       return std::printf("seen outside of the mask\n"), false;
   }

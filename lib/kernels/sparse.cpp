@@ -152,17 +152,26 @@ int mask_flip_largest(int score, const float* values, const uint8_t* mask, int a
 }
 
 void mask_survey(float* weight, const float* momentum, const uint8_t* mask, int64_t n,
-                 sparse::Survey* seen) {
-  *seen = sparse::survey(weight, momentum, mask, n);
+                 const sparse::ActiveList* list, sparse::Survey* seen) {
+  *seen = sparse::survey(weight, momentum, mask, n, list);
+}
+
+int mask_drop_smallest(const sparse::ActiveList* list, int64_t active, const uint8_t* mask,
+                       int64_t n, int64_t k, uint8_t* result) {
+  return guarded([&] { sparse::drop_smallest(*list, active, mask, n, k, result); });
 }
 
 double mask_sum_of_magnitudes(const float* values, const uint8_t* mask, int64_t n) {
   return sparse::sum_of_magnitudes(values, mask, n);
 }
 
-void mask_clear_outside(float* values, const uint8_t* mask, const uint8_t* within, int64_t n,
-                        int threads) {
-  sparse::clear_outside(values, mask, within, n, threads);
+void mask_clear_outside(float* values, const uint8_t* mask, int64_t n, int threads) {
+  sparse::clear_outside(values, mask, n, threads);
+}
+
+void mask_clear_listed(float* values, const uint8_t* mask, const sparse::ActiveList* list,
+                       int64_t active) {
+  sparse::clear_listed(values, mask, *list, active);
 }
 
 int mask_take_nonzeros(const uint8_t* mask, const float* weight, const float* momentum,
