@@ -203,7 +203,7 @@ def _dense_level(model: str) -> Claim:
 
 
 def _lower_from_erk(method: str) -> Claim:
-    from_erk: Where = {"init": "erk"}
+    from_erk: Where = {"model": "lenet300-100", "init": "erk"}
     return Claim(
         id=f"mnist_erk_lower_than_{method}",
         statement="MNIST, both from ERK densities of the layers: lower error than "

@@ -41,7 +41,7 @@ WHAT = (
 @figure("initial_densities")
 def initial_densities(profile: str, results_root: str | Path | None) -> Plot:
     """Test error of each method from uniform and from ERK densities, beside the published one."""
-    runs = load("initial_densities", profile, results_root).needed()
+    runs = load("initial_densities", profile, results_root).where(model="lenet300-100").needed()
     shares = sorted(set(runs.rows["density"]))
     methods = list(dict.fromkeys(run.method for run in runs.planned))
     plot, axes = new_plot(1, len(shares), size=(2.0 + 2.3 * len(shares), 3.6), sharey=True)
@@ -58,18 +58,7 @@ def initial_densities(profile: str, results_root: str | Path | None) -> Plot:
         ax.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(range(len(methods)), [METHOD_NAMES[m] for m in methods])
     axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
-    handles = [
-        Line2D(
-            [],
-            [],
-            color="0.3",
-            marker=mark,
-            mfc="0.3" if name == "uniform" else "white",
-            ls="none",
-            label=INIT_NAMES[name],
-        )
-        for name, mark in _MARKS.items()
-    ]
+    handles = [_key(name) for name in _MARKS]
     handles.append(Line2D([], [], color="black", marker="|", ls="none", ms=9, label="published"))
     legend_below(plot, handles, columns=3)
     stamp(
@@ -79,6 +68,74 @@ def initial_densities(profile: str, results_root: str | Path | None) -> Plot:
         f"({n_text(counts)}), cut at half the mean and at 100 % on the logarithmic scale. {WHAT}",
     )
     return plot
+
+
+@figure("initial_densities_lenet5")
+def initial_densities_lenet5(profile: str, results_root: str | Path | None) -> Plot:
+    """LeNet-5 trained by sparse momentum: each seed's test error from both kinds of densities."""
+    runs = load("initial_densities", profile, results_root).where(model="lenet5")
+    if len(runs.diverged) == 0:
+        runs.needed()
+    shares = sorted({run.density for run in runs.planned})
+    plot, axes = new_plot(size=(6.4, 3.4))
+    ax, colour = axes[0, 0], PALETTE["sparse_momentum"]
+    ax.set_yscale("log")
+    for name, mark in _MARKS.items():
+        face = colour if name == "uniform" else "white"
+        for x, density in enumerate(shares):
+            here = runs.where(init=name, density=density)
+            at = x + 1.3 * _OFFSET[name]
+            spread = [at + 0.06 * (k - (len(here.rows) - 1) / 2) for k in range(len(here.rows))]
+            errors = here.rows.sort_values("seed")["test_error_pct"]
+            ax.plot(spread, errors, mark, color=colour, mfc=face, ls="none", zorder=3)
+            lost = len(here.diverged)
+            ax.plot([at] * min(lost, 1), [97.0] * min(lost, 1), "x", color="black", ms=7, mew=1.4)
+            done = len(here.rows) + lost
+            ax.annotate(
+                f"{done - _stuck(here)} of {done}" if done else "–",
+                (at, 1.0),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+            )
+    ax.axhline(CHANCE, color="0.5", ls=":", lw=1)
+    ax.set_ylim(top=125)
+    ax.set_xlim(-0.5, len(shares) - 0.5)
+    ax.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
+    ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("weights (%)")
+    ax.set_ylabel("test error (%, log scale)")
+    handles = [_key(name) for name in _MARKS]
+    handles.append(Line2D([], [], color="0.5", ls=":", label="above: not learned"))
+    handles.append(Line2D([], [], color="black", marker="x", ls="none", label="diverged"))
+    legend_below(plot, handles, columns=2)
+    stamp(
+        plot,
+        runs,
+        "LeNet-5 on MNIST, sparse momentum: a dot for each seed; above, how many of the seeds "
+        "learned. The weights are drawn as for a dense network; with few of them in each layer the "
+        "signal fades from layer to layer until nothing is left to learn from. "
+        + WHAT.partition(" The published")[0],
+    )
+    return plot
+
+
+CHANCE = 50.0  # an error above it, of ten classes, says that a run has not learned
+
+
+def _stuck(runs: Runs) -> int:
+    """How many runs have not learned, or diverged."""
+    return int((runs.rows["test_error_pct"] > CHANCE).sum()) + len(runs.diverged)
+
+
+def _key(name: str) -> Line2D:
+    face = "0.3" if name == "uniform" else "white"
+    return Line2D(
+        [], [], color="0.3", marker=_MARKS[name], mfc=face, ls="none", label=INIT_NAMES[name]
+    )
 
 
 def _draw(ax: Axes, here: Runs, methods: list[str]) -> list[int]:
@@ -107,7 +164,7 @@ def _draw(ax: Axes, here: Runs, methods: list[str]) -> list[int]:
 @table("initial_densities")
 def initial_densities_table(profile: str, results_root: str | Path | None) -> Table:
     """Each method's error from uniform and from ERK densities, and the difference seed by seed."""
-    runs = load("initial_densities", profile, results_root).needed()
+    runs = load("initial_densities", profile, results_root).where(model="lenet300-100").needed()
     theirs = _mnist_published().set_index(["method", "density"])
     lines = []
     for method in dict.fromkeys(run.method for run in runs.planned):

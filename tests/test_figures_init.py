@@ -27,7 +27,8 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_uniform_runs_are_those_of_the_curve() -> None:
     for profile in ("smoke", "quick", "paper"):
-        curve = {run.run_id for run in experiments.runs("main_results", profile)}
+        names = ("main_results", "mnist_compression")
+        curve = {run.run_id for name in names for run in experiments.runs(name, profile)}
         mine = experiments.runs("initial_densities", profile)
         assert {run.run_id for run in mine if run.init == "uniform"} <= curve
         assert not curve & {run.run_id for run in mine if run.init == "erk"}
