@@ -59,6 +59,20 @@ def test_figure_shows_every_seed_of_both_and_the_published_value(root: Path) -> 
     assert "reduced scale" in " ".join(text.get_text() for text in plot.texts)
 
 
+def test_lenet5_shows_who_learned(tmp_path: Path) -> None:
+    def stuck(run: Run) -> float:
+        return 90.0 if run.init == "uniform" and run.seed > 0 and run.density == 0.01 else 1.0
+
+    write_grid(tmp_path, "initial_densities", "quick", stuck, lambda run: run.density != 0.05)
+    plot = figures_init.initial_densities_lenet5("quick", tmp_path)
+    (ax,) = plot.axes
+    # uniform and ERK at 1 %, then at 5 %, of which there are no runs
+    assert [text.get_text() for text in ax.texts] == ["1 of 3", "–", "3 of 3", "–"]
+    dots = [list(line.get_ydata()) for line in ax.lines if line.get_marker() in "os"]
+    assert dots[0] == [1.0, 90.0, 90.0] and dots[2] == [1.0, 1.0, 1.0]
+    assert "reduced scale" in " ".join(text.get_text() for text in plot.texts)
+
+
 def test_one_side_alone_is_drawn_without_a_difference(tmp_path: Path) -> None:
     write_grid(tmp_path, "initial_densities", "quick", error, lambda run: run.init == "uniform")
     frame = figures_init.initial_densities_table("quick", tmp_path).frame
