@@ -26,7 +26,7 @@ from lib.figures import (
     stamp,
     table,
 )
-from lib.reading import METHOD_NAMES, Runs, interval_text, load, summarise
+from lib.reading import CHANCE, METHOD_NAMES, Runs, interval_text, load, summarise
 
 INIT_NAMES = {"uniform": "the same density in each layer", "erk": "denser small layers (ERK)"}
 _MARKS = {"uniform": "o", "erk": "s"}
@@ -92,7 +92,7 @@ def initial_densities_lenet5(profile: str, results_root: str | Path | None) -> P
             ax.plot([at] * min(lost, 1), [97.0] * min(lost, 1), "x", color="black", ms=7, mew=1.4)
             done = len(here.rows) + lost
             ax.annotate(
-                f"{done - _stuck(here)} of {done}" if done else "–",
+                f"{len(here.learned().rows)} of {done}" if done else "–",
                 (at, 1.0),
                 xycoords=("data", "axes fraction"),
                 ha="center",
@@ -121,14 +121,6 @@ def initial_densities_lenet5(profile: str, results_root: str | Path | None) -> P
         + WHAT.partition(" The published")[0],
     )
     return plot
-
-
-CHANCE = 50.0  # an error above it, of ten classes, says that a run has not learned
-
-
-def _stuck(runs: Runs) -> int:
-    """How many runs have not learned, or diverged."""
-    return int((runs.rows["test_error_pct"] > CHANCE).sum()) + len(runs.diverged)
 
 
 def _key(name: str) -> Line2D:

@@ -28,6 +28,7 @@ from lib.figures import (
     draw_published,
     figure,
     legend_below,
+    n_text,
     new_plot,
     percent_axis,
     published_key,
@@ -35,6 +36,7 @@ from lib.figures import (
     table,
 )
 from lib.reading import (
+    CHANCE,
     METHOD_NAMES,
     NoRuns,
     Runs,
@@ -125,6 +127,7 @@ def mnist_compression(profile: str, results_root: str | Path | None) -> Plot:
     shown = [runs for runs in shown if len(runs.rows)]
     plot, axes = new_plot(1, len(shown), size=(7.4, 4.5))
     handles: dict[str, Any] = {}
+    numbers: list[str] = []
     sources = dict.fromkeys(
         _short(label)
         for model in _LENETS
@@ -136,11 +139,23 @@ def mnist_compression(profile: str, results_root: str | Path | None) -> Plot:
         theirs = _literature(model)
         shares = {*runs.rows["density"], *theirs["density"]} - {1.0}
         _percent_ticks(ax, shares)
-        _log_errors(ax, [*runs.rows["test_error_pct"], *theirs["test_error_pct"]])
+        shown_errors = [*runs.rows["test_error_pct"], *theirs["test_error_pct"]]
+        _log_errors(ax, [*shown_errors, *[90.0] * len(runs.diverged)])
+        learned = runs.learned()
         for handle in draw_density_curves(
-            ax, runs, theirs[theirs["method"] != "snip"], as_accuracy=False
+            ax, learned, theirs[theirs["method"] != "snip"], as_accuracy=False
         ):
-            handles.setdefault(str(handle.get_label()).partition(" (n")[0], handle)
+            handle.set_label(str(handle.get_label()).partition(" (n")[0])
+            handles.setdefault(str(handle.get_label()), handle)
+        counts = summarise(learned.rows, ["method", "density"])["n"]
+        numbers.append(f"{model_name(model)}: {n_text(counts.astype(int))}")
+        failed = runs.rows[runs.rows["test_error_pct"] > CHANCE]
+        if len(failed) + len(runs.diverged):
+            shares_failed = pd.concat([failed, runs.diverged])["density"]
+            errors = [*failed["test_error_pct"], *[90.0] * len(runs.diverged)]
+            (drawn,) = ax.plot(100 * shares_failed, errors, "x", color="black", ms=6, mew=1.2)
+            drawn.set_label("a run that did not learn, or diverged")
+            handles.setdefault("failed", drawn)
         snip = theirs[theirs["method"] == "snip"]
         drawn = draw_published(
             ax,
@@ -171,7 +186,8 @@ def mnist_compression(profile: str, results_root: str | Path | None) -> Plot:
     stamp(
         plot,
         every,
-        "Filled: mean of the seeds (dots) with Student-t 95 % interval; dashed: the paper's sparse "
+        "Filled: mean of the seeds (dots) with Student-t 95 % interval, of those that learned "
+        f"({'; '.join(numbers)}); dashed: the paper's sparse "
         "momentum (± 1.96 s.e.) and dense error. Open, grey: published results of methods that "
         "compress a trained network or train with dropout, by first author.",
     )
@@ -212,6 +228,7 @@ def mnist_compression_table(profile: str, results_root: str | Path | None) -> Ta
                     "test error (%)": _mean(cell),
                     "95 % interval": _from_to(cell["low"], cell["high"]) if cell else "–",
                     "n": str(cell["n"]) if cell else "–",
+                    "learned": _learned(runs.where(model=model, method=method, density=density)),
                     "published (%)": _with_error(known.iloc[0]) if len(known) else "–",
                 }
             )
@@ -222,9 +239,15 @@ def mnist_compression_table(profile: str, results_root: str | Path | None) -> Ta
     )
     note = (
         "Published: mean ± standard error where one is printed; sparse momentum and dense: the "
-        f"paper's, the others as compared there. {scales}"
+        "paper's, the others as compared there. Learned: runs that neither stayed at chance (error "
+        f"above {CHANCE:g} %, part of the mean) nor diverged (not part of it). {scales}"
     )
     return Table(pd.DataFrame(lines), "LeNets on MNIST against the compression literature", note)
+
+
+def _learned(runs: Runs) -> str:
+    done = len(runs.rows) + len(runs.diverged)
+    return f"{len(runs.learned().rows)} of {done}" if done else "–"
 
 
 def _mean(cell: Mapping[Any, Any] | None) -> str:

@@ -53,6 +53,9 @@ class NoRuns(ValueError):
     """None of the runs that a figure or claim needs is there; the message says how to get them."""
 
 
+CHANCE = 80.0  # %: of ten classes guessing errs in 90
+
+
 @dataclass(frozen=True)
 class Runs:
     """The planned runs of an experiment at a profile, and the rows of those that are done.
@@ -91,6 +94,10 @@ class Runs:
         return replace(
             self, planned=kept, rows=_of(self.rows, ids), diverged=_of(self.diverged, ids)
         )
+
+    def learned(self) -> Runs:
+        """The part without the runs that stayed at chance."""
+        return replace(self, rows=self.rows[self.rows["test_error_pct"] <= CHANCE])
 
     def needed(self) -> Runs:
         """These runs; NoRuns if none of them is done, saying how to get them."""

@@ -80,7 +80,7 @@ def test_sparse_momentum_is_drawn_with_its_seeds_and_the_papers_curve(root: Path
     runs = reading.load("mnist_compression", "quick", root, model="lenet300-100")
     rows = runs.where(method="sparse_momentum").rows
     means = rows.groupby("density")["test_error_pct"].mean()
-    assert list(points(plot, 0, "Sparse momentum (n = 3)").values()) == pytest.approx(list(means))
+    assert list(points(plot, 0, "Sparse momentum").values()) == pytest.approx(list(means))
     dots = [n for n in plot.axes[0].lines if n.get_marker() == "."]
     drawn = np.concatenate([np.asarray(n.get_ydata(), float) for n in dots])
     assert set(rows["test_error_pct"].round(9)) <= set(drawn.round(9))
@@ -93,6 +93,28 @@ def test_sparse_momentum_is_drawn_with_its_seeds_and_the_papers_curve(root: Path
     ]
     (line,) = dashed
     assert sorted(np.asarray(line.get_ydata())) == pytest.approx(sorted(curve["test_error_pct"]))
+
+
+def test_runs_that_did_not_learn_are_shown_apart_and_stay_in_the_table(tmp_path: Path) -> None:
+    def error(run: Run) -> float | None:
+        if run.model == "lenet5" and run.method == "sparse_momentum" and run.seed > 0:
+            return 88.65 if run.seed == 1 else None
+        return 1.0
+
+    write_grid(tmp_path, "mnist_compression", "quick", error)
+    plot = figures_main.mnist_compression("quick", tmp_path)
+    assert list(points(plot, 1, "Sparse momentum").values()) == [1.0, 1.0]
+    (failed,) = [n for n in plot.axes[1].lines if n.get_marker() == "x"]
+    places = sorted(zip(failed.get_xdata(), failed.get_ydata(), strict=True))
+    assert places == [(1, 88.65), (1, 90), (5, 88.65), (5, 90)]
+    assert not [n for n in plot.axes[0].lines if n.get_marker() == "x"]
+    said = " ".join(text.get_text() for text in plot.texts).replace("\n", " ")
+    assert "LeNet-300-100: n = 3; LeNet-5: n = 1–3" in said
+    frame = figures_main.mnist_compression_table("quick", tmp_path).frame
+    row = frame.set_index(["network", "method", "weights (%)"]).loc[
+        ("LeNet-5", "Sparse momentum", "5")
+    ]
+    assert row["learned"] == "1 of 3" and row["n"] == "2" and row["test error (%)"] == "44.83"
 
 
 def test_a_bound_on_the_images_is_in_the_title_and_not_at_the_papers_scale(root: Path) -> None:
