@@ -99,7 +99,9 @@ class Layer:
         """The mask less k active positions, those of the smallest |weight|."""
         if self.listed is not None:
             return compiled().drop_smallest(self.listed, self.mask, k)
-        return without(self.mask, self.weight, k, "smallness")
+        if compiled().takes(self.weight, self.mask):
+            return compiled().flip_largest(self.weight, self.mask, k, True, "smallness")
+        return self.mask ^ pick(self.weight, self.mask, k, "smallness")
 
     def clear_outside(self, mask: Tensor) -> None:
         """Set the weights to zero that `mask` doesn't keep; inactive ones are already."""
@@ -234,20 +236,6 @@ def pick(values: Tensor, candidates: Tensor, k: int, score: Score = "value") -> 
     ties = (filled == threshold) & candidates
     first = (ties.reshape(-1).cumsum(0) <= k - above.sum()).view(ties.shape)
     return above | (ties & first)
-
-
-def without(mask: Tensor, values: Tensor, k: int, score: Score) -> Tensor:
-    """`mask` less k of its active positions, those of the largest scores (see `pick`)."""
-    if compiled().takes(values, mask):
-        return compiled().flip_largest(values, mask, k, True, score)
-    return mask ^ pick(values, mask, k, score)
-
-
-def together_with(mask: Tensor, values: Tensor, k: int, score: Score) -> Tensor:
-    """`mask` and k of its inactive positions, those of the largest scores (see `pick`)."""
-    if compiled().takes(values, mask):
-        return compiled().flip_largest(values, mask, k, False, score)
-    return mask | pick(values, ~mask, k, score)
 
 
 @functools.cache
@@ -471,7 +459,10 @@ def choose(layer: Layer, growth: Rule[GrowthRule], count: int) -> Tensor:
     """
     if count == 0:
         return layer.survivors
-    return together_with(layer.survivors, growth.function(layer), count, growth.score)
+    mask, scores = layer.survivors, growth.function(layer)
+    if compiled().takes(scores, mask):
+        return compiled().flip_largest(scores, mask, count, False, growth.score)
+    return mask | pick(scores, ~mask, count, growth.score)
 
 
 # --------------------------------------------------------------------------------------------------

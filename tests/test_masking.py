@@ -1039,3 +1039,21 @@ def test_bad_masks():
     for rate in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=rf"prune_rate must be in \[0, 1\], got {rate}"):
             kept.update(rate)
+
+
+def test_a_copy_of_a_masking_is_its_own() -> None:
+    """Also after an update, which keeps room for lists."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(8, 40)).square().sum().backward()
+    optimizer.step()
+    masking = Masking(model, optimizer, density=0.1)
+    masking.update()
+    other = copy.deepcopy(masking)
+    before = masking.masks["weight"].clone()
+    other.update(0.5)
+    assert torch.equal(masking.masks["weight"], before)
+    masking.update(0.5)
+    assert torch.equal(masking.masks["weight"], other.masks["weight"])
+    assert not torch.equal(masking.masks["weight"], before)

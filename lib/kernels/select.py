@@ -29,23 +29,24 @@ class Survey(ctypes.Structure):
     ]
 
 
+class _ActiveList(ctypes.Structure):
+    """ActiveList of select.hpp."""
+
+    _fields_ = [("room", ctypes.c_int64), ("place", ctypes.c_void_p), ("weight", ctypes.c_void_p)]
+
+
 class ActiveList:
     """Room for the places and values of `count` active weights; `survey` fills it."""
-
-    class _Addresses(ctypes.Structure):
-        _fields_ = [
-            ("room", ctypes.c_int64),
-            ("place", ctypes.c_void_p),
-            ("weight", ctypes.c_void_p),
-        ]
 
     def __init__(self, count: int) -> None:
         self.room = count + 16  # the kernels write sixteen at a time
         self.place = torch.empty(self.room, dtype=torch.int32)
         self.weight = torch.empty(self.room)
         self.count = 0
-        self._addresses = self._Addresses(self.room, self.place.data_ptr(), self.weight.data_ptr())
-        self.address = ctypes.addressof(self._addresses)
+
+    def addresses(self) -> _ActiveList:
+        """For a call, not to be kept: copies of this object have addresses of their own."""
+        return _ActiveList(self.room, self.place.data_ptr(), self.weight.data_ptr())
 
 
 class Nonzeros(ctypes.Structure):
@@ -123,7 +124,7 @@ def survey(
         None if momentum is None else momentum.data_ptr(),
         mask.data_ptr(),
         mask.numel(),
-        None if active is None else active.address,
+        None if active is None else ctypes.byref(active.addresses()),
         ctypes.byref(seen),
     )
     if active is not None:
@@ -136,7 +137,12 @@ def drop_smallest(active: ActiveList, mask: Tensor, k: int) -> Tensor:
     result = torch.empty_like(mask)
     check(
         require().mask_drop_smallest(
-            active.address, active.count, mask.data_ptr(), mask.numel(), k, result.data_ptr()
+            ctypes.byref(active.addresses()),
+            active.count,
+            mask.data_ptr(),
+            mask.numel(),
+            k,
+            result.data_ptr(),
         )
     )
     return result
@@ -144,7 +150,8 @@ def drop_smallest(active: ActiveList, mask: Tensor, k: int) -> Tensor:
 
 def clear_listed(values: Tensor, mask: Tensor, active: ActiveList) -> None:
     """Set the `values` that are listed to zero in place where `mask` is false."""
-    require().mask_clear_listed(values.data_ptr(), mask.data_ptr(), active.address, active.count)
+    listed = ctypes.byref(active.addresses())
+    require().mask_clear_listed(values.data_ptr(), mask.data_ptr(), listed, active.count)
 
 
 def sum_of_magnitudes(values: Tensor, mask: Tensor) -> float:
