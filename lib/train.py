@@ -588,9 +588,10 @@ class TrainingLoop:
 
     def _update_masks(self) -> None:
         self._write_back()
-        self.state.report = [tuple(line) for line in self.masking.update()]
+        report = self.masking.update()
+        self.state.report = [tuple(line) for line in report]
         if self.perceptron is not None:
-            self.perceptron.follow()
+            self.perceptron.follow(report)
 
     def _record_layers(self) -> None:
         shares = {LayerReport(*line).name: line[-1] for line in self.state.report}

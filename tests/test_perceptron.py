@@ -20,7 +20,7 @@ from lib import data as datasets
 from lib.config import Run
 from lib.kernels import PerceptronTrainer, Track, library
 from lib.kernels.perceptron import _Sparse
-from lib.masking import DivergenceError, Masking
+from lib.masking import DivergenceError, LayerReport, Masking
 from lib.train import Interrupted, TrainingLoop
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
@@ -743,7 +743,8 @@ def test_following_an_update_is_reloading_after_it() -> None:
             trainer.sync()
             own.masking.masks = {name: mask.clone() for name, mask in moved.items()}
             own.masking.apply()
-        a.follow(), b.reload()
+        report = [LayerReport(n, 0, 0, 0, int(m.sum()), 0.0) for n, m in moved.items()]
+        a.follow(report), b.reload()
         rooms.add(a._sparse["0.weight"].room)
         kinds.add("2.weight" in a._sparse)
     for own, trainer in ((follows, a), (reloads, b)):

@@ -67,7 +67,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "mask_sum_of_magnitudes": [_PTR, _PTR, _I64],
     "mask_clear_outside": [_PTR, _PTR, _I64, _INT],
     "mask_clear_listed": [_PTR, _PTR, _PTR, _I64],
-    "mask_take_nonzeros": [_PTR, _PTR, _PTR, _PTR],
+    "mask_take_nonzeros": [_PTR, _I64, _PTR, _PTR, _PTR],
     "mask_put_nonzeros": [_PTR, _I64, _PTR, _PTR],
     "deepr_move": [_PTR, _PTR, _PTR, _F32, _PTR],
     "deepr_wake": [_PTR, _I64, _PTR, _I64],

@@ -81,6 +81,12 @@ static inline void clear(float* values, uint32_t at) {
   _mm512_mask_storeu_ps(values, __mmask16(at), _mm512_setzero_ps());
 }
 
+// Places whose number has a bit set: all but +0.
+static inline uint32_t with_bits(const float* values, uint32_t at) {
+  const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
+  return _mm512_test_epi32_mask(v, v);
+}
+
 static inline void add_magnitudes(const float* values, uint32_t at, double* sums) {
   const __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(__mmask16(at), values));
   const __m256 low = _mm512_castps512_ps256(v);
@@ -140,6 +146,10 @@ static inline uint32_t above(const float* values, uint32_t at, float pivot) {
 
 static inline void clear(float* values, uint32_t at) {
   for (; at; at &= at - 1) values[__builtin_ctz(at)] = 0.0f;
+}
+
+static inline uint32_t with_bits(const float* values, uint32_t at) {
+  return where(at, [&](int i) { return bits_of(values[i]) != 0; });
 }
 
 static inline void add_magnitudes(const float* values, uint32_t at, double* sums) {
@@ -349,7 +359,9 @@ static Survey survey(float* weight, const float* momentum, const uint8_t* mask, 
   Survey seen = {};
   for (int64_t i = 0; i < n; i += detail::kPlaces) {
     const uint32_t at = detail::places_from(i, n), active = detail::set_bytes(mask + i, at);
-    detail::clear(weight + i, at & ~active);
+    // Mostly they are clear already: not written then.
+    if (const uint32_t stale = detail::with_bits(weight + i, at & ~active))
+      detail::clear(weight + i, stale);
     detail::raise_to_magnitudes(weight + i, active, weights);
     if (list != nullptr && seen.active + detail::kPlaces <= list->room)
       detail::take(Score::value(), weight + i, active, -std::numeric_limits<float>::infinity(), i,
@@ -403,14 +415,15 @@ struct Nonzeros {
   float *value, *value_momentum;
 };
 
-// The mask has as many set bytes as the arrays have room.
-static void take_nonzeros(const uint8_t* mask, const float* weight, const float* momentum,
-                          const Nonzeros& p) {
+// Throws where the mask doesn't have `count` set bytes, for which the arrays have room.
+static void take_nonzeros(const uint8_t* mask, int64_t count, const float* weight,
+                          const float* momentum, const Nonzeros& p) {
   std::fill(p.column_start, p.column_start + p.columns + 1, 0);
   int32_t found = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
     p.row_start[r] = found;
     detail::each_set(mask + r * p.columns, p.columns, [&](int64_t c) {
+      if (found == count) throw std::invalid_argument("a mask has more non-zeros than were counted");
       const int64_t at = p.index[found] = r * p.columns + c;
       p.value[found] = weight[at];
       p.value_momentum[found] = momentum[at];
@@ -418,6 +431,7 @@ static void take_nonzeros(const uint8_t* mask, const float* weight, const float*
       ++p.column_start[c + 1];
     });
   }
+  if (found < count) throw std::invalid_argument("a mask has fewer non-zeros than were counted");
   p.row_start[p.rows] = found;
   for (int64_t c = 0; c < p.columns; ++c) p.column_start[c + 1] += p.column_start[c];
   std::vector<int32_t> next(p.column_start, p.column_start + p.columns);

@@ -169,13 +169,15 @@ def clear_outside(values: Tensor, mask: Tensor) -> None:
     )
 
 
-def take_nonzeros(mask: Tensor, weight: Tensor, momentum: Tensor, arrays: Nonzeros) -> None:
-    """Fill the arrays with the non-zeros of `weight`, those where `mask` is true; there must be
-    room for them.
+def take_nonzeros(
+    mask: Tensor, count: int, weight: Tensor, momentum: Tensor, arrays: Nonzeros
+) -> None:
+    """Fill the arrays, which have room for `count`, with the non-zeros of `weight`, those where
+    `mask` is true; RuntimeError where these are more or fewer.
     """
     check(
         require().mask_take_nonzeros(
-            mask.data_ptr(), weight.data_ptr(), momentum.data_ptr(), ctypes.byref(arrays)
+            mask.data_ptr(), count, weight.data_ptr(), momentum.data_ptr(), ctypes.byref(arrays)
         )
     )
 

@@ -93,7 +93,14 @@ static bool pattern(int64_t rows, int64_t columns, double density) {
   const Nonzeros nonzeros{rows,         columns,    index.data(), row_start.data(), column.data(),
                           column_start.data(), row.data(), place.data(), value.data(),
                           moved.data()};
-  take_nonzeros(mask.data(), weight.data(), momentum.data(), nonzeros);
+  take_nonzeros(mask.data(), count, weight.data(), momentum.data(), nonzeros);
+  for (const int64_t wrong : {count - 1, count + 1}) try {
+      if (wrong < 0) continue;
+      take_nonzeros(mask.data(), wrong, weight.data(), momentum.data(), nonzeros);
+      return std::printf("a wrong count was taken\n"), false;
+    } catch (const std::invalid_argument&) {
+    }
+  take_nonzeros(mask.data(), count, weight.data(), momentum.data(), nonzeros);
   int64_t n = 0;
   for (int64_t r = 0; r < rows; ++r) {
     if (row_start[r] != n) return std::printf("row %ld starts wrong\n", long(r)), false;

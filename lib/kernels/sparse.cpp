@@ -174,9 +174,9 @@ void mask_clear_listed(float* values, const uint8_t* mask, const sparse::ActiveL
   sparse::clear_listed(values, mask, *list, active);
 }
 
-int mask_take_nonzeros(const uint8_t* mask, const float* weight, const float* momentum,
-                       const sparse::Nonzeros* nonzeros) {
-  return guarded([&] { sparse::take_nonzeros(mask, weight, momentum, *nonzeros); });
+int mask_take_nonzeros(const uint8_t* mask, int64_t count, const float* weight,
+                       const float* momentum, const sparse::Nonzeros* nonzeros) {
+  return guarded([&] { sparse::take_nonzeros(mask, count, weight, momentum, *nonzeros); });
 }
 
 void mask_put_nonzeros(const sparse::Nonzeros* nonzeros, int64_t count, float* weight,
