@@ -20,6 +20,7 @@ from lib.claims import (
     Published,
     Reduction,
 )
+from lib.effects import untrained
 from lib.experiments import CIFAR10_TABLE
 from lib.reading import METHOD_NAMES, NoRuns, Where, load, model_name
 from lib.stats import t_interval
@@ -98,7 +99,8 @@ class PointMinusOurs:
         ours = t_interval(runs.needed().by_seed())
         point = self.point.read().value
         off = ours._replace(mean=point - ours.mean, low=point - ours.high, high=point - ours.low)
-        return Measured(off, off, runs, f"{point:g} % published against {ours.mean:.2f} %")
+        detail = [f"{point:g} % published against {ours.mean:.2f} %", untrained(runs)]
+        return Measured(off, off, runs, "; ".join(filter(None, detail)))
 
 
 # --------------------------------------------------------------------------------------- MNIST

@@ -333,3 +333,14 @@ def test_meaning_lists_the_claims_of_one_experiment(root: Path, judged: dict) ->
     known = [r for r in mine if r["verdict"] != claims.NO_RUNS]
     assert table.frame["claim"].tolist() == [r["claim"] for r in known]
     assert f"{len(mine) - len(known)} further claims" in table.note
+
+
+def test_a_verdict_on_runs_that_did_not_learn_says_so(tmp_path: Path) -> None:
+    def stuck(run: Run) -> bool:
+        return run.model == "lenet5" and run.density == 0.004
+
+    write_grid(tmp_path, "mnist_compression", "paper", lambda run: 88.65 if stuck(run) else 1.0)
+    rows = claims.verdict_table("paper", tmp_path, "01_main_results").set_index("id")
+    detail = rows.loc["mnist_variational_dropout_lower_lenet5", "detail"]
+    assert detail.endswith("10 of 10 runs did not learn (error above 80 %)")
+    assert "learn" not in rows.loc["mnist_variational_dropout_lower_lenet300-100", "detail"]
