@@ -563,6 +563,7 @@ def test_sparse_sgd_takes_the_steps_of_torch(nesterov: bool) -> None:
                 masking.step()
             else:
                 sparse.step()
+                masking.advance()
                 whole = model.get_parameter("fc3.weight").grad is not None
                 assert whole == network.dense_gradients
             if step == 6:
