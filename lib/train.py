@@ -459,10 +459,10 @@ class TrainingLoop:
             self.masking.advance()
             return loss
         loss = self._compute(index)
-        if self.sparse_sgd is not None or self.run.method not in EVERY_STEP:
-            self.masking.advance()
-        else:
+        if self.run.method in EVERY_STEP:
             self.masking.step()
+        else:
+            self.masking.advance()
         return loss
 
     def _compute(self, index: Tensor) -> Tensor:

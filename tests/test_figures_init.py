@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from made_up_grid import write_grid
 
 from lib import claims, experiments, figures, figures_init
 from lib.config import Run
+from lib.masking import Masking
+from lib.models import build_model
 
 LEVEL = {"sparse_momentum": 2.0, "dsr": 3.0, "set": 4.0, "deepr": 5.0, "static": 9.0}
 
@@ -71,6 +74,22 @@ def test_lenet5_shows_who_learned(tmp_path: Path) -> None:
     dots = [list(line.get_ydata()) for line in ax.lines if line.get_marker() in "os"]
     assert dots[0] == [1.0, 90.0, 90.0] and dots[2] == [1.0, 1.0, 1.0]
     assert "reduced scale" in " ".join(text.get_text() for text in plot.texts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_signal_fades_at_the_start_as_the_caption_says(seed: int) -> None:
+    """How far LeNet-5's logits differ between images, from masks at 1 % and from none."""
+
+    def spread(density: float) -> float:
+        model = build_model("lenet5", generator=torch.Generator().manual_seed(seed))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(seed)
+        Masking(model, optimizer, density=density, generator=generator)
+        images = torch.randn(200, 1, 28, 28, generator=generator)
+        with torch.no_grad():
+            return float(model.eval()(images).std(0).mean())
+
+    assert spread(0.01) < 1e-3 * spread(1.0)
 
 
 def test_one_side_alone_is_drawn_without_a_difference(tmp_path: Path) -> None:
