@@ -31,9 +31,12 @@ from lib.reading import CHANCE, METHOD_NAMES, Runs, interval_text, load, summari
 INIT_NAMES = {"uniform": "the same density in each layer", "erk": "denser small layers (ERK)"}
 _MARKS = {"uniform": "o", "erk": "s"}
 _OFFSET = {"uniform": -0.16, "erk": 0.16}
-WHAT = (
+ERK = (
     "ERK: the density of a layer is proportional to (inputs + outputs) / (inputs x outputs), as in "
-    "RigL, with the same number of weights in all. The published runs of SET, DSR and DeepR are of "
+    "RigL, with the same number of weights in all."
+)
+WHAT = (
+    f"{ERK} The published runs of SET, DSR and DeepR are of "
     "another code base, whose initial densities are not at hand."
 )
 
@@ -85,12 +88,12 @@ def initial_densities_lenet5(profile: str, results_root: str | Path | None) -> P
         for x, density in enumerate(shares):
             here = runs.where(init=name, density=density)
             at = x + 1.3 * _OFFSET[name]
-            spread = [at + 0.06 * (k - (len(here.rows) - 1) / 2) for k in range(len(here.rows))]
+            known, lost = len(here.rows), len(here.diverged)
+            done = known + lost
+            spread = [at + 0.06 * (k - (done - 1) / 2) for k in range(done)]
             errors = here.rows.sort_values("seed")["test_error_pct"]
-            ax.plot(spread, errors, mark, color=colour, mfc=face, ls="none", zorder=3)
-            lost = len(here.diverged)
-            ax.plot([at] * min(lost, 1), [97.0] * min(lost, 1), "x", color="black", ms=7, mew=1.4)
-            done = len(here.rows) + lost
+            ax.plot(spread[:known], errors, mark, color=colour, mfc=face, ls="none", zorder=3)
+            ax.plot(spread[known:], [97.0] * lost, "x", color="black", ms=7, mew=1.4)
             ax.annotate(
                 f"{len(here.learned().rows)} of {done}" if done else "–",
                 (at, 1.0),
@@ -117,8 +120,7 @@ def initial_densities_lenet5(profile: str, results_root: str | Path | None) -> P
         runs,
         "LeNet-5 on MNIST, sparse momentum: a dot for each seed; above, how many of the seeds "
         "learned. The weights are drawn as for a dense network; with few of them in each layer the "
-        "signal fades from layer to layer until nothing is left to learn from. "
-        + WHAT.partition(" The published")[0],
+        f"signal fades from layer to layer until nothing is left to learn from. {ERK}",
     )
     return plot
 
