@@ -61,6 +61,7 @@ class Layer:
     share: float | None = None
     momentum_share: float = math.nan
     listed: Any = None  # the active weights once more, where compiled passes made a list of them
+    _without: tuple[Tensor, int] | None = None  # the last mask of `without_smallest`, its k
 
     def __post_init__(self) -> None:
         self.survivors = self.mask
@@ -98,15 +99,24 @@ class Layer:
     def without_smallest(self, k: int) -> Tensor:
         """The mask less k active positions, those of the smallest |weight|."""
         if self.listed is not None:
-            return compiled().drop_smallest(self.listed, self.mask, k)
-        if compiled().takes(self.weight, self.mask):
-            return compiled().flip_largest(self.weight, self.mask, k, True, "smallness")
-        return self.mask ^ pick(self.weight, self.mask, k, "smallness")
+            mask = compiled().drop_smallest(self.listed, self.mask, k)
+        elif compiled().takes(self.weight, self.mask):
+            mask = compiled().flip_largest(self.weight, self.mask, k, True, "smallness")
+        else:
+            mask = self.mask ^ pick(self.weight, self.mask, k, "smallness")
+        self._without = mask, k
+        return mask
+
+    def count_of(self, survivors: Tensor) -> Tensor | int:
+        """Number of true positions: counted only where `without_smallest` doesn't know it."""
+        if self._without is not None and self._without[0] is survivors:
+            return self.active - self._without[1]
+        return count_of(survivors)
 
     def clear_outside(self, mask: Tensor) -> None:
         """Set the weights to zero that `mask` doesn't keep; inactive ones are already."""
         if self.listed is not None and compiled().counts(mask):
-            compiled().clear_listed(self.weight, mask, self.listed)
+            compiled().clear_listed(self.parameter, mask, self.listed)
         else:
             clear_outside(self.weight, mask)
 
@@ -168,9 +178,10 @@ EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
 # of `share_out` and of `choose`.
 SHARE_OUT: dict[str, Callable[[Sequence[Layer], dict[str, Any]], list[int]]] = {}
 CHOOSE: dict[str, Callable[[Layer, Rule[GrowthRule], int], Tensor]] = {}
-# Layers up to this density are pruned by a list of their active weights: 8 bytes for each.
+# Layers up to this density, or of this few active weights, are pruned by a list of these: 8 bytes
+# for each.
 LISTED_UP_TO = 0.25
-MOST_LISTED = 2**31 - 1  # places are int32
+ALWAYS_LISTED = 10_000
 # What `Masking(options={...})` knows.
 OPTIONS = {"l1", "temperature", "keep_regrown", "anneal_every_steps"}
 
@@ -499,7 +510,8 @@ class Masks(dict[str, Tensor]):
             )
         if mask.dtype != torch.bool:
             raise ValueError(f"the mask of {name} must be of type torch.bool, got {mask.dtype}")
-        super().__setitem__(name, mask.to(parameter.device))
+        on_device = mask.device == parameter.device
+        super().__setitem__(name, mask if on_device else mask.to(parameter.device))
 
     def update(self, *args: Any, **kwargs: Tensor) -> None:
         """As of a dict, with the checks of an assignment."""
@@ -607,7 +619,6 @@ class Masking:
         """In place of `step` where whoever moved the weights left the inactive ones at zero."""
         self.steps += 1
 
-    @torch.no_grad()
     def update(self, prune_rate: float | None = None) -> list[LayerReport]:
         """One cycle: prune, redistribute, grow. The number of active weights stays the same.
 
@@ -622,26 +633,24 @@ class Masking:
             return [_report(layer, grown=0) for layer in layers]
 
         if self.redistribution.before_pruning:
-            for layer, share in zip(layers, self._importance(layers), strict=True):
-                layer.share = share
+            self._measure_importance(layers)
 
         # 1. Prune.
         kept = self.prune.function(layers, rate, self.rule_state)
-        remaining = [int(n) for n in to_host([count_of(k) for k in kept])]
+        counted = [layer.count_of(k) for layer, k in zip(layers, kept, strict=True)]
+        remaining = [int(n) for n in to_host(counted)]
         for layer, survivors, count in zip(layers, kept, remaining, strict=True):
             layer.survivors, layer.pruned = survivors, layer.active - count
 
         # 2. Redistribute.
         if not self.redistribution.before_pruning:
-            for layer, share in zip(layers, self._importance(layers), strict=True):
-                layer.share = share
+            self._measure_importance(layers)
         counts = leave_no_layer_empty(self._share_out(layers, self.rule_state), remaining)
 
         # 3. Grow. Grown weights start at zero.
         for layer, count in zip(layers, counts, strict=True):
             self._masks[layer.name] = mask = self._choose(layer, self.growth, count)
-            kept_weights = mask if self._keep_regrown else layer.survivors
-            layer.clear_outside(kept_weights)
+            layer.clear_outside(mask if self._keep_regrown else layer.survivors)
         if self._choose is not choose:  # may have chosen survivors
             counts = [n - left for n, left in zip(self.active().values(), remaining, strict=True)]
         return [_report(layer, n) for layer, n in zip(layers, counts, strict=True)]
@@ -716,7 +725,6 @@ class Masking:
 
     # ---- inside ----
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set the inactive weights to zero.
 
@@ -729,7 +737,8 @@ class Masking:
                 compiled().clear_outside(self.parameters[name], mask)
             else:
                 left.append(name)
-        self._multiply(left)
+        if left:
+            self._multiply(left)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -748,80 +757,78 @@ class Masking:
             self._multipliers[name] = cached = (mask, mask._version, multiplier)
         return cached[2]
 
+    @torch.no_grad()
     def _multiply(self, names: Sequence[str]) -> None:
-        if names:
-            weights: list[Tensor] = [self.parameters[name] for name in names]
-            multipliers = [self._multiplier(name) for name in names]
-            torch._foreach_mul_(weights, multipliers)
+        weights: list[Tensor] = [self.parameters[name] for name in names]
+        multipliers = [self._multiplier(name) for name in names]
+        torch._foreach_mul_(weights, multipliers)
 
     def _survey(self) -> list[Layer]:
         """What rules may read; sets inactive weights to zero, looks for what isn't finite."""
-        layers = [
-            Layer(name, self.parameters[name], mask, self.optimizer, self.generator)
-            for name, mask in self._masks.items()
-        ]
-        if not layers:
-            return []
         needs = sorted({self.growth.needs, self.redistribution.needs} - {""})
-        momenta = [_momentum(layer, "momentum" in needs) for layer in layers]
-        at_once = [
-            compiled().takes(layer.weight, layer.mask)
-            and (momentum is None or compiled().takes(momentum, layer.mask))
-            for layer, momentum in zip(layers, momenta, strict=True)
-        ]
-        self._multiply([y.name for y, fits in zip(layers, at_once, strict=True) if not fits])
-        read: list[Tensor | float] = []
-        for layer, momentum, fits in zip(layers, momenta, at_once, strict=True):
-            largest: dict[str, Tensor | float] = {}
-            if fits:
+        layers: list[Layer] = []
+        rows: dict[str, Sequence[Tensor | float]] = {}  # active, mean momentum, what to check
+        for name, mask in self._masks.items():
+            parameter = self.parameters[name]
+            layer = Layer(name, parameter, mask, self.optimizer, self.generator)
+            layers.append(layer)
+            momentum = _momentum(layer, "momentum" in needs)
+            if compiled().takes(parameter, mask, momentum):
                 seen = self._survey_at_once(layer, momentum)
-                active, largest["weight"] = seen.active, seen.largest_weight
                 if momentum is not None:
-                    largest["momentum"] = seen.largest_momentum
-                    layer.mean_momentum = seen.momentum / max(1, active)
-            else:
-                active, largest["weight"] = count_of(layer.mask), layer.weight.abs().max()
-            for need in needs:
-                if need not in largest:
-                    largest[need] = getattr(layer, need).abs().max()
-            read += [active, math.nan if momentum is None else layer.mean_momentum]
-            read += [largest["weight"], *(largest[need] for need in needs)]
-        width = 3 + len(needs)
-        numbers = to_host(read)  # one transfer to the host for all layers
-        table = [numbers[i : i + width] for i in range(0, len(numbers), width)]
-        momentum_sum = sum(row[1] for row in table)
-        for layer, row in zip(layers, table, strict=True):
-            layer.active = int(row[0])
+                    layer.mean_momentum = seen.momentum / max(1, seen.active)
+                largest = [
+                    seen.largest_momentum if need == "momentum" else layer.gradient.abs().max()
+                    for need in needs
+                ]
+                mean = math.nan if momentum is None else layer.mean_momentum
+                rows[name] = [seen.active, mean, seen.largest_weight, *largest]
+        others = [layer for layer in layers if layer.name not in rows]
+        if others:
+            self._multiply([layer.name for layer in others])
+        for layer in others:
+            mean = layer.mean_momentum if _momentum(layer, False) is not None else math.nan
+            largest = [getattr(layer, what).abs().max() for what in ("weight", *needs)]
+            rows[layer.name] = [count_of(layer.mask), mean, *largest]
+        # One transfer to the host for all layers.
+        numbers = iter(to_host([n for layer in layers for n in rows[layer.name]]))
+        means = []
+        for layer in layers:
+            layer.active = int(next(numbers))
+            means.append(next(numbers))
             if layer.active == 0 and self.prune.name != "none":  # SNIP may well cut a network
                 raise ValueError(
                     f"{layer.name} has no active weight among {layer.numel}: give it at least one, "
                     "raise the density or name it in keep_dense"
                 )
-            for what, value in zip(["weight", *needs], row[2:], strict=True):
-                if not math.isfinite(value):
+            for what in ("weight", *needs):
+                if not math.isfinite(value := next(numbers)):
                     raise DivergenceError(
                         f"{layer.name}: the largest |{what}| is {value} after {self.steps} steps; "
                         "training has diverged, lower the learning rate"
                     )
-            layer.momentum_share = row[1] / momentum_sum if momentum_sum > 0 else math.nan
+        total = sum(means)
+        for layer, mean in zip(layers, means, strict=True):
+            layer.momentum_share = mean / total if total > 0 else math.nan
         return layers
 
     def _survey_at_once(self, layer: Layer, momentum: Tensor | None) -> Any:
         """By the compiled pass, with a list of the active weights where they are few."""
         room = self._lists.get(layer.name)
-        seen = compiled().survey(layer.weight, momentum, layer.mask, room)
+        seen = compiled().survey(layer.parameter, momentum, layer.mask, room)
         if room is None or room.count != seen.active:
-            if seen.active > LISTED_UP_TO * layer.numel or layer.numel > MOST_LISTED:
+            if seen.active > max(LISTED_UP_TO * layer.numel, ALWAYS_LISTED):
                 return seen
             room = self._lists[layer.name] = compiled().ActiveList(seen.active + seen.active // 8)
-            seen = compiled().survey(layer.weight, momentum, layer.mask, room)
+            seen = compiled().survey(layer.parameter, momentum, layer.mask, room)
         layer.listed = room
         return seen
 
-    def _importance(self, layers: Sequence[Layer]) -> list[float]:
+    def _measure_importance(self, layers: Sequence[Layer]) -> None:
         shares = to_host([self.redistribution.function(layer) for layer in layers])
         total = sum(shares)
-        return [share / total for share in shares] if total > 0 else [0.0] * len(shares)
+        for layer, share in zip(layers, shares, strict=True):
+            layer.share = share / total if total > 0 else 0.0
 
     def _check_optimizer(self) -> None:
         held = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}

@@ -83,7 +83,7 @@ class _Sparse:
         self.inputs, self.room, self.count = inputs, room, 0
         self.index = torch.empty(room, dtype=torch.int64)  # places in the flat weight
         self.row_start = torch.empty(rows + 1, dtype=torch.int32)
-        self.column = torch.empty(room, dtype=torch.int32)
+        self.column = torch.empty(room + 16, dtype=torch.int32)  # written sixteen at a time
         self.column_start = torch.empty(inputs + 1, dtype=torch.int32)
         self.row = torch.empty(room, dtype=torch.int32)
         self.place = torch.empty(room, dtype=torch.int32)

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -51,8 +52,7 @@ struct Candidates {
 namespace detail {
 
 // Sixteen places at a time, as a set of bits; compilers don't find these instructions by themselves.
-// Nothing is read or written at a place without a bit, except that what is packed or taken may fill
-// sixteen.
+// Nothing is read or written at a place without a bit, except that what is packed may fill sixteen.
 constexpr int64_t kPlaces = 16;
 
 // The places from i on, of n.
@@ -77,6 +77,16 @@ static inline uint32_t above(const float* values, uint32_t at, float pivot) {
   return _mm512_mask_cmp_ps_mask(__mmask16(at), v, _mm512_set1_ps(pivot), _CMP_GT_OQ);
 }
 
+// Places whose score is at least `lowest`, never of NaN.
+static inline uint32_t reaching(const Score& score, const float* values, uint32_t at,
+                                float lowest) {
+  const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
+  const __m512i kept = _mm512_and_si512(v, _mm512_set1_epi32(int32_t(score.keep)));
+  const __m512i bits = _mm512_or_si512(kept, _mm512_set1_epi32(int32_t(score.set)));
+  return _mm512_mask_cmp_ps_mask(__mmask16(at), _mm512_castsi512_ps(bits), _mm512_set1_ps(lowest),
+                                 _CMP_GE_OQ);
+}
+
 static inline void clear(float* values, uint32_t at) {
   _mm512_mask_storeu_ps(values, __mmask16(at), _mm512_setzero_ps());
 }
@@ -87,40 +97,65 @@ static inline uint32_t with_bits(const float* values, uint32_t at) {
   return _mm512_test_epi32_mask(v, v);
 }
 
-static inline void add_magnitudes(const float* values, uint32_t at, double* sums) {
-  const __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(__mmask16(at), values));
-  const __m256 low = _mm512_castps512_ps256(v);
-  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(low)));
-  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(high)));
-}
-
-// By the bits: what is no number is larger than what is infinite, and that than all else.
-static inline void raise_to_magnitudes(const float* values, uint32_t at, uint32_t* largest) {
-  const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
-  const __m512i magnitudes = _mm512_and_si512(v, _mm512_set1_epi32(int32_t(~kSign)));
-  _mm512_storeu_si512(largest, _mm512_max_epu32(_mm512_loadu_si512(largest), magnitudes));
-}
-
 static inline void pack(const float* values, uint32_t at, float* to) {
   const __m512 v = _mm512_maskz_loadu_ps(__mmask16(at), values);
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(__mmask16(at), v));
 }
 
-// Packs the scores that are at least `lowest`, and their places; how many there are.
-static inline int64_t take(const Score& score, const float* values, uint32_t at, float lowest,
-                           int64_t first, float* scores, int32_t* places) {
+static inline void pack(const int32_t* values, uint32_t at, int32_t* to) {
   const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
-  const __m512i kept = _mm512_and_si512(v, _mm512_set1_epi32(int32_t(score.keep)));
-  const __m512i bits = _mm512_or_si512(kept, _mm512_set1_epi32(int32_t(score.set)));
-  const __mmask16 taken = _mm512_mask_cmp_ps_mask(__mmask16(at), _mm512_castsi512_ps(bits),
-                                                  _mm512_set1_ps(lowest), _CMP_GE_OQ);
-  const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(int32_t(first)), order);
-  _mm512_storeu_si512(scores, _mm512_maskz_compress_epi32(taken, bits));
-  _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(taken, place));
-  return __builtin_popcount(taken);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(at), v));
 }
+
+// Packs first, first + 1, ...
+static inline void pack_places(int32_t first, uint32_t at, int32_t* to) {
+  const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(first), order);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(at), places));
+}
+
+static inline void fetch(const float* values, const int32_t* places, uint32_t at, float* to) {
+  const __m512i from = _mm512_maskz_loadu_epi32(__mmask16(at), places);
+  const __m512 zero = _mm512_setzero_ps();
+  _mm512_mask_storeu_ps(to, __mmask16(at),
+                        _mm512_mask_i32gather_ps(zero, __mmask16(at), from, values, 4));
+}
+
+// The largest magnitude, by the bits: what is no number is larger than what is infinite, and that
+// than all else.
+class Largest {
+ public:
+  void see(const float* values, uint32_t at) {
+    const __m512i v = _mm512_maskz_loadu_epi32(__mmask16(at), values);
+    bits_ = _mm512_max_epu32(bits_, _mm512_and_si512(v, _mm512_set1_epi32(int32_t(~kSign))));
+  }
+  float magnitude() const { return float_of(_mm512_reduce_max_epu32(bits_)); }
+
+ private:
+  __m512i bits_ = _mm512_setzero_si512();
+};
+
+// Sixteen sums of magnitudes, in double.
+class Sum {
+ public:
+  void add(const float* values, uint32_t at) {
+    const __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(__mmask16(at), values));
+    const __m256 low = _mm512_castps512_ps256(v);
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    low_ = _mm512_add_pd(low_, _mm512_cvtps_pd(low));
+    high_ = _mm512_add_pd(high_, _mm512_cvtps_pd(high));
+  }
+  double total() const {
+    double sums[kPlaces], total = 0;
+    _mm512_storeu_pd(sums, low_);
+    _mm512_storeu_pd(sums + 8, high_);
+    for (const double sum : sums) total += sum;
+    return total;
+  }
+
+ private:
+  __m512d low_ = _mm512_setzero_pd(), high_ = _mm512_setzero_pd();
+};
 
 #else
 
@@ -130,6 +165,12 @@ static inline uint32_t where(uint32_t at, F&& f) {
   for (int i = 0; i < kPlaces; ++i)
     if (at >> i & 1) bits |= uint32_t(f(i)) << i;
   return bits;
+}
+
+// f(i) for each place i.
+template <class F>
+static inline void each(uint32_t at, F&& f) {
+  for (; at; at &= at - 1) f(__builtin_ctz(at));
 }
 
 static inline uint32_t set_bytes(const uint8_t* mask, uint32_t at) {
@@ -144,41 +185,61 @@ static inline uint32_t above(const float* values, uint32_t at, float pivot) {
   return where(at, [&](int i) { return values[i] > pivot; });
 }
 
+// Places whose score is at least `lowest`, never of NaN.
+static inline uint32_t reaching(const Score& score, const float* values, uint32_t at,
+                                float lowest) {
+  return where(at, [&](int i) { return score.of(values[i]) >= lowest; });
+}
+
 static inline void clear(float* values, uint32_t at) {
-  for (; at; at &= at - 1) values[__builtin_ctz(at)] = 0.0f;
+  each(at, [&](int i) { values[i] = 0.0f; });
 }
 
 static inline uint32_t with_bits(const float* values, uint32_t at) {
   return where(at, [&](int i) { return bits_of(values[i]) != 0; });
 }
 
-static inline void add_magnitudes(const float* values, uint32_t at, double* sums) {
-  for (; at; at &= at - 1) sums[__builtin_ctz(at)] += std::fabs(values[__builtin_ctz(at)]);
+template <class T>
+static inline void pack(const T* values, uint32_t at, T* to) {
+  each(at, [&](int i) { *to++ = values[i]; });
 }
 
-static inline void raise_to_magnitudes(const float* values, uint32_t at, uint32_t* largest) {
-  for (; at; at &= at - 1) {
-    const int i = __builtin_ctz(at);
-    largest[i] = std::max(largest[i], bits_of(values[i]) & ~kSign);
+static inline void pack_places(int32_t first, uint32_t at, int32_t* to) {
+  each(at, [&](int i) { *to++ = first + i; });
+}
+
+static inline void fetch(const float* values, const int32_t* places, uint32_t at, float* to) {
+  each(at, [&](int i) { to[i] = values[places[i]]; });
+}
+
+// The largest magnitude, by the bits: what is no number is larger than what is infinite, and that
+// than all else.
+class Largest {
+ public:
+  void see(const float* values, uint32_t at) {
+    each(at, [&](int i) { bits_ = std::max(bits_, bits_of(values[i]) & ~kSign); });
   }
-}
+  float magnitude() const { return float_of(bits_); }
 
-static inline void pack(const float* values, uint32_t at, float* to) {
-  for (; at; at &= at - 1) *to++ = values[__builtin_ctz(at)];
-}
+ private:
+  uint32_t bits_ = 0;
+};
 
-static inline int64_t take(const Score& score, const float* values, uint32_t at, float lowest,
-                           int64_t first, float* scores, int32_t* places) {
-  int64_t found = 0;
-  for (; at; at &= at - 1) {
-    const int i = __builtin_ctz(at);
-    if (const float s = score.of(values[i]); s >= lowest) {
-      scores[found] = s;
-      places[found++] = int32_t(first + i);
-    }
+// Sixteen sums of magnitudes, in double.
+class Sum {
+ public:
+  void add(const float* values, uint32_t at) {
+    each(at, [&](int i) { sums_[i] += std::fabs(values[i]); });
   }
-  return found;
-}
+  double total() const {
+    double total = 0;
+    for (const double sum : sums_) total += sum;
+    return total;
+  }
+
+ private:
+  double sums_[kPlaces] = {};
+};
 
 #endif
 
@@ -187,24 +248,45 @@ static inline uint32_t those_of(const Candidates& candidates, int64_t i, uint32_
   return candidates.active ? active : at & ~active;
 }
 
-// f(i) for each i < n whose byte is set, in order.
+// What a pass over an array that stands at `at` will need soon; beyond its end it has no effect.
+static inline void prefetch(const float* at) {
+  __builtin_prefetch(reinterpret_cast<const char*>(at) + 2048);
+}
+
+// Goes over n places in blocks: lists those that `which(i, sixteen from i on)` has a bit for, then
+// gives a block's to `take(places, found)`. Both are for places below 2^31.
+template <class Which, class Take>
+static void list_in_blocks(int64_t n, Which&& which, Take&& take) {
+  constexpr int64_t kBlock = 4096;
+  int32_t places[kBlock + kPlaces];
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t end = std::min(n, start + kBlock);
+    int64_t found = 0;
+    for (int64_t i = start; i < end; i += kPlaces) {
+      const uint32_t bits = which(i, places_from(i, end));
+      pack_places(int32_t(i), bits, places + found);
+      found += __builtin_popcount(bits);
+    }
+    take(places, found);
+  }
+}
+
+// f(j, sixteen from j on) for n of something.
 template <class F>
-static void each_set(const uint8_t* mask, int64_t n, F&& f) {
-  for (int64_t i = 0; i < n; i += kPlaces)
-    for (uint32_t bits = set_bytes(mask + i, places_from(i, n)); bits; bits &= bits - 1)
-      f(i + __builtin_ctz(bits));
+static inline void by_sixteen(int64_t n, F&& f) {
+  for (int64_t j = 0; j < n; j += kPlaces) f(j, places_from(j, n));
 }
 
 // Copies the numbers for which `which(values + i, places)` has a bit to `to`, which has room for n
 // and sixteen more; their number.
-template <class F>
-static int64_t filter(const float* values, int64_t n, float* to, F&& which) {
+template <class T, class F>
+static int64_t filter(const T* values, int64_t n, T* to, F&& which) {
   int64_t found = 0;
-  for (int64_t i = 0; i < n; i += kPlaces) {
-    const uint32_t bits = which(values + i, places_from(i, n));
+  by_sixteen(n, [&](int64_t i, uint32_t at) {
+    const uint32_t bits = which(i, at);
     pack(values + i, bits, to + found);
     found += __builtin_popcount(bits);
-  }
+  });
   return found;
 }
 
@@ -214,15 +296,15 @@ static float kth_largest(float* values, float* room, int64_t n, int64_t k) {
   for (uint64_t seed = 1;;) {
     seed = seed * 6364136223846793005u + 1442695040888963407u;
     const float pivot = values[(seed >> 33) % uint64_t(n)];
-    const int64_t larger =
-        filter(values, n, room, [&](const float* v, uint32_t at) { return above(v, at, pivot); });
+    const int64_t larger = filter(
+        values, n, room, [&](int64_t i, uint32_t at) { return above(values + i, at, pivot); });
     if (larger >= k) {
       std::swap(values, room);
       n = larger;
       continue;
     }
-    const int64_t smaller = filter(values, n, room, [&](const float* v, uint32_t at) {
-      return at & ~at_least(v, at, pivot);
+    const int64_t smaller = filter(values, n, room, [&](int64_t i, uint32_t at) {
+      return at & ~at_least(values + i, at, pivot);
     });
     if (n - smaller >= k) return pivot;
     k -= n - smaller;
@@ -231,10 +313,10 @@ static float kth_largest(float* values, float* room, int64_t n, int64_t k) {
   }
 }
 
-// A score that about k of the candidates reach, and rarely fewer: read off every so-many-th place.
+// A score that rarely fewer than k of the candidates reach, and not many more: read off every
+// so-many-th place.
 static float score_that_suffices(const Score& score, const float* values,
-                                 const Candidates& candidates, int64_t n, int64_t count,
-                                 int64_t k) {
+                                 const Candidates& candidates, int64_t n, int64_t k) {
   constexpr int64_t kSample = 2048;
   const float everything = -std::numeric_limits<float>::infinity();
   if (n < 4 * kSample) return everything;
@@ -242,55 +324,64 @@ static float score_that_suffices(const Score& score, const float* values,
   // An odd step meets all columns of a matrix whose rows are a power of two long.
   const int64_t step = (n / kSample) | 1;
   int64_t size = 0;
-  for (int64_t i = step / 2; i < n; i += step)
-    if ((candidates.mask[i] != 0) == candidates.active && !std::isnan(values[i]))
-      sample[size++] = score.of(values[i]);
-  const double share = double(k) / double(count);
-  const double rank = share * double(size) + 4 * std::sqrt(share * double(size)) + 8;
+  for (int64_t i = step / 2; i < n; i += step) {
+    sample[size] = score.of(values[i]);
+    size += (candidates.mask[i] != 0) == candidates.active && !std::isnan(values[i]);
+  }
+  const double expected = double(k) / double(step);
+  const double rank = expected + 4 * std::sqrt(expected) + 8;
   return rank < double(size) ? kth_largest(sample, room, size, int64_t(rank)) : everything;
 }
 
+// n numbers, not set to anything, and sixteen more.
+template <class T>
+static std::unique_ptr<T[]> room_for(int64_t n) {
+  return std::unique_ptr<T[]>(new T[n + kPlaces]);
+}
+
 struct Found {
-  std::vector<int64_t> places;
-  std::vector<float> scores;
+  std::vector<int32_t> places;
+  std::unique_ptr<float[]> scores;
 };
 
 // The candidates whose score is at least `lowest`, in order.
 static Found gather(const Score& score, const float* values, const Candidates& candidates,
                     int64_t n, float lowest) {
-  constexpr int64_t kBlock = 4096;
-  float scores[kBlock + kPlaces];
-  int32_t place[kBlock + kPlaces];
   Found all;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t size = std::min(n - start, kBlock);
-    int64_t found = 0;
-    for (int64_t i = 0; i < size; i += kPlaces) {
-      const uint32_t at = those_of(candidates, start + i, places_from(i, size));
-      found += take(score, values + start + i, at, lowest, i, scores + found, place + found);
-    }
-    all.scores.insert(all.scores.end(), scores, scores + found);
-    for (int64_t j = 0; j < found; ++j) all.places.push_back(start + place[j]);
-  }
+  list_in_blocks(
+      n,
+      [&](int64_t i, uint32_t at) {
+        prefetch(values + i);
+        return reaching(score, values + i, those_of(candidates, i, at), lowest);
+      },
+      [&](const int32_t* places, int64_t found) {
+        all.places.insert(all.places.end(), places, places + found);
+      });
+  all.scores = room_for<float>(int64_t(all.places.size()));
+  for (size_t j = 0; j < all.places.size(); ++j) all.scores[j] = score.of(values[all.places[j]]);
   return all;
 }
 
 // Flips the places of the k largest of `size` scores, 1 <= k <= size; places stand in order.
-template <class Place>
-static void flip_best(const Place* places, const float* scores, int64_t size, int64_t k,
-                      bool active, uint8_t* result) {
-  std::vector<float> sorted(size + kPlaces), room(size + kPlaces);
-  std::copy(scores, scores + size, sorted.begin());
-  const float last = kth_largest(sorted.data(), room.data(), size, k);
-  const uint8_t before = active, after = !active;
-  int64_t reached = 0;
-  for (int64_t j = 0; j < size; ++j) {
-    const bool is = scores[j] >= last;
-    reached += is;
-    result[places[j]] = is ? after : before;
+static void flip_best(const int32_t* places, const float* scores, int64_t size, int64_t k,
+                      uint8_t* result) {
+  const auto left = room_for<float>(size), room = room_for<float>(size);
+  std::copy(scores, scores + size, left.get());
+  const float last = kth_largest(left.get(), room.get(), size, k);
+  const auto best = room_for<int32_t>(size);
+  int64_t reached = filter(places, size, best.get(), [&](int64_t j, uint32_t at) {
+    return at_least(scores + j, at, last);
+  });
+  if (reached > k) {  // the first ones of the ties
+    int64_t ties = k;
+    by_sixteen(size, [&](int64_t j, uint32_t at) {
+      ties -= __builtin_popcount(above(scores + j, at, last));
+    });
+    reached = 0;
+    for (int64_t j = 0; j < size; ++j)
+      if (scores[j] > last || (scores[j] == last && ties-- > 0)) best[reached++] = places[j];
   }
-  for (int64_t j = size - 1; reached > k; --j)  // the last ones of the ties
-    if (scores[j] == last) result[places[j]] = before, --reached;
+  for (int64_t j = 0; j < k; ++j) result[best[j]] ^= 1;
 }
 
 }  // namespace detail
@@ -298,8 +389,9 @@ static void flip_best(const Place* places, const float* scores, int64_t size, in
 // Number of set bytes.
 static int64_t count_set(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i += detail::kPlaces)
-    count += __builtin_popcount(detail::set_bytes(mask + i, detail::places_from(i, n)));
+  detail::by_sixteen(n, [&](int64_t i, uint32_t at) {
+    count += __builtin_popcount(detail::set_bytes(mask + i, at));
+  });
   return count;
 }
 
@@ -309,37 +401,41 @@ static void flip_largest(const Score& score, const float* values, const Candidat
                          int64_t n, int64_t k, uint8_t* result) {
   std::copy(candidates.mask, candidates.mask + n, result);
   if (k == 0) return;
-  const int64_t active = count_set(candidates.mask, n);
-  const int64_t count = candidates.active ? active : n - active;
-  if (k > count)
-    throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
-                                std::to_string(count) + " candidates");
-  const float lowest = detail::score_that_suffices(score, values, candidates, n, count, k);
+  const float lowest = detail::score_that_suffices(score, values, candidates, n, k);
   detail::Found found = detail::gather(score, values, candidates, n, lowest);
-  if (int64_t(found.places.size()) < k)  // the sample misled, or scores that aren't numbers
+  if (int64_t(found.places.size()) < k)  // the sample misled, or there are too few
     found = detail::gather(score, values, candidates, n, -std::numeric_limits<float>::infinity());
   const int64_t size = int64_t(found.places.size());
-  if (size < k)
-    throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
-                                std::to_string(count) + " candidates: only " +
-                                std::to_string(size) + " scores are numbers");
-  detail::flip_best(found.places.data(), found.scores.data(), size, k, candidates.active, result);
+  if (size < k) {
+    const int64_t active = count_set(candidates.mask, n);
+    const int64_t all = candidates.active ? active : n - active;
+    throw std::invalid_argument(
+        "cannot pick " + std::to_string(k) + " of " + std::to_string(all) + " candidates" +
+        (size < all ? ": only " + std::to_string(size) + " scores are numbers" : std::string()));
+  }
+  detail::flip_best(found.places.data(), found.scores.get(), size, k, result);
 }
 
 // Sum of |value| where the mask is set, in double, always in the same order.
 static double sum_of_magnitudes(const float* values, const uint8_t* mask, int64_t n) {
-  double sums[detail::kPlaces] = {}, total = 0;
-  for (int64_t i = 0; i < n; i += detail::kPlaces)
-    detail::add_magnitudes(values + i, detail::set_bytes(mask + i, detail::places_from(i, n)), sums);
-  for (const double sum : sums) total += sum;
-  return total;
+  detail::Sum sum;
+  detail::list_in_blocks(
+      n, [&](int64_t i, uint32_t at) { return detail::set_bytes(mask + i, at); },
+      [&](const int32_t* places, int64_t found) {
+        float of[detail::kPlaces];
+        detail::by_sixteen(found, [&](int64_t j, uint32_t at) {
+          detail::fetch(values, places + j, at, of);
+          sum.add(of, at);
+        });
+      });
+  return sum.total();
 }
 
 // What an update has to know of a layer. The largest magnitudes, of the weights inside the mask and
 // of all momentum, are NaN or infinite where one of the numbers is.
 struct Survey {
   int64_t active;
-  double momentum;  // sum of the magnitudes inside the mask
+  double momentum;  // sum of the magnitudes inside the mask, as of sum_of_magnitudes
   float largest_weight, largest_momentum;
 };
 
@@ -354,27 +450,36 @@ struct ActiveList {
 // or has no room for them. No momentum (null) counts as zero.
 static Survey survey(float* weight, const float* momentum, const uint8_t* mask, int64_t n,
                      const ActiveList* list) {
-  double sums[detail::kPlaces] = {};
-  uint32_t weights[detail::kPlaces] = {}, momenta[detail::kPlaces] = {};
-  Survey seen = {};
-  for (int64_t i = 0; i < n; i += detail::kPlaces) {
-    const uint32_t at = detail::places_from(i, n), active = detail::set_bytes(mask + i, at);
-    // Mostly they are clear already: not written then.
-    if (const uint32_t stale = detail::with_bits(weight + i, at & ~active))
-      detail::clear(weight + i, stale);
-    detail::raise_to_magnitudes(weight + i, active, weights);
-    if (list != nullptr && seen.active + detail::kPlaces <= list->room)
-      detail::take(Score::value(), weight + i, active, -std::numeric_limits<float>::infinity(), i,
-                   list->weight + seen.active, list->place + seen.active);
-    seen.active += __builtin_popcount(active);
-    if (momentum == nullptr) continue;
-    detail::add_magnitudes(momentum + i, active, sums);
-    detail::raise_to_magnitudes(momentum + i, at, momenta);
-  }
-  for (const double sum : sums) seen.momentum += sum;
-  seen.largest_weight = float_of(*std::max_element(weights, weights + detail::kPlaces));
-  seen.largest_momentum = float_of(*std::max_element(momenta, momenta + detail::kPlaces));
-  return seen;
+  detail::Sum sum;
+  detail::Largest weights, momenta;
+  int64_t active = 0;
+  detail::list_in_blocks(
+      n,
+      [&](int64_t i, uint32_t at) {
+        detail::prefetch(weight + i);
+        detail::prefetch(momentum + i);
+        const uint32_t inside = detail::set_bytes(mask + i, at);
+        // Mostly they are clear already: not written then.
+        if (const uint32_t stale = detail::with_bits(weight + i, at & ~inside))
+          detail::clear(weight + i, stale);
+        if (momentum != nullptr) momenta.see(momentum + i, at);
+        return inside;
+      },
+      [&](const int32_t* places, int64_t found) {
+        const bool listed = list != nullptr && active + found + detail::kPlaces <= list->room;
+        float of[detail::kPlaces];
+        detail::by_sixteen(found, [&](int64_t j, uint32_t at) {
+          float* const to = listed ? list->weight + active + j : of;
+          detail::fetch(weight, places + j, at, to);
+          weights.see(to, at);
+          if (momentum == nullptr) return;
+          detail::fetch(momentum, places + j, at, of);
+          sum.add(of, at);
+        });
+        if (listed) std::copy(places, places + found, list->place + active);
+        active += found;
+      });
+  return {active, sum.total(), weights.magnitude(), momenta.magnitude()};
 }
 
 // `result` [n] is the mask without the k smallest of the `active` weights listed, finite ones.
@@ -385,9 +490,9 @@ static void drop_smallest(const ActiveList& list, int64_t active, const uint8_t*
   if (k > active)
     throw std::invalid_argument("cannot pick " + std::to_string(k) + " of " +
                                 std::to_string(active) + " candidates");
-  std::vector<float> scores(active);
+  const auto scores = detail::room_for<float>(active);
   for (int64_t j = 0; j < active; ++j) scores[j] = Score::smallness().of(list.weight[j]);
-  detail::flip_best(list.place, scores.data(), active, k, true, result);
+  detail::flip_best(list.place, scores.get(), active, k, result);
 }
 
 // Sets values outside of the mask to zero.
@@ -402,12 +507,22 @@ static void clear_outside(float* values, const uint8_t* mask, int64_t n, int thr
 // The same for values that are zero wherever none is listed.
 static void clear_listed(float* values, const uint8_t* mask, const ActiveList& list,
                          int64_t active) {
-  for (int64_t j = 0; j < active; ++j)
-    if (!mask[list.place[j]]) values[list.place[j]] = 0.0f;
+  constexpr int64_t kBlock = 1024;
+  int32_t outside[kBlock];
+  for (int64_t start = 0; start < active; start += kBlock) {
+    const int64_t end = std::min(active, start + kBlock);
+    int64_t found = 0;  // first without a branch, which nobody could predict
+    for (int64_t j = start; j < end; ++j) {
+      outside[found] = list.place[j];
+      found += mask[list.place[j]] == 0;
+    }
+    for (int64_t j = 0; j < found; ++j) values[outside[j]] = 0.0f;
+  }
 }
 
 // The non-zeros of a matrix, by row and by column, and what two matrices hold there; see
-// PerceptronLayer.  `index` [nonzeros] are their places in the matrix.
+// PerceptronLayer.  `index` [nonzeros] are their places in the matrix. `column` has room for sixteen
+// more.
 struct Nonzeros {
   int64_t rows, columns;
   int64_t* index;
@@ -419,20 +534,28 @@ struct Nonzeros {
 static void take_nonzeros(const uint8_t* mask, int64_t count, const float* weight,
                           const float* momentum, const Nonzeros& p) {
   std::fill(p.column_start, p.column_start + p.columns + 1, 0);
-  int32_t found = 0;
+  int64_t found = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
-    p.row_start[r] = found;
-    detail::each_set(mask + r * p.columns, p.columns, [&](int64_t c) {
-      if (found == count) throw std::invalid_argument("a mask has more non-zeros than were counted");
-      const int64_t at = p.index[found] = r * p.columns + c;
-      p.value[found] = weight[at];
-      p.value_momentum[found] = momentum[at];
-      p.column[found++] = int32_t(c);
-      ++p.column_start[c + 1];
+    const int64_t first = r * p.columns, start = found;
+    p.row_start[r] = int32_t(found);
+    detail::by_sixteen(p.columns, [&](int64_t c, uint32_t at) {
+      const uint32_t bits = detail::set_bytes(mask + first + c, at);
+      if (found + __builtin_popcount(bits) > count)
+        throw std::invalid_argument("a mask has more non-zeros than were counted");
+      detail::pack_places(int32_t(c), bits, p.column + found);
+      found += __builtin_popcount(bits);
     });
+    detail::by_sixteen(found - start, [&](int64_t j, uint32_t at) {
+      detail::fetch(weight + first, p.column + start + j, at, p.value + start + j);
+      detail::fetch(momentum + first, p.column + start + j, at, p.value_momentum + start + j);
+    });
+    for (int64_t k = start; k < found; ++k) {
+      p.index[k] = first + p.column[k];
+      ++p.column_start[p.column[k] + 1];
+    }
   }
   if (found < count) throw std::invalid_argument("a mask has fewer non-zeros than were counted");
-  p.row_start[p.rows] = found;
+  p.row_start[p.rows] = int32_t(found);
   for (int64_t c = 0; c < p.columns; ++c) p.column_start[c + 1] += p.column_start[c];
   std::vector<int32_t> next(p.column_start, p.column_start + p.columns);
   for (int64_t r = 0; r < p.rows; ++r)
@@ -445,7 +568,11 @@ static void take_nonzeros(const uint8_t* mask, int64_t count, const float* weigh
 
 // Writes `count` of them back.
 static void put_nonzeros(const Nonzeros& p, int64_t count, float* weight, float* momentum) {
+  constexpr int64_t kAhead = 48;  // a place is rarely in a cache
   for (int64_t k = 0; k < count; ++k) {
+    const int64_t next = p.index[std::min(k + kAhead, count - 1)];
+    __builtin_prefetch(weight + next, 1);
+    __builtin_prefetch(momentum + next, 1);
     weight[p.index[k]] = p.value[k];
     momentum[p.index[k]] = p.value_momentum[k];
   }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .library import available, check, require
 
+MOST_PLACES = 2**31 - 1  # of one tensor; int32 in the kernels
 SCORES = {"value": 0, "magnitude": 1, "smallness": 2}  # as in sparse.cpp
 
 
@@ -36,17 +37,21 @@ class _ActiveList(ctypes.Structure):
 
 
 class ActiveList:
-    """Room for the places and values of `count` active weights; `survey` fills it."""
+    """Room for the places and values of `count` active weights; `survey` fills it. A copy is as
+    large and empty.
+    """
 
     def __init__(self, count: int) -> None:
         self.room = count + 16  # the kernels write sixteen at a time
         self.place = torch.empty(self.room, dtype=torch.int32)
         self.weight = torch.empty(self.room)
         self.count = 0
+        self.address = ctypes.byref(
+            _ActiveList(self.room, self.place.data_ptr(), self.weight.data_ptr())
+        )
 
-    def addresses(self) -> _ActiveList:
-        """For a call, not to be kept: copies of this object have addresses of their own."""
-        return _ActiveList(self.room, self.place.data_ptr(), self.weight.data_ptr())
+    def __reduce__(self) -> tuple[type[ActiveList], tuple[int]]:
+        return ActiveList, (self.room - 16,)
 
 
 class Nonzeros(ctypes.Structure):
@@ -76,11 +81,18 @@ def counts(mask: Tensor) -> bool:
     return mask.is_cpu and mask.dtype is torch.bool and mask.is_contiguous() and available()
 
 
-def takes(values: Tensor, mask: Tensor) -> bool:
-    """Whether the passes below can be used: float32 and bool, contiguous, on the CPU."""
+def takes(values: Tensor, mask: Tensor, others: Tensor | None = None) -> bool:
+    """Whether the passes below can be used: float32 and bool, contiguous, on the CPU, not huge."""
     return (
-        counts(mask) and values.is_cpu and values.dtype is torch.float32 and values.is_contiguous()
+        counts(mask)
+        and mask.numel() <= MOST_PLACES
+        and _plain(values)
+        and (others is None or _plain(others))
     )
+
+
+def _plain(values: Tensor) -> bool:
+    return values.is_cpu and values.dtype is torch.float32 and values.is_contiguous()
 
 
 def count(mask: Tensor) -> int:
@@ -124,7 +136,7 @@ def survey(
         None if momentum is None else momentum.data_ptr(),
         mask.data_ptr(),
         mask.numel(),
-        None if active is None else ctypes.byref(active.addresses()),
+        None if active is None else active.address,
         ctypes.byref(seen),
     )
     if active is not None:
@@ -137,7 +149,7 @@ def drop_smallest(active: ActiveList, mask: Tensor, k: int) -> Tensor:
     result = torch.empty_like(mask)
     check(
         require().mask_drop_smallest(
-            ctypes.byref(active.addresses()),
+            active.address,
             active.count,
             mask.data_ptr(),
             mask.numel(),
@@ -150,8 +162,7 @@ def drop_smallest(active: ActiveList, mask: Tensor, k: int) -> Tensor:
 
 def clear_listed(values: Tensor, mask: Tensor, active: ActiveList) -> None:
     """Set the `values` that are listed to zero in place where `mask` is false."""
-    listed = ctypes.byref(active.addresses())
-    require().mask_clear_listed(values.data_ptr(), mask.data_ptr(), listed, active.count)
+    require().mask_clear_listed(values.data_ptr(), mask.data_ptr(), active.address, active.count)
 
 
 def sum_of_magnitudes(values: Tensor, mask: Tensor) -> float:

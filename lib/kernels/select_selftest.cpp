@@ -88,7 +88,7 @@ static bool pattern(int64_t rows, int64_t columns, double density) {
   std::vector<float> weight(rows * columns), momentum(rows * columns), value(count), moved(count);
   for (int64_t i = 0; i < rows * columns; ++i) weight[i] = float(i), momentum[i] = -float(i);
   std::vector<int64_t> index(count);
-  std::vector<int32_t> row_start(rows + 1), column(count), column_start(columns + 1), row(count),
+  std::vector<int32_t> row_start(rows + 1), column(count + 16), column_start(columns + 1), row(count),
       place(count);
   const Nonzeros nonzeros{rows,         columns,    index.data(), row_start.data(), column.data(),
                           column_start.data(), row.data(), place.data(), value.data(),
