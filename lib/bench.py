@@ -228,6 +228,7 @@ def mask_update(repeats: int) -> Iterator[Row]:
         with flushed_denormals():  # as in training
             for _ in range(repeats + 1):
                 epoch = loop.steps_per_epoch * timed_steps(loop, order, count)
+                loop._write_back()  # every epoch ends so, whether masks move or not
                 start = time.perf_counter()
                 loop._update_masks()
                 shares.append(100 * (time.perf_counter() - start) / epoch)

@@ -61,7 +61,8 @@ class Layer:
     share: float | None = None
     momentum_share: float = math.nan
     listed: Any = None  # the active weights once more, where compiled passes made a list of them
-    _without: tuple[Tensor, int] | None = None  # the last mask of `without_smallest`, its k
+    # The last mask of `without_smallest`, and its k.
+    _without: tuple[Tensor, int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.survivors = self.mask
@@ -178,8 +179,8 @@ EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
 # of `share_out` and of `choose`.
 SHARE_OUT: dict[str, Callable[[Sequence[Layer], dict[str, Any]], list[int]]] = {}
 CHOOSE: dict[str, Callable[[Layer, Rule[GrowthRule], int], Tensor]] = {}
-# Layers up to this density, or of this few active weights, are pruned by a list of these: 8 bytes
-# for each.
+# Layers up to this density, or of this few active weights, are pruned by a list of these. It takes
+# 8 bytes for each, too many for a large dense layer.
 LISTED_UP_TO = 0.25
 ALWAYS_LISTED = 10_000
 # What `Masking(options={...})` knows.
@@ -359,7 +360,9 @@ def count_of(mask: Tensor) -> Tensor | int:
 def to_host(numbers: Sequence[Tensor | float]) -> list[float]:
     """The numbers as Python's; those that are tensors [0-d] cross in one transfer."""
     tensors = [n.double() for n in numbers if isinstance(n, Tensor)]
-    crossed = iter(torch.stack(tensors).tolist() if tensors else [])
+    if not tensors:
+        return list(map(float, numbers))
+    crossed = iter(torch.stack(tensors).tolist())
     return [next(crossed) if isinstance(n, Tensor) else float(n) for n in numbers]
 
 
@@ -510,8 +513,7 @@ class Masks(dict[str, Tensor]):
             )
         if mask.dtype != torch.bool:
             raise ValueError(f"the mask of {name} must be of type torch.bool, got {mask.dtype}")
-        on_device = mask.device == parameter.device
-        super().__setitem__(name, mask if on_device else mask.to(parameter.device))
+        super().__setitem__(name, mask.to(parameter.device))
 
     def update(self, *args: Any, **kwargs: Tensor) -> None:
         """As of a dict, with the checks of an assignment."""
@@ -772,7 +774,7 @@ class Masking:
             parameter = self.parameters[name]
             layer = Layer(name, parameter, mask, self.optimizer, self.generator)
             layers.append(layer)
-            momentum = _momentum(layer, "momentum" in needs)
+            momentum = _look_for_momentum(layer, "momentum" in needs)
             if compiled().takes(parameter, mask, momentum):
                 seen = self._survey_at_once(layer, momentum)
                 if momentum is not None:
@@ -787,7 +789,8 @@ class Masking:
         if others:
             self._multiply([layer.name for layer in others])
         for layer in others:
-            mean = layer.mean_momentum if _momentum(layer, False) is not None else math.nan
+            found = "momentum" in vars(layer)  # looked for above
+            mean = layer.mean_momentum if found else math.nan
             largest = [getattr(layer, what).abs().max() for what in ("weight", *needs)]
             rows[layer.name] = [count_of(layer.mask), mean, *largest]
         # One transfer to the host for all layers.
@@ -911,14 +914,15 @@ def _random_mask(parameter: nn.Parameter, count: int, generator: torch.Generator
     return mask.view(parameter.shape)
 
 
-def _momentum(layer: Layer, needed: bool) -> Tensor | None:
+def _look_for_momentum(layer: Layer, needed: bool) -> Tensor | None:
     """None, or ValueError where it is needed, where the optimizer has no momentum."""
     try:
-        return layer.momentum
+        layer.momentum = momentum_of(layer.optimizer, layer.parameter, layer.name)
     except ValueError:
         if needed:
             raise
         return None
+    return layer.momentum
 
 
 def _report(layer: Layer, grown: int) -> LayerReport:

@@ -61,6 +61,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     ),
     "perceptron_wrong": [_PTR, _I64, _PTR, _PTR, _I64, _INT, _PTR],
     "mask_count": [_PTR, _I64],
+    "mask_as_floats": [_PTR, _I64, _PTR],
     "mask_flip_largest": [_INT, _PTR, _PTR, _INT, _I64, _I64, _PTR],
     "mask_survey": [_PTR, _PTR, _PTR, _I64, _PTR, _PTR],
     "mask_drop_smallest": [_PTR, _I64, _PTR, _I64, _I64, _PTR],

@@ -20,7 +20,7 @@ from lib.baselines import deepr_rates, randn, signs_of, some_of
 from lib.masking import LayerReport, Masking
 
 from .library import check, require
-from .select import Nonzeros, count, counts, put_nonzeros, take_nonzeros
+from .select import Nonzeros, as_floats, count, counts, put_nonzeros, take_nonzeros
 
 # Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
 # density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
@@ -227,7 +227,7 @@ class PerceptronTrainer:
             if (sparse is None) != self._dense(nonzeros, mask):
                 return self.reload()
             if sparse is None:
-                self._multipliers[path].copy_(mask)
+                as_floats(mask, self._multipliers[path])
             elif nonzeros > sparse.room:
                 return self.reload()
             else:
@@ -267,7 +267,8 @@ class PerceptronTrainer:
             mask = mask.contiguous()
             nonzeros = count(mask)
             if self._dense(nonzeros, mask):
-                multiplier = self._multipliers[path] = mask.to(torch.float32)
+                multiplier = self._multipliers[path] = torch.empty(mask.shape)
+                as_floats(mask, multiplier)
                 layer.multiplier = multiplier.data_ptr()
                 continue
             layer.nonzeros, needed = nonzeros, max(nonzeros, min(active, mask.numel()))

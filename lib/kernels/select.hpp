@@ -314,7 +314,7 @@ static float kth_largest(float* values, float* room, int64_t n, int64_t k) {
 }
 
 // A score that rarely fewer than k of the candidates reach, and not many more: read off every
-// so-many-th place.
+// so-many-th place. (Neighbours are too much alike for looking at several at once.)
 static float score_that_suffices(const Score& score, const float* values,
                                  const Candidates& candidates, int64_t n, int64_t k) {
   constexpr int64_t kSample = 2048;
@@ -337,6 +337,19 @@ static float score_that_suffices(const Score& score, const float* values,
 template <class T>
 static std::unique_ptr<T[]> room_for(int64_t n) {
   return std::unique_ptr<T[]>(new T[n + kPlaces]);
+}
+
+// f(k, index[k]) for k < count, where f goes to these places of two arrays: rarely in a cache, they
+// are asked for ahead.
+template <class F>
+static void each_place(const int64_t* index, int64_t count, const float* a, const float* b, F&& f) {
+  constexpr int64_t kAhead = 48;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t later = index[std::min(k + kAhead, count - 1)];
+    __builtin_prefetch(a + later);
+    __builtin_prefetch(b + later);
+    f(k, index[k]);
+  }
 }
 
 struct Found {
@@ -545,10 +558,6 @@ static void take_nonzeros(const uint8_t* mask, int64_t count, const float* weigh
       detail::pack_places(int32_t(c), bits, p.column + found);
       found += __builtin_popcount(bits);
     });
-    detail::by_sixteen(found - start, [&](int64_t j, uint32_t at) {
-      detail::fetch(weight + first, p.column + start + j, at, p.value + start + j);
-      detail::fetch(momentum + first, p.column + start + j, at, p.value_momentum + start + j);
-    });
     for (int64_t k = start; k < found; ++k) {
       p.index[k] = first + p.column[k];
       ++p.column_start[p.column[k] + 1];
@@ -556,6 +565,10 @@ static void take_nonzeros(const uint8_t* mask, int64_t count, const float* weigh
   }
   if (found < count) throw std::invalid_argument("a mask has fewer non-zeros than were counted");
   p.row_start[p.rows] = int32_t(found);
+  detail::each_place(p.index, count, weight, momentum, [&](int64_t k, int64_t at) {
+    p.value[k] = weight[at];
+    p.value_momentum[k] = momentum[at];
+  });
   for (int64_t c = 0; c < p.columns; ++c) p.column_start[c + 1] += p.column_start[c];
   std::vector<int32_t> next(p.column_start, p.column_start + p.columns);
   for (int64_t r = 0; r < p.rows; ++r)
@@ -568,14 +581,10 @@ static void take_nonzeros(const uint8_t* mask, int64_t count, const float* weigh
 
 // Writes `count` of them back.
 static void put_nonzeros(const Nonzeros& p, int64_t count, float* weight, float* momentum) {
-  constexpr int64_t kAhead = 48;  // a place is rarely in a cache
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t next = p.index[std::min(k + kAhead, count - 1)];
-    __builtin_prefetch(weight + next, 1);
-    __builtin_prefetch(momentum + next, 1);
-    weight[p.index[k]] = p.value[k];
-    momentum[p.index[k]] = p.value_momentum[k];
-  }
+  detail::each_place(p.index, count, weight, momentum, [&](int64_t k, int64_t at) {
+    weight[at] = p.value[k];
+    momentum[at] = p.value_momentum[k];
+  });
 }
 
 }  // namespace sparse

@@ -101,6 +101,11 @@ def count(mask: Tensor) -> int:
     return number
 
 
+def as_floats(mask: Tensor, out: Tensor) -> None:
+    """Write the mask to `out` (float32, same shape, contiguous) as ones and zeros."""
+    require().mask_as_floats(mask.data_ptr(), mask.numel(), out.data_ptr())
+
+
 def flip_largest(values: Tensor, mask: Tensor, k: int, active: bool, score: str) -> Tensor:
     """`mask` with exactly k of its places that are `active` flipped, those of the largest scores;
     first places win ties.

@@ -142,6 +142,10 @@ int perceptron_wrong(const sparse::PerceptronLayer* layers, int64_t depth, const
 // See select.hpp; masks are bytes.
 int64_t mask_count(const uint8_t* mask, int64_t n) { return sparse::count_set(mask, n); }
 
+void mask_as_floats(const uint8_t* mask, int64_t n, float* out) {
+  std::copy(mask, mask + n, out);
+}
+
 // score: 0 the value, 1 its magnitude, 2 its smallness.
 int mask_flip_largest(int score, const float* values, const uint8_t* mask, int active, int64_t n,
                       int64_t k, uint8_t* result) {
