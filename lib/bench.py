@@ -214,7 +214,8 @@ def augmentation(repeats: int) -> Iterator[Row]:
 def mask_update(repeats: int) -> Iterator[Row]:
     """One mask update of the training loop over one epoch, at 5 % of the weights, one thread.
 
-    Whole epochs of LeNet-300-100; of AlexNet-s steps outside of the window, the fast ones.
+    The first epochs of LeNet-300-100, which move the most; of AlexNet-s steps outside of the window,
+    the fast ones, for an epoch.
     """
     torch.set_num_threads(1)
     keep_freed_memory()  # as every worker of the runner does
@@ -226,7 +227,7 @@ def mask_update(repeats: int) -> Iterator[Row]:
         order = loop._order().split(run.batch_size)
         shares = []
         with flushed_denormals():  # as in training
-            for _ in range(repeats + 1):
+            for _ in range(4 * repeats + 1):  # short ones: seconds in all
                 epoch = loop.steps_per_epoch * timed_steps(loop, order, count)
                 loop._write_back()  # every epoch ends so, whether masks move or not
                 start = time.perf_counter()
