@@ -214,8 +214,8 @@ def augmentation(repeats: int) -> Iterator[Row]:
 def mask_update(repeats: int) -> Iterator[Row]:
     """One mask update of the training loop over one epoch, at 5 % of the weights, one thread.
 
-    The first epochs of LeNet-300-100, which move the most; of AlexNet-s steps outside of the window,
-    the fast ones, for an epoch.
+    The first epochs of LeNet-300-100, which move the most; of AlexNet-s a few steps for an epoch,
+    outside of the window: the fast ones.
     """
     torch.set_num_threads(1)
     keep_freed_memory()  # as every worker of the runner does
