@@ -775,6 +775,27 @@ def test_snip_against_gradients_taken_by_hand():
 # ------------------------------------------------------------------- schedules, names, assigning
 
 
+def test_a_copy_goes_its_own_way():
+    """What a masking keeps between updates (lists of active weights) is never shared."""
+    rng = np.random.default_rng(5)
+    shapes = [(40, 50), (20, 30)]
+    weights, momenta = ([rng.normal(size=s) for s in shapes] for _ in range(2))
+    masks = [rng.random(s) < 0.2 for s in shapes]
+    one = made(weights, masks, momenta)[1]
+    one.update(0.3)
+    two = copy.deepcopy(one)
+    before = {name: mask.clone() for name, mask in one.masks.items()}
+    with torch.no_grad():
+        for parameter in two.parameters.values():
+            parameter.mul_(torch.rand(parameter.shape, generator=seeded(1)))
+    two.update(0.3)
+    assert all(torch.equal(before[name], mask) for name, mask in one.masks.items())
+    three = copy.deepcopy(one)
+    assert one.update(0.3) == three.update(0.3)
+    assert all(torch.equal(one.masks[name], mask) for name, mask in three.masks.items())
+    assert any(not torch.equal(one.masks[name], mask) for name, mask in two.masks.items())
+
+
 def test_schedules():
     for schedule, formula in {
         "cosine": lambda t: 0.3 * 0.5 * (1 + math.cos(math.pi * t)),
