@@ -138,8 +138,11 @@ class Growing:
             f"{row['mean']:+.2f} at {row['size']}" for row in seen.cells.to_dict("records")
         )
         detail = f"benefit {benefits} {found[0].axis}".replace("-", "−")
-        if len(seen.cells) < len(models):
-            detail += f"; {len(models) - len(seen.cells)} networks missing"
+        if seen.unlearned:
+            sizes = ", ".join(str(found[0].sizes[model]) for model in seen.unlearned)
+            detail += f"; at {sizes} nothing learned: not in the slope"
+        if missing := len(models) - len(seen.cells) - len(seen.unlearned):
+            detail += f"; {missing} networks missing"
         return Measured(falling, falling, runs, _with_untrained(detail, runs))
 
 

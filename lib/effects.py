@@ -104,7 +104,8 @@ class Scaling:
     `cells`: model, size, mean, low, high, n, p, p_holm, in order of size. `slope`: points per
     doubling of the size, mean and interval of the slopes of the single seeds, `p` its t-test.
     `line`: least squares through the means (a test over networks instead of seeds) with the rank
-    correlation; None for fewer than three sizes. `by_seed`: [seeds, models].
+    correlation; None for fewer than three sizes. `by_seed`: [seeds, models]. `unlearned`: networks
+    that are in none of these, as no run learned, with the part or without.
     """
 
     cells: pd.DataFrame
@@ -112,6 +113,7 @@ class Scaling:
     p: float
     line: Trend | None
     by_seed: pd.DataFrame
+    unlearned: list[str]
 
 
 def families(models: Iterable[str]) -> list[Family]:
@@ -156,12 +158,15 @@ def scaling(runs: Runs, family: Family, part: str) -> Scaling:
     A seed counts for the slope when it has every network of the family that has any pair.
     """
     columns: dict[str, pd.Series] = {}
-    lines = []
+    lines, unlearned = [], []
     for model, size in family.sizes.items():
         without = runs.by_seed(model=model, **WITHOUT[part])
-        pair = paired_difference(without, runs.by_seed(model=model, **FULL))
-        if pair.n:
-            columns[model] = (without - runs.by_seed(model=model, **FULL)).dropna()
+        full = runs.by_seed(model=model, **FULL)
+        pair = paired_difference(without, full)
+        if pair.n and min(without.min(), full.min()) > CHANCE:
+            unlearned.append(model)
+        elif pair.n:
+            columns[model] = (without - full).dropna()
             lines.append((model, size, pair.mean, pair.low, pair.high, pair.n, pair.p_t))
     cells = pd.DataFrame(lines, columns=["model", "size", "mean", "low", "high", "n", "p"])
     cells["p_holm"] = holm(cells["p"])
@@ -169,13 +174,13 @@ def scaling(runs: Runs, family: Family, part: str) -> Scaling:
     nothing = Interval(NAN, NAN, NAN, 0, NAN)
     whole = by_seed.dropna()
     if len(cells) < 2 or whole.empty:
-        return Scaling(cells, nothing, NAN, None, by_seed)
+        return Scaling(cells, nothing, NAN, None, by_seed, unlearned)
     x = np.log2(cells["size"].to_numpy(float))
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     slopes = pd.Series(whole.to_numpy(float) @ weights, index=whole.index)
     tested = paired_difference(slopes, slopes * 0)
     line = trend(x, cells["mean"]) if len(cells) > 2 else None
-    return Scaling(cells, tested.interval, tested.p_t, line, by_seed)
+    return Scaling(cells, tested.interval, tested.p_t, line, by_seed, unlearned)
 
 
 # ------------------------------------------------------------------------------ effect of a setting

@@ -266,6 +266,11 @@ def _families(runs: Runs) -> list[tuple[Family, dict[str, Scaling]]]:
     return found
 
 
+_UNLEARNED = [
+    Line2D([], [], color="0.45", marker="x", ls="none", label="no run learned: not in the lines")
+]
+
+
 def _slope_text(one: Scaling) -> str:
     if len(one.cells) < 2:
         return "one size only: no trend"
@@ -311,6 +316,14 @@ def _draw_scaling(ax: Axes, family: Family, one: Scaling) -> list[int]:
             alpha=0.8,
             zorder=2.3,
         )
+    ax.plot(
+        [family.sizes[model] for model in one.unlearned],
+        [0.0] * len(one.unlearned),
+        "x",
+        color="0.45",
+        ms=4.5,
+        zorder=2.2,
+    )
     margin = 1.25
     ax.set_xlim(min(sizes) / margin, max(sizes) * margin)
     ax.xaxis.set_major_locator(FixedLocator(sizes))
@@ -355,6 +368,7 @@ def depth_scaling(profile: str, results_root: str | Path | None) -> Plot:
                 lw=1.1,
                 label="mean of the lines through the seeds",
             ),
+            *(_UNLEARNED if any(one.unlearned for _, b in found for one in b.values()) else []),
         ],
         columns=2 if len(found) > 2 else 1,
     )
@@ -392,13 +406,22 @@ def depth_scaling_table(profile: str, results_root: str | Path | None) -> Table:
                         "p (Holm)": _p(row["p_holm"]),
                     }
                 )
+            for model in benefits[part].unlearned:
+                lines.append(
+                    {
+                        "benefit of": words,
+                        "family": family.name,
+                        "network": model_name(model),
+                        "full: error (%)": "not learned",
+                    }
+                )
     note = (
         "Benefit: test error without the part minus with it, paired t-test over shared seeds, p "
         f"adjusted by Holm within a family. {WHICH_NONE}{_untrained(runs)} "
         f"{_sentence(runs.scale())}"
     )
     caption = "Benefit of momentum redistribution and momentum growth by network"
-    return Table(pd.DataFrame(lines), caption, note)
+    return Table(pd.DataFrame(lines).fillna("–"), caption, note)
 
 
 @table("depth_scaling_trends")
@@ -436,7 +459,8 @@ def depth_scaling_trends(profile: str, results_root: str | Path | None) -> Table
         "Slope: of the benefit against log2 of depth or width, fitted to each seed; p: t-test of "
         "these slopes, which says whether the trend holds for these networks. p over networks: "
         "of the straight line through the means, which takes the networks as the sample, and "
-        "Spearman's rank correlation, which assumes no shape. Conclusions at p < 0.05, "
+        "Spearman's rank correlation, which assumes no shape. Networks of which no run learned "
+        "are in neither. Conclusions at p < 0.05, "
         f"unadjusted. {_sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "Does the benefit grow with depth and width?", note)

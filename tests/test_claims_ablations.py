@@ -16,6 +16,7 @@ from lib import claims, effects, reading
 from lib.claims_ablations import MARGIN_SETTING, Growing, Moved, Worst
 from lib.config import Run
 from lib.effects import FULL, WITHOUT, Family, rules
+from lib.figures_ablations import depth_scaling_table
 from lib.stats import PairedDifference, t_interval
 
 Judge = Callable[..., dict[str, dict[str, Any]]]
@@ -141,6 +142,37 @@ def test_slope_by_hand_and_seeds_that_are_not_whole(tmp_path: Path) -> None:
     assert (claimed.decides.low, claimed.decides.high) == pytest.approx(
         (-seen.slope.high, -seen.slope.low)
     )
+
+
+def test_networks_that_learn_nothing_are_not_in_the_slope(tmp_path: Path) -> None:
+    def error(run: Run) -> float | None:
+        return 88.65 if run.model == "mlp-100x4" else Effects(noise=0.05).error(run)
+
+    write(tmp_path, "quick", error, ("depth_scaling",))
+    runs = reading.load("depth_scaling", "quick", tmp_path)
+    mlps = effects.families(run.model for run in runs.planned)[0]
+    seen = effects.scaling(runs, mlps, "growth")
+    assert seen.unlearned == ["mlp-100x4"]
+    assert seen.cells["model"].tolist() == ["mlp-100x1", "mlp-100x2"]
+    one, two = (
+        runs.by_seed(model=m, **WITHOUT["growth"]) - runs.by_seed(model=m, **FULL)
+        for m in ("mlp-100x1", "mlp-100x2")
+    )
+    assert tuple(seen.slope) == pytest.approx(tuple(t_interval(two - one)))
+    claimed = Growing("depth_scaling", "growth", "mnist", "hidden").measure("quick", tmp_path, None)
+    assert "at 4 nothing learned: not in the slope" in claimed.detail
+    assert "missing" not in claimed.detail
+    table = depth_scaling_table("quick", tmp_path).frame
+    unlearned = table[table["full: error (%)"] == "not learned"]
+    assert unlearned["network"].tolist() == ["MLP 4 × 100"] * 2
+
+    def learned_once(run: Run) -> float | None:  # a part without which nothing learns is a benefit
+        with_it = run.growth == "momentum" and run.redistribution == "momentum"
+        return 88.65 if run.model == "mlp-100x4" and not with_it else 2.0
+
+    write(tmp_path / "other", "quick", learned_once, ("depth_scaling",))
+    runs = reading.load("depth_scaling", "quick", tmp_path / "other")
+    assert effects.scaling(runs, mlps, "growth").unlearned == []
 
 
 def test_families_differ_in_one_thing_only() -> None:
