@@ -98,6 +98,14 @@ def test_map_of_experiments() -> None:
         assert (count, minutes) == (costs[name][0], round(costs[name][1])), name
 
 
+def test_runs_and_minutes_of_make_reproduce() -> None:
+    said = re.search(r"the (\d+) runs that it has now train (\d+) core-minutes", README)
+    assert said
+    planned = {run.run_id for n in experiments.EXPERIMENTS for run in experiments.runs(n, "quick")}
+    minutes = sum(minutes for _, minutes in quick_costs().values())
+    assert [int(n) for n in said.groups()] == [len(planned), round(minutes)]
+
+
 def test_speed_of_the_lenets() -> None:
     value = measured("speed")
     table = rows("Speed")
