@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,7 +152,8 @@ class Runs:
         images = [f"{n:,}" if n else "all" for n in sorted(set(rows["train_samples"].fillna(0)))]
         tested = {getattr(run, "test_samples", 0) for run in self.planned if _id(run) in ids}
         test = [f"{n:,}" if n else "all" for n in sorted(tested)] if tested - {0} else []
-        seeds = rows.groupby([c for c in _CELL if c in rows], dropna=False)["seed"].nunique()
+        # By the settings of the runs, not by columns: `kernels` there says what computed a row.
+        seeds = Counter(replace(run, seed=0) for run in self.planned if _id(run) in ids).values()
         parts = [
             f"{_range(rows['epochs'])} epochs",
             f"{' or '.join(images)} training images",
@@ -164,14 +166,6 @@ class Runs:
         if len(self.diverged):
             parts.append(f"{len(self.diverged)} diverged")
         return f"{said}: {', '.join(filter(None, parts))}"
-
-
-# What tells one cell from another: the settings of a run that have a column, without the seed.
-_CELL = [
-    name
-    for name in results.COLUMNS
-    if name in Run.__dataclass_fields__ and name not in ("seed", "method_version")
-] + ["overrides"]
 
 
 def select(runs: Iterable[Run], **wanted: Any) -> tuple[Run, ...]:

@@ -202,6 +202,15 @@ def test_runs_with_other_settings_and_diverged_ones_are_not_drawn(tmp_path: Path
         runs.where(method="set", density=lost.density, seed=lost.seed).needed()
 
 
+def test_seeds_of_a_cell_are_counted_whatever_computed_them(tmp_path: Path) -> None:
+    planned = [r for r in experiments.runs("main_results", "quick") if r.method == "dense"]
+    csv = paths.results_csv("quick", "main_results", tmp_path)
+    for run, kernels in zip(planned, ("torch", "perceptron", "perceptron"), strict=True):
+        row = made_up_row(run, "main_results", "quick", 2.0)
+        append_run(csv, {**row, "kernels": kernels}, [], [])
+    assert ", 3 seeds," in reading.load("main_results", "quick", tmp_path, method="dense").scale()
+
+
 # ------------------------------------------------------------------------------------ the tables
 
 
