@@ -163,8 +163,9 @@ def test_networks_that_learn_nothing_are_not_in_the_slope(tmp_path: Path) -> Non
     assert "at 4 nothing learned: not in the slope" in claimed.detail
     assert "missing" not in claimed.detail
     table = depth_scaling_table("quick", tmp_path).frame
-    unlearned = table[table["full: error (%)"] == "not learned"]
-    assert unlearned["network"].tolist() == ["MLP 4 × 100"] * 2
+    unlearned = table[table["full: error (%)"] == "88.65"]
+    assert unlearned["network"].tolist() == ["MLP 4 × 100: not learned"] * 2
+    assert set(unlearned["benefit (points)"]) == {"–"}
 
     def learned_once(run: Run) -> float | None:  # a part without which nothing learns is a benefit
         with_it = run.growth == "momentum" and run.redistribution == "momentum"
