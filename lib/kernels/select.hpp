@@ -248,13 +248,13 @@ static inline uint32_t those_of(const Candidates& candidates, int64_t i, uint32_
   return candidates.active ? active : at & ~active;
 }
 
-// What a pass over an array that stands at `at` will need soon; beyond its end it has no effect.
+// Asks for what a pass that stands at `at` will need soon; beyond an array's end without effect.
 static inline void prefetch(const float* at) {
   __builtin_prefetch(reinterpret_cast<const char*>(at) + 2048);
 }
 
-// Goes over n places in blocks: lists those that `which(i, sixteen from i on)` has a bit for, then
-// gives a block's to `take(places, found)`. Both are for places below 2^31.
+// Goes over n < 2^31 places in blocks: lists those that `which(i, sixteen from i on)` has a bit for,
+// then gives a block's to `take(places, found)`.
 template <class Which, class Take>
 static void list_in_blocks(int64_t n, Which&& which, Take&& take) {
   constexpr int64_t kBlock = 4096;
@@ -277,7 +277,7 @@ static inline void by_sixteen(int64_t n, F&& f) {
   for (int64_t j = 0; j < n; j += kPlaces) f(j, places_from(j, n));
 }
 
-// Copies the numbers for which `which(values + i, places)` has a bit to `to`, which has room for n
+// Copies the numbers that `which(i, sixteen from i on)` has a bit for to `to`, which has room for n
 // and sixteen more; their number.
 template <class T, class F>
 static int64_t filter(const T* values, int64_t n, T* to, F&& which) {
@@ -470,12 +470,14 @@ static Survey survey(float* weight, const float* momentum, const uint8_t* mask, 
       n,
       [&](int64_t i, uint32_t at) {
         detail::prefetch(weight + i);
-        detail::prefetch(momentum + i);
         const uint32_t inside = detail::set_bytes(mask + i, at);
         // Mostly they are clear already: not written then.
         if (const uint32_t stale = detail::with_bits(weight + i, at & ~inside))
           detail::clear(weight + i, stale);
-        if (momentum != nullptr) momenta.see(momentum + i, at);
+        if (momentum != nullptr) {
+          detail::prefetch(momentum + i);
+          momenta.see(momentum + i, at);
+        }
         return inside;
       },
       [&](const int32_t* places, int64_t found) {
