@@ -130,14 +130,14 @@ class Growing:
         )
         runs.needed()
         seen = effects.scaling(runs, found[0], self.part)
-        if seen.slope.n == 0:
+        if seen.slope.n == 0 and not seen.unlearned:
             raise NoRuns(f"{self.experiment} ({profile}): no seed has finished two networks")
         slope = seen.slope
         falling = slope._replace(mean=-slope.mean, low=-slope.high, high=-slope.low)
         benefits = ", ".join(
             f"{row['mean']:+.2f} at {row['size']}" for row in seen.cells.to_dict("records")
         )
-        detail = f"benefit {benefits} {found[0].axis}".replace("-", "−")
+        detail = f"benefit {benefits or 'unknown'} {found[0].axis}".replace("-", "−")
         if seen.unlearned:
             sizes = ", ".join(str(found[0].sizes[model]) for model in seen.unlearned)
             detail += f"; at {sizes} nothing learned: not in the slope"

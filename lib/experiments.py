@@ -547,7 +547,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
             "quick": (
                 *_ways(_MNIST["quick"], 10),
-                *_ways({**_LENET5["quick"], "density": 0.05}, 5),  # the slowest
+                *_ways({**_LENET5["quick"], "density": 0.05}, 10),
                 *_ways({**_CIFAR["quick"], "model": _NARROW, "density": 0.05}, 10),
             ),
             "paper": (

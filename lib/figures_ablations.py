@@ -259,7 +259,7 @@ def _families(runs: Runs) -> list[tuple[Family, dict[str, Scaling]]]:
     found = []
     for family in families(run.model for run in runs.planned):
         benefits = {part: scaling(runs, family, part) for part in PARTS}
-        if any(len(one.cells) for one in benefits.values()):
+        if any(len(one.cells) or one.unlearned for one in benefits.values()):
             found.append((family, benefits))
     if not found:
         raise NoRuns(f"{runs.experiment} ({runs.profile}): no seed has finished two variants")
@@ -273,7 +273,7 @@ _UNLEARNED = [
 
 def _slope_text(one: Scaling) -> str:
     if len(one.cells) < 2:
-        return "one size only: no trend"
+        return "one size only: no trend" if len(one.cells) else "no run learned"
     slope = one.slope
     if slope.n == 0:
         return "no seed has finished every size"
@@ -435,7 +435,7 @@ def depth_scaling_trends(profile: str, results_root: str | Path | None) -> Table
     for part, words in PARTS.items():
         for family, benefits in _families(runs):
             one = benefits[part]
-            if len(one.cells) < 2:
+            if len(one.cells) + len(one.unlearned) < 2:
                 continue
             slope, line = one.slope, one.line
             lines.append(
@@ -470,6 +470,8 @@ def depth_scaling_trends(profile: str, results_root: str | Path | None) -> Table
 
 
 def _conclusion(one: Scaling) -> str:
+    if len(one.cells) < 2:
+        return "too few networks learned"
     if math.isnan(one.p):
         return "too few seeds"
     if one.p >= 0.05:

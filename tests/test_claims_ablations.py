@@ -176,6 +176,14 @@ def test_networks_that_learn_nothing_are_not_in_the_slope(tmp_path: Path) -> Non
     assert effects.scaling(runs, mlps, "growth").unlearned == []
 
 
+def test_families_that_learn_nothing_conclude_nothing(judge: Judge) -> None:
+    rows = judge(lambda run: 88.65, names=("depth_scaling",))
+    growing = [row for row in rows.values() if "nothing learned" in row["detail"]]
+    assert len(growing) > 3
+    assert {row["verdict"] for row in growing} == {"inconclusive"}
+    assert {row["n"] for row in growing} == {0}
+
+
 def test_families_differ_in_one_thing_only() -> None:
     models = ["mlp-100x4", "mlp-100x1", "wrn-10-2", "wrn-16-2", "wrn-16-1", "wrn-16-4", "lenet5"]
     assert effects.families(models) == [

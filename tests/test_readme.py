@@ -99,7 +99,7 @@ def test_map_of_experiments() -> None:
 
 
 def test_runs_and_minutes_of_make_reproduce() -> None:
-    said = re.search(r"the (\d+) runs that it has now train (\d+) core-minutes", README)
+    said = re.search(r"its (\d+) runs train (\d+) core-minutes", README)
     assert said
     planned = {run.run_id for n in experiments.EXPERIMENTS for run in experiments.runs(n, "quick")}
     minutes = sum(minutes for _, minutes in quick_costs().values())
