@@ -81,13 +81,15 @@ def counts(mask: Tensor) -> bool:
     return mask.is_cpu and mask.dtype is torch.bool and mask.is_contiguous() and available()
 
 
-def takes(values: Tensor, mask: Tensor, others: Tensor | None = None) -> bool:
-    """Whether the passes below can be used: float32 and bool, contiguous, on the CPU, not huge."""
+def takes(values: Tensor, mask: Tensor, momentum: Tensor | None = None) -> bool:
+    """Whether the passes below can be used, on values and, where there is one, their momentum:
+    float32 and bool, contiguous, on the CPU, at most MOST_PLACES of them.
+    """
     return (
         counts(mask)
         and mask.numel() <= MOST_PLACES
         and _plain(values)
-        and (others is None or _plain(others))
+        and (momentum is None or _plain(momentum))
     )
 
 
