@@ -23,7 +23,6 @@ from lib.masking import (
     Layer,
     Masking,
     pick,
-    share_of,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -44,7 +43,7 @@ def prune_adaptive_threshold(
     survivors = [layer.mask & (layer.weight.abs() >= threshold) for layer in layers]
     left = torch.stack([s.sum() for s in survivors]).tolist()
     active = sum(layer.active for layer in layers)
-    pruned, target = active - sum(left), share_of(rate, active)
+    pruned, target = active - sum(left), rate * active
     if pruned < 0.9 * target:
         state["threshold"] = threshold * 2
     elif pruned > 1.1 * target:

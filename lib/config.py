@@ -24,14 +24,15 @@ class Method:
     version: int = 1
 
 
-# The rules are functions in `lib/masking.py` and `lib/baselines.py`.
+# The rules are functions in `lib/masking.py` and `lib/baselines.py`. Version 2: what rounding leaves
+# over is carried to the next update, no longer always lost (DeepR: signs are never redrawn).
 METHODS: dict[str, Method] = {
     "dense": Method("none", "none", "none"),
-    "sparse_momentum": Method("magnitude", "momentum", "momentum"),
-    "dsr": Method("adaptive_threshold", "nonzeros", "random"),
-    "set": Method("magnitude", "none", "random"),
-    "deepr": Method("sign_flip", "inactive", "random", version=2),  # 2: signs never redrawn
-    "rigl": Method("magnitude", "none", "gradient"),
+    "sparse_momentum": Method("magnitude", "momentum", "momentum", version=2),
+    "dsr": Method("adaptive_threshold", "nonzeros", "random", version=2),
+    "set": Method("magnitude", "none", "random", version=2),
+    "deepr": Method("sign_flip", "inactive", "random", version=2),
+    "rigl": Method("magnitude", "none", "gradient", version=2),
     "snip": Method("none", "none", "none"),
     "static": Method("none", "none", "none"),
     "small_dense": Method("none", "none", "none"),

@@ -184,7 +184,7 @@ CHOOSE: dict[str, Callable[[Layer, Rule[GrowthRule], int], Tensor]] = {}
 LISTED_UP_TO = 0.25
 ALWAYS_LISTED = 10_000
 # What `Masking(options={...})` knows.
-OPTIONS = {"l1", "temperature", "keep_regrown", "anneal_every_steps"}
+OPTIONS = {"l1", "temperature", "keep_regrown", "reset_momentum", "anneal_every_steps"}
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> Tensor:
@@ -264,38 +264,58 @@ def _numpy(values: Tensor) -> npt.NDArray[Any]:
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
-def share_of(rate: float, count: int) -> int:
-    """ceil(rate * count), safe against 0.1 * 30 = 3.0000000000000004."""
-    return min(count, math.ceil(round(rate * count, 6)))
+def rounded(quota: float, most: int, key: str, state: dict[str, Any]) -> int:
+    """`quota` as a whole number from 0 to `most`; what rounding leaves over is carried, in
+    `state[key]`, to the next call, so that over the updates counts follow their quotas within one.
+
+    Rounding each update up, as the official code does, drains small layers at small prune rates.
+    """
+    wanted = round(quota + state.get(key, 0.0), 9)  # 1 - 0.9 is no tenth
+    count = min(most, max(0, math.floor(wanted + 0.5)))
+    state[key] = _carried(wanted, count)
+    return count
+
+
+def _carried(wanted: float, count: int) -> float:
+    """What is left of `wanted`; at most one weight where a cap kept more from being taken."""
+    return max(-1.0, min(1.0, round(wanted - count, 9)))
 
 
 @PRUNE.register("magnitude")
 def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
-    """In each layer the ceil(rate * active) smallest |w| go (paper, algorithm 1).
-
-    A layer that is nearly dense (under 20 % inactive) and more important than the average layer
-    loses at most its share of inactive weights: the early layers of deep networks stay as dense
-    as their importance asks (official code e19ff16, core.py).
+    """In each layer the rate * active smallest |w| go (paper, algorithm 1), see `own_rate`;
+    fractions of a weight are carried to the next update (`rounded`).
     """
     survivors = []
     for layer in layers:
-        layer_rate = rate
-        inactive = 1 - layer.active / layer.numel
-        if layer.share is not None and inactive < 0.2 and layer.share > 1 / len(layers):
-            layer_rate = min(rate, inactive)
-        count = share_of(layer_rate, layer.active)
+        quota = own_rate(layer, rate, len(layers)) * layer.active
+        count = rounded(quota, layer.active, f"pruned/{layer.name}", state)
         survivors.append(layer.without_smallest(count))
     return survivors
+
+
+def own_rate(layer: Layer, rate: float, layers: int) -> float:
+    """The layer's prune rate: `rate`, but for a nearly dense and important layer.
+
+    One with under 20 % inactive weights that is more important than the average layer loses at
+    most its share of inactive weights: the early layers of deep networks stay as dense as their
+    importance asks (official code e19ff16, core.py; PAPER.md 10e).
+    """
+    inactive = (layer.numel - layer.active) / layer.numel
+    if layer.share is not None and inactive < 0.2 and layer.share > 1 / layers:
+        return min(rate, inactive)
+    return rate
 
 
 @PRUNE.register("global_magnitude")
 def prune_global_magnitude(
     layers: Sequence[Layer], rate: float, state: dict[str, Any]
 ) -> list[Tensor]:
-    """Over all layers together the ceil(rate * active) smallest |w| go."""
+    """Over all layers together the rate * active smallest |w| go."""
     flat_mask = torch.cat([layer.mask.reshape(-1) for layer in layers])
     flat_weight = torch.cat([layer.weight.reshape(-1) for layer in layers])
-    count = share_of(rate, sum(layer.active for layer in layers))
+    active = sum(layer.active for layer in layers)
+    count = rounded(rate * active, active, "pruned", state)
     kept = flat_mask ^ pick(flat_weight, flat_mask, count, "smallness")
     parts = kept.split([layer.numel for layer in layers])
     return [part.view_as(layer.mask) for part, layer in zip(parts, layers, strict=True)]
@@ -374,13 +394,12 @@ def clear_outside(values: Tensor, mask: Tensor) -> None:
         values.mul_(mask)
 
 
-def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[int]:
-    """Split `total` into whole numbers proportional to `shares`, none above its capacity.
+def quotas(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[float]:
+    """Split `total` proportionally to `shares`, none above its capacity: real numbers.
 
-    What a full layer can't take overflows to the others by their shares; the rest of the rounding
-    goes to the largest remainders (ties: the earlier layer). The sum is exact by construction.
-    Shares that are all zero count as equal to the free capacity. Raises ValueError for a negative
-    or non-finite share and for a total beyond the whole capacity.
+    What a full layer can't take overflows to the others by their shares. Shares that are all zero
+    count as equal to the free capacity. Raises ValueError for a negative or non-finite share and
+    for a total beyond the whole capacity.
     """
     if any(not math.isfinite(s) or s < 0 for s in shares):
         raise ValueError(f"shares must be finite and not negative, got {list(shares)}")
@@ -407,20 +426,45 @@ def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> li
             quota[i] = capacity[i]
             left -= capacity[i]
         free = [i for i in free if i not in full]
-    counts = [math.floor(q) for q in quota]
-    by_remainder = sorted(range(len(quota)), key=lambda i: (counts[i] - quota[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
+    return quota
+
+
+def whole(total: int, wanted: Sequence[float], capacity: Sequence[int]) -> list[int]:
+    """`wanted` as whole numbers from 0 to the capacity whose sum is `total` exactly.
+
+    Rounded down; the rest goes to the largest remainders (ties: the earlier layer). Where layers
+    that want less than nothing leave too little, the smallest remainders give one back.
+    """
+    counts = [min(room, max(0, math.floor(w))) for w, room in zip(wanted, capacity, strict=True)]
+    while left := total - sum(counts):
+        one = 1 if left > 0 else -1
+        able = [i for i, n in enumerate(counts) if (n < capacity[i] if one > 0 else n > 0)]
+        able.sort(key=lambda i: (one * (counts[i] - wanted[i]), i))
+        for i in able[: abs(left)]:
+            counts[i] += one
     return counts
 
 
+def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[int]:
+    """`quotas` in whole numbers: see there, and `whole`."""
+    return whole(total, quotas(total, shares, capacity), capacity)
+
+
 def share_out(layers: Sequence[Layer], state: dict[str, Any]) -> list[int]:
-    """How many weights each layer grows: as many as were pruned in all, by the layers' shares."""
-    return allocate(
-        total=sum(layer.pruned for layer in layers),
-        shares=[layer.share or 0.0 for layer in layers],
-        capacity=[layer.numel - layer.active + layer.pruned for layer in layers],
-    )
+    """How many weights each layer grows: as many as were pruned in all, by the layers' shares.
+
+    As in pruning, the fraction of a weight that a layer's quota leaves over is carried to the next
+    update: a small layer whose share is below one weight grows one every few updates.
+    """
+    total = sum(layer.pruned for layer in layers)
+    capacity = [layer.numel - layer.active + layer.pruned for layer in layers]
+    quota = quotas(total, [layer.share or 0.0 for layer in layers], capacity)
+    keys = [f"grown/{layer.name}" for layer in layers]
+    wanted = [round(q + state.get(key, 0.0), 9) for q, key in zip(quota, keys, strict=True)]
+    counts = whole(total, wanted, capacity)
+    for key, want, count in zip(keys, wanted, counts, strict=True):
+        state[key] = _carried(want, count)
+    return counts
 
 
 def leave_no_layer_empty(counts: list[int], survivors: Sequence[int]) -> list[int]:
@@ -655,6 +699,8 @@ class Masking:
             layer.clear_outside(mask if self._keep_regrown else layer.survivors)
         if self._choose is not choose:  # may have chosen survivors
             counts = [n - left for n, left in zip(self.active().values(), remaining, strict=True)]
+        if self.options.get("reset_momentum"):
+            self._reset_momentum(layers)
         return [_report(layer, n) for layer, n in zip(layers, counts, strict=True)]
 
     @property
@@ -826,6 +872,12 @@ class Masking:
             seen = compiled().survey(layer.parameter, momentum, layer.mask, room)
         layer.listed = room
         return seen
+
+    def _reset_momentum(self, layers: Sequence[Layer]) -> None:
+        """Inactive weights get the signed mean of their layer's active momentum (PAPER.md 12d)."""
+        for layer in layers:
+            mask = self._masks[layer.name]
+            layer.momentum.masked_fill_(~mask, float(layer.momentum[mask].double().mean()))
 
     def _measure_importance(self, layers: Sequence[Layer]) -> None:
         shares = to_host([self.redistribution.function(layer) for layer in layers])

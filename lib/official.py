@@ -9,8 +9,10 @@ effect can be measured alone (experiment `official_readings`):
 - prune "magnitude_plain": no exception for nearly dense, important layers;
 - schedule "cosine_floor": the prune rate falls to 0.005, not to 0; option `anneal_every_steps`: it
   falls once per so many mini-batches, after the update (in the pseudo-code once per epoch);
-- option `feedback`: the official code's arithmetic of regrowth, which steers the number of weights
-  back instead of keeping it;
+- prune "magnitude_up" and option `feedback`: the official code's arithmetic, which rounds up what a
+  layer loses and what it regrows, and steers the number of weights back instead of keeping it;
+- option `reset_momentum`: after an update inactive weights get the signed mean of their layer's
+  active momentum (official code of 9 July 2019, commit 19dcdff);
 - option `keep_regrown`: a weight pruned and regrown in one update keeps its value; option
   `grow_anywhere`: too few inactive weights with a momentum, and active ones are chosen again.
 """
@@ -34,9 +36,10 @@ from lib.masking import (
     Layer,
     Rule,
     mean_active,
+    own_rate,
     pick,
     prune_magnitude,
-    share_of,
+    rounded,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -48,8 +51,24 @@ from lib.masking import (
 def prune_magnitude_plain(
     layers: Sequence[Layer], rate: float, state: dict[str, Any]
 ) -> list[Tensor]:
-    """In each layer the ceil(rate * active) smallest |w| go, whatever its density."""
-    return [layer.without_smallest(share_of(rate, layer.active)) for layer in layers]
+    """In each layer the rate * active smallest |w| go, whatever its density."""
+    return [
+        layer.without_smallest(
+            rounded(rate * layer.active, layer.active, f"pruned/{layer.name}", state)
+        )
+        for layer in layers
+    ]
+
+
+@PRUNE.register("magnitude_up")
+def prune_magnitude_up(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
+    """As "magnitude", rounded up in every update as the official code does (PAPER.md 12f)."""
+    quota = [own_rate(layer, rate, len(layers)) * layer.active for layer in layers]
+    counts = [math.ceil(round(q, 6)) for q in quota]  # 0.1 * 30 is no 3.0000000000000004
+    return [
+        layer.without_smallest(min(layer.active, n))
+        for layer, n in zip(layers, counts, strict=True)
+    ]
 
 
 @PRUNE.register("magnitude_before")
