@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from lib.masking import (
     EVERY_STEP,
+    GROWTH,
     PRUNE,
     REDISTRIBUTION,
     DivergenceError,
     Layer,
     Masking,
+    grow_random,
     pick,
 )
 
@@ -49,6 +51,32 @@ def prune_adaptive_threshold(
     elif pruned > 1.1 * target:
         state["threshold"] = threshold / 2
     return survivors
+
+
+# --------------------------------------------------------------------------------------------------
+# SET and DSR as the code of DSR's authors trains them (PAPER.md 12c). Their DSR prunes as above, a
+# constant number of weights: a constant rate, since the number of active weights never changes.
+# --------------------------------------------------------------------------------------------------
+
+
+@PRUNE.register("magnitude_and_one")
+def prune_magnitude_and_one(
+    layers: Sequence[Layer], rate: float, state: dict[str, Any]
+) -> list[Tensor]:
+    """In each layer the int(rate * active) + 1 smallest |w| go."""
+    return [
+        layer.without_smallest(min(layer.active, math.floor(rate * layer.active) + 1))
+        for layer in layers
+    ]
+
+
+@GROWTH.register("random_elsewhere")
+def grow_random_elsewhere(layer: Layer) -> Tensor:
+    """Uniformly at random among the weights that were not pruned just now, these only if all
+    others are active.
+    """
+    scores = grow_random(layer)
+    return scores - (layer.mask & ~layer.survivors).to(scores.dtype)
 
 
 # --------------------------------------------------------------------------------------------------

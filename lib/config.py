@@ -24,8 +24,8 @@ class Method:
     version: int = 1
 
 
-# The rules are functions in `lib/masking.py` and `lib/baselines.py`. Version 2: what rounding leaves
-# over is carried to the next update, no longer always lost (DeepR: signs are never redrawn).
+# The rules are functions in `lib/masking.py` and `lib/baselines.py`. Version 2: what rounding
+# leaves over is carried to the next update and no longer lost (DeepR: signs are never redrawn).
 METHODS: dict[str, Method] = {
     "dense": Method("none", "none", "none"),
     "sparse_momentum": Method("magnitude", "momentum", "momentum", version=2),
@@ -66,6 +66,10 @@ class Run:
     float32 resolves, lib/kernels), `warmup_epochs` and `epochs` passes over the training set,
     `train_samples` and `test_samples` images, the first ones (0: all).
 
+    `init_scale`: "dense", weights start as for a network without masks (the paper); "density",
+    those of each masked layer are divided by the square root of its density, which keeps the
+    variance of its outputs.
+
     `kernels`: "auto", whichever is faster here; "torch", masked dense layers; "sparse", lib/kernels
     wherever they know the network, faster or not (not on a GPU or without a compiler). The row
     says what it was.
@@ -79,6 +83,7 @@ class Run:
     redistribution: str = ""
     growth: str = ""
     init: str = "uniform"
+    init_scale: str = "dense"
     density: float = 0.05
     keep_dense: tuple[str, ...] = ()
     prune_rate: float = 0.2
@@ -148,6 +153,8 @@ class Run:
             raise ValueError(f"val_fraction must be in (0, 1), got {self.val_fraction}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if self.init_scale not in ("dense", "density"):
+            raise ValueError(f"init_scale must be 'dense' or 'density', got {self.init_scale!r}")
         if self.kernels not in ("auto", "sparse", "torch"):
             raise ValueError(f"kernels must be 'auto', 'sparse' or 'torch', got {self.kernels!r}")
 

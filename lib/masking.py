@@ -583,7 +583,9 @@ class Masking:
         schedule: "cosine" or "linear", to zero at `total_steps`, evaluated per mini-batch;
             "cosine_floor": to 0.005, as the official code.
         method: a key of METHODS; `prune`, `redistribution`, `growth` override its rules by name.
-        init: densities of the layers at the start: "uniform" (the paper's) or "erk".
+        init: densities of the layers at the start: "uniform" (the paper's) or "erk"; with
+            "uniform_drawn" and "erk_drawn" each weight is drawn by itself, as in the official code,
+            so that the number of active weights is the density's only in expectation.
         keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
         generator: random stream of the initial masks and of random growth (torch's own without).
         options: numbers of single rules by name (see `lib/baselines.py` and `lib/official.py`).
@@ -646,9 +648,12 @@ class Masking:
         self._masks = Masks(self.parameters)
         self._multipliers: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._lists: dict[str, Any] = {}  # layer -> room for a list of its active weights
-        counts = initial_counts(self.parameters, density, init)
+        if init not in INITS:
+            raise ValueError(unknown("init", init, INITS))
+        counts = initial_counts(self.parameters, density, init.removesuffix("_drawn"))
+        start = _drawn_mask if init.endswith("_drawn") else _random_mask
         for name, parameter in self.parameters.items():
-            self._masks[name] = _random_mask(parameter, counts[name], generator)
+            self._masks[name] = start(parameter, counts[name], generator)
         self.apply()
 
     # ---- the three calls of a training loop ----
@@ -932,6 +937,9 @@ def maskable_parameters(
     return {n: p for n, p in weights.items() if n not in kept}
 
 
+INITS = ("uniform", "erk", "uniform_drawn", "erk_drawn")
+
+
 def initial_counts(
     parameters: Mapping[str, nn.Parameter], density: float, init: str = "uniform"
 ) -> dict[str, int]:
@@ -964,6 +972,16 @@ def _random_mask(parameter: nn.Parameter, count: int, generator: torch.Generator
     order = torch.randperm(parameter.numel(), generator=generator, device=device)
     mask[order[:count].to(parameter.device)] = True
     return mask.view(parameter.shape)
+
+
+def _drawn_mask(parameter: nn.Parameter, count: int, generator: torch.Generator | None) -> Tensor:
+    """Each weight active with probability count / weights; one at least, as no layer may be empty
+    (the official code stops with an error there).
+    """
+    device = generator.device if generator is not None else parameter.device
+    drawn = torch.rand(parameter.shape, generator=generator, device=device) * parameter.numel()
+    mask = drawn.to(parameter.device) < count
+    return mask if mask.any() else _random_mask(parameter, 1, generator)
 
 
 def _look_for_momentum(layer: Layer, needed: bool) -> Tensor | None:

@@ -216,6 +216,10 @@ class TrainingLoop:
             generator=stream(run, "masks"),
             options=dict(run.options),
         )
+        if run.init_scale == "density":
+            with torch.no_grad():
+                for name, mask in self.masking.masks.items():
+                    self.masking.parameters[name].div_(mask.double().mean().sqrt().float())
         self.augment_stream = stream(run, "augment", device=self.device)
         self.dropout_stream = stream(run, "dropout", device=self.device).get_state()
         self.flops = layer_flops(self.model, self.data.train_x.shape[1:])

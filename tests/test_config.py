@@ -17,17 +17,17 @@ from lib.results import RUN_ID
 # Ids are what keeps thousands of finished runs valid: none of these may ever change, except by a
 # method's version.
 PINNED = {
-    "lenet300-100_sparse_momentum_d0.05_s0-44136fa355": Run(),
-    "lenet300-100_set_d0.01_s0-00331a69d3": Run(method="set", density=0.01),
-    "lenet300-100_sparse_momentum_d0.05_s3-9f52bcb402": Run(
+    "lenet300-100_sparse_momentum_d0.05_s0-9a35445311": Run(),
+    "lenet300-100_set_d0.01_s0-63abd035df": Run(method="set", density=0.01),
+    "lenet300-100_sparse_momentum_d0.05_s3-7dd8c08268": Run(
         method="sparse_momentum", seed=3, epochs=10, lr_decay_every_steps=2_500
     ),
     "lenet300-100_dense_d1_s0-18dc6f92ce": Run(method="dense"),
     "lenet300-100_deepr_d0.05_s0-276dacea8e": Run(method="deepr", weight_decay=0.0),
-    "wrn-28-2_sparse_momentum_d0.05_s0-299b7c910d": Run(
+    "wrn-28-2_sparse_momentum_d0.05_s0-f31c6338f3": Run(
         dataset="cifar10", model="wrn-28-2", keep_dense=("conv1",), precision="bf16"
     ),
-    "lenet300-100_sparse_momentum_d0.05_s0-a701cd1b72": Run(
+    "lenet300-100_sparse_momentum_d0.05_s0-937869c51b": Run(
         options=(("l1", 1e-5),), growth="random"
     ),
 }
@@ -40,10 +40,11 @@ def test_ids_are_pinned(run_id):
 
 
 def test_rules_equal_to_the_methods_own_are_defaults():
-    cell = Run(prune="magnitude", redistribution="momentum", growth="momentum", method_version=1)
+    cell = Run(prune="magnitude", redistribution="momentum", growth="momentum", method_version=2)
     assert cell == Run() and cell.run_id == Run().run_id
     other = Run(growth="random")
-    assert other.run_id != Run().run_id and other.non_default() == {"growth": "random"}
+    assert other.run_id != Run().run_id
+    assert other.non_default() == {"growth": "random", "method_version": 2}
     assert Run(method="set", growth="momentum").run_id != Run(method="set").run_id
 
 
@@ -57,6 +58,7 @@ def test_every_other_field_changes_the_id():
         "redistribution": "none",
         "growth": "random",
         "init": "erk",
+        "init_scale": "density",
         "keep_dense": ("fc1",),
         "schedule": "linear",
         "options": (("l1", 0.1),),

@@ -437,7 +437,7 @@ def test_no_small_layer_drains_by_rounding(rule, density):
         model, sgd(model), density, 0.2, 100, redistribution=rule, generator=seeded(0)
     )
     rng = seeded(1)
-    for name, parameter in masking.parameters.items():
+    for parameter in masking.parameters.values():
         give_momentum(masking.optimizer, parameter, torch.randn(parameter.shape, generator=rng))
     start = masking.active()
     for _ in range(100):
@@ -512,6 +512,61 @@ def test_start_masks_are_uniform_over_positions():
             Masking(model, sgd(model), density=0.25, generator=seeded(seed)).masks["w0"].reshape(-1)
         )
     assert scipy_stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("init", ["uniform_drawn", "erk_drawn"])
+def test_drawn_masks_have_their_density_in_expectation(init):
+    model = build_model("lenet5", generator=seeded(0))
+    counts = initial_counts(maskable_parameters(model), 0.01, init.removesuffix("_drawn"))
+    drawn = []
+    for seed in range(20):
+        kept = Masking(model, sgd(model), density=0.01, init=init, generator=seeded(seed))
+        drawn.append(list(kept.active().values()))
+    found = np.array(drawn)
+    assert (found.min(0) > 0).all() and (found.std(0) > 0).all()
+    expected = np.array([counts[n] for n in kept.masks])
+    assert (abs(found.mean(0) - expected) < 4 * np.sqrt(expected / 20) + 0.2).all()
+
+
+def test_a_layer_drawn_empty_gets_one_weight():
+    model = Net((2, 2), (200, 200))
+    for seed in range(30):
+        kept = Masking(model, sgd(model), 0.15, init="uniform_drawn", generator=seeded(seed))
+        assert kept.active()["w0"] >= 1
+    with pytest.raises(ValueError, match="unknown init 'drawn'"):
+        Masking(model, sgd(model), 0.1, init="drawn")
+
+
+def test_their_set_prunes_one_more_and_grows_elsewhere():
+    """Constant fraction of DSR's authors' code: int(fraction * active) + 1, never the same ones."""
+    rng = np.random.default_rng(4)
+    weights = [rng.normal(size=(20, 20)), rng.normal(size=(6, 6))]
+    masks = [rng.random((20, 20)) < 0.3, rng.random((6, 6)) < 0.9]
+    momenta = [np.ones((20, 20)), np.ones((6, 6))]
+    rules = {"prune": "magnitude_and_one", "redistribution": "none", "growth": "random_elsewhere"}
+    _, kept = made(weights, masks, momenta, **rules)
+    report = kept.update(0.1)
+    for line, before in zip(report, masks, strict=True):
+        after = kept.masks[line.name].numpy()
+        assert line.pruned == line.grown == math.floor(0.1 * before.sum()) + 1
+        free = int((~before).sum())
+        regrown = line.pruned - int((before & ~after).sum())
+        assert regrown == max(0, line.grown - free)
+
+
+def test_momentum_can_be_reset_after_an_update():
+    rng = np.random.default_rng(5)
+    case = random_case(rng, [(8, 9), (5, 7)], 0.4, coarse=False)
+    _, kept = made(*case, options={"reset_momentum": 1.0})
+    _, plain = made(*case)
+    kept.update(0.3), plain.update(0.3)
+    for name, mask in kept.masks.items():
+        assert torch.equal(mask, plain.masks[name])
+        buffer = kept.optimizer.state[kept.parameters[name]]["momentum_buffer"]
+        old = plain.optimizer.state[plain.parameters[name]]["momentum_buffer"]
+        assert torch.equal(buffer[mask], old[mask])
+        mean = old[mask].double().mean()
+        assert torch.allclose(buffer[~mask].double(), mean, atol=1e-7)
 
 
 # --------------------------------------------------------------------- methods on a small network
@@ -1098,7 +1153,7 @@ def test_a_new_rule_is_one_function_and_one_registration():
         ({"redistribution": "moment"}, "unknown redistribution rule 'moment'.*'momentum'"),
         ({"growth": "randon"}, "unknown growth rule 'randon': did you mean 'random'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin': did you mean 'cosine'"),
-        ({"init": "erdos"}, "unknown init 'erdos'.*erk, uniform"),
+        ({"init": "erdos"}, "unknown init 'erdos'.*erk, erk_drawn, uniform"),
         ({"keep_dense": "layer9.*"}, "unknown keep_dense name 'layer9"),
         ({"keep_dense": "*"}, "no weight is left to mask"),
         ({"options": {"keep_regrow": 1.0}}, "unknown option 'keep_regrow'.*'keep_regrown'"),
