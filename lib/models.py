@@ -3,7 +3,8 @@
 All forwards return logits. The networks are those of the official code (e19ff16,
 ``sparselearning/models.py``), which takes the CIFAR-10 ones from the SNIP paper (Lee et al. 2019).
 Every weight a method may mask is a parameter with more than one dimension; biases and batch-norm
-are not (paper, section 3).
+are not (paper, section 3). ``lenet300-100-bn`` is the MNIST network of another code, that of DSR's
+authors (:func:`build_dsr_mlp`).
 
 Three families are parametric: ``mlp-<width>x<hidden layers>`` on MNIST (``mlp-100x3``), the same
 with batch norm (``mlpbn-100x3``), and ``wrn-<depth>-<width>`` on CIFAR-10, depth 6n + 4
@@ -47,19 +48,27 @@ class MLP(nn.Sequential):
     """Linear layers fc1, fc2, ... with ReLU between: [N, 1, 28, 28] or [N, 784] -> [N, classes].
 
     With `norm`, batch norm comes before each ReLU: masked layers shrink the signal, and many of
-    them without normalisation learn nothing.
+    them without normalisation learn nothing. With `norm_logits` it comes after the last layer too.
     """
 
     def __init__(
-        self, inputs: int, hidden: Sequence[int], num_classes: int, norm: bool = False
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        num_classes: int,
+        norm: bool = False,
+        *,
+        norm_logits: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         widths = [inputs, *hidden, num_classes]
         for i in range(1, len(widths)):
-            self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
-            if i < len(widths) - 1:
-                if norm:
-                    self.add_module(f"bn{i}", nn.BatchNorm1d(widths[i]))
+            last = i == len(widths) - 1
+            self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i], bias))
+            if norm_logits if last else norm:
+                self.add_module(f"bn{i}", nn.BatchNorm1d(widths[i]))
+            if not last:
                 self.add_module(f"relu{i}", nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +111,19 @@ def build_mlp(
     """A perceptron on MNIST; ``hidden`` are the widths at scale 1."""
     del dropout  # has none; build_model refuses a rate other than 0
     return MLP(28 * 28, [scaled(width, scale) for width in hidden], num_classes, norm)
+
+
+def build_dsr_mlp(*, scale: float, num_classes: int, dropout: float) -> MLP:
+    """The MNIST network of DSR's authors, on which the published curves of DSR, SET, DeepR and the
+    static mask were probably measured: LeNet-300-100 without biases, batch norm after each of the
+    three layers, so the logits are normalised too.
+
+    From ``mnist_mlp`` of IntelAI/dynamic-reparameterization (``model.py``; PAPER.md 12a). Its
+    initial weights, uniform in +-1 / sqrt(fan_in), are those of :func:`init_weights`' "default".
+    """
+    del dropout
+    hidden = [scaled(width, scale) for width in (300, 100)]
+    return MLP(28 * 28, hidden, num_classes, norm=True, norm_logits=True, bias=False)
 
 
 def build_lenet5(*, scale: float, num_classes: int, dropout: float) -> LeNet5:
@@ -345,7 +367,8 @@ def init_weights(
     ``scheme`` follows the official code:
 
     - "default": PyTorch's own, U(-b, b) with b = 1 / sqrt(fan_in) for weights and biases (LeNets,
-      AlexNet, VGG: the official code leaves them as constructed);
+      AlexNet, VGG: the official code leaves them as constructed, that of DSR's authors draws
+      the same);
     - "wrn": convolutions N(0, 2 / (kernel area x output channels)), linear weights as above,
       linear biases 0;
     - "resnet": convolutions as in "wrn", the linear layer as in "default".
@@ -429,6 +452,7 @@ MODELS: dict[str, ModelSpec] = {
     for spec in (
         _mnist("lenet300-100", "LeNet-300-100", functools.partial(build_mlp, (300, 100))),
         _mnist("lenet5", "LeNet-5 Caffe", build_lenet5),
+        _mnist("lenet300-100-bn", "LeNet-300-100 with batch norm (DSR's)", build_dsr_mlp),
         _cifar("alexnet-s", "AlexNet-s", functools.partial(build_alexnet, 1024)),
         _cifar("alexnet-b", "AlexNet-b", functools.partial(build_alexnet, 2048)),
         _cifar("vgg16-c", "VGG16-C", functools.partial(build_vgg16, "c")),

@@ -37,6 +37,7 @@ METHOD_NAMES = {
 MODEL_NAMES = {
     "lenet300-100": "LeNet-300-100",
     "lenet5": "LeNet-5",
+    "lenet300-100-bn": "LeNet-300-100 with batch norm (DSR's)",
     "alexnet-s": "AlexNet-s",
     "alexnet-b": "AlexNet-b",
     "vgg16-c": "VGG16-C",

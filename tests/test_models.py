@@ -24,6 +24,7 @@ from lib.models import (
 MASKABLE = {
     "lenet300-100": 266_200,
     "lenet5": 430_500,
+    "lenet300-100-bn": 266_200,
     "alexnet-s": 5_066_784,
     "alexnet-b": 8_484_896,
     "vgg16-c": 11_307_712,
@@ -102,6 +103,32 @@ def test_lenets_against_their_definition(models):
     h = pool(relu(conv.conv2(pool(relu(conv.conv1(x)), 2))), 2)  # ReLU first, as in the paper's
     torch.testing.assert_close(conv(x), conv.fc4(relu(conv.fc3(h.view(3, 800)))))
     assert conv.conv1.padding == conv.conv2.padding == (0, 0)
+
+
+def test_the_perceptron_of_dsrs_authors_against_its_definition():
+    model = build_model("lenet300-100-bn", generator=seeded(0)).train()
+    with torch.no_grad():
+        for i in (1, 2, 3):
+            bn = model.get_submodule(f"bn{i}")
+            bn.weight.normal_(1, 0.2, generator=seeded(i))
+            bn.bias.normal_(0, 0.3, generator=seeded(-i))
+    x = torch.randn(8, 1, 28, 28, generator=seeded(2))
+    h = x.view(8, 784)
+    for i in (1, 2, 3):
+        h = h @ model.get_parameter(f"fc{i}.weight").T
+        h = (h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt()
+        h = h * model.get_parameter(f"bn{i}.weight") + model.get_parameter(f"bn{i}.bias")
+        h = torch.relu(h) if i < 3 else h
+    torch.testing.assert_close(model(x), h, rtol=1e-4, atol=1e-5)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith("fc")}
+    assert shapes == {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)}
+
+
+def test_weights_of_dsrs_authors_start_uniform_within_the_root_of_the_fan_in(models):
+    for module in modules_of(models["lenet300-100-bn"], nn.Linear):
+        bound = module.in_features**-0.5
+        assert 0.98 * bound < module.weight.abs().max().item() <= bound
+        assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 def test_vgg16_details(models):
@@ -236,7 +263,7 @@ def test_wrn_initialisation(models):
     assert 0.9 * bound < model.fc.weight.abs().max().item() <= bound
 
 
-@pytest.mark.parametrize("name", ["vgg16-d", "wrn-16-8", "resnet50"])
+@pytest.mark.parametrize("name", ["lenet300-100-bn", "vgg16-d", "wrn-16-8", "resnet50"])
 def test_batch_norm_starts_as_the_identity(name):
     model = build_model(name, width_scale=0.1)
     for bn in modules_of(model, nn.BatchNorm1d) + modules_of(model, nn.BatchNorm2d):
@@ -300,6 +327,7 @@ def test_spec_is_frozen_and_families_are_resolved():
         ("lenet300-100", 0.05, 0.03),
         ("lenet300-100", 0.01, 0.15),  # 3 or 4 units in the first layer
         ("lenet5", 0.05, 0.03),
+        ("lenet300-100-bn", 0.05, 0.03),
         ("alexnet-s", 0.1, 0.01),
         ("vgg16-d", 0.05, 0.01),
         ("wrn-28-2", 0.1, 0.05),
@@ -315,7 +343,7 @@ def test_small_dense_has_the_weights_of_the_sparse_network(name, density, tolera
     assert total == pytest.approx(density * MASKABLE[name], rel=tolerance)
     layers = [m for m in small.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     first = layers[0].weight.shape[1]
-    assert first == (784 if name == "lenet300-100" else MODELS[name].input_shape[0])
+    assert first == (784 if name.startswith("lenet300-100") else MODELS[name].input_shape[0])
     assert layers[-1].weight.shape[0] == MODELS[name].num_classes
 
 
@@ -342,8 +370,9 @@ def test_small_dense_limits():
 # ------------------------------------------------------------------------------------------- FLOPs
 
 
-def test_flops_of_a_perceptron():
-    flops = forward_flops("lenet300-100")
+@pytest.mark.parametrize("name", ["lenet300-100", "lenet300-100-bn"])
+def test_flops_of_a_perceptron(name):
+    flops = forward_flops(name)
     assert flops == {
         "fc1.weight": 2 * 784 * 300,
         "fc2.weight": 2 * 300 * 100,

@@ -65,14 +65,16 @@ class Setup:
         return [*self.model.parameters(), *(self.buffer(name) for name in names)]
 
 
-def chain(widths: Sequence[int], norms: Sequence[nn.BatchNorm1d | None] = ()) -> nn.Sequential:
-    """Linear layers named 0, 2, 4, ..., with norms[k] before the ReLU of layer k."""
+def chain(
+    widths: Sequence[int], norms: Sequence[nn.BatchNorm1d | None] = (), bias: bool = True
+) -> nn.Sequential:
+    """Linear layers named 0, 2, 4, ..., with norms[k] behind layer k and ReLU between layers."""
     model = nn.Sequential()
     for k in range(len(widths) - 1):
-        model.add_module(f"{2 * k}", nn.Linear(widths[k], widths[k + 1]))
+        model.add_module(f"{2 * k}", nn.Linear(widths[k], widths[k + 1], bias))
+        if k < len(norms) and (norm := norms[k]) is not None:
+            model.add_module(f"norm{2 * k}", norm)
         if k < len(widths) - 2:
-            if k < len(norms) and (norm := norms[k]) is not None:
-                model.add_module(f"norm{2 * k}", norm)
             model.add_module(f"{2 * k + 1}", nn.ReLU())
     return model
 
@@ -88,12 +90,13 @@ def setup(
     images: int = 150,
     seed: int = 0,
     norms: Sequence[nn.BatchNorm1d | None] = (),
+    bias: bool = True,
 ) -> Setup:
     """Layer k has masks of densities[k]; None: no mask, "rows": an empty and a full row, "one": a
     single non-zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = chain(widths, norms)
+    model = chain(widths, norms, bias)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=lr,
@@ -121,12 +124,13 @@ def setup(
             mask[shape[0] // 2, shape[1] // 2] = True
         masking.masks[name] = mask
     for k, name in enumerate(names):
-        weight, bias = model.get_submodule(str(2 * k)).parameters()
+        weight, *biases = model.get_submodule(str(2 * k)).parameters()
         terms = weight.shape[1]
         if name in masked:  # so that activations neither fade nor explode over the layers
             terms = max(1.0, float(masking.masks[name].sum()) / weight.shape[0])
         nn.init.normal_(weight, std=(1.5 / terms) ** 0.5, generator=generator)
-        nn.init.normal_(bias, std=0.3, generator=generator)
+        for shift in biases:
+            nn.init.normal_(shift, std=0.3, generator=generator)
     for norm in norms:
         if norm is not None:
             nn.init.normal_(norm.weight, mean=1.0, std=0.2, generator=generator)
@@ -261,6 +265,7 @@ def test_steps_match_torch(data: st.DataObject) -> None:
         nesterov=draw(st.booleans()),
         weight_decay=draw(st.sampled_from([0.0, 5e-4, 0.1])),
         seed=draw(st.integers(0, 2**20)),
+        bias=draw(st.booleans()),
     )
     sizes = st.one_of(st.sampled_from([1, 15, 16, 17, 100, 127, 128]), st.integers(1, 128))
     steps = draw(st.integers(1, 4))
@@ -278,7 +283,7 @@ def test_steps_with_batch_norm_match_torch(data: st.DataObject) -> None:
     # Not narrower: where few numbers enter a batch norm, or what it normalised goes straight into
     # another one, gradients are next to nothing, and all of them rounding.
     widths = st.one_of(st.sampled_from([15, 16, 17, 33, 64, 100]), st.integers(15, 120))
-    hidden = draw(st.lists(widths, min_size=1, max_size=4))
+    hidden, classes = draw(st.lists(widths, min_size=1, max_size=4)), draw(st.integers(1, 30))
     norms = [
         nn.BatchNorm1d(
             width,
@@ -287,17 +292,18 @@ def test_steps_with_batch_norm_match_torch(data: st.DataObject) -> None:
         )
         if draw(st.integers(0, 3))
         else None
-        for width in hidden
+        for width in (*hidden, classes)
     ]
     density = st.sampled_from([0.1, 0.2, 0.31, 1.0, "rows", None])
     own = setup(
-        [draw(st.integers(60, 900)), *hidden, draw(st.integers(1, 30))],
+        [draw(st.integers(60, 900)), *hidden, classes],
         [draw(density) for _ in range(len(hidden) + 1)],
         momentum=draw(st.sampled_from([0.5, 0.9])),
         nesterov=draw(st.booleans()),
         weight_decay=draw(st.sampled_from([0.0, 5e-4, 0.1])),
         seed=draw(st.integers(0, 2**20)),
         norms=norms,
+        bias=draw(st.booleans()),
     )
     sizes = st.one_of(st.sampled_from([15, 16, 17, 100, 127, 128]), st.integers(15, 128))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
@@ -343,7 +349,7 @@ def test_any_size_of_the_mini_batch(batch: int) -> None:
 
 @pytest.mark.parametrize("batch", range(2, 129))
 def test_statistics_of_mini_batches_of_any_size(batch: int) -> None:
-    norms = [nn.BatchNorm1d(21), nn.BatchNorm1d(18)]
+    norms = [nn.BatchNorm1d(21), nn.BatchNorm1d(18), nn.BatchNorm1d(5)]
     own = setup([37, 21, 18, 5], [0.2, None, "rows"], seed=batch, norms=norms)
     reference, trainer = Reference(own), own.trainer()
     index = torch.randperm(150)[:batch]
@@ -356,9 +362,14 @@ def test_statistics_of_mini_batches_of_any_size(batch: int) -> None:
 
 @pytest.mark.parametrize("images", [1, 128, 300])
 @pytest.mark.parametrize("below", [0.0, None, 2.0])
-def test_batch_norm_answers_by_the_running_estimates(images: int, below: float | None) -> None:
+@pytest.mark.parametrize("logits", [False, True])
+def test_batch_norm_answers_by_the_running_estimates(
+    images: int, below: float | None, logits: bool
+) -> None:
     norms = [nn.BatchNorm1d(21, eps=0.1), None, nn.BatchNorm1d(17)]
-    own = setup([37, 21, 18, 17, 5], [0.2, None, 0.5, "rows"], images=300, norms=norms)
+    norms += [nn.BatchNorm1d(5)] if logits else []
+    densities = [0.2, None, 0.5, "rows"]
+    own = setup([37, 21, 18, 17, 5], densities, images=300, norms=norms, bias=not logits)
     trainer = own.trainer(below)
     for k in range(5):
         trainer.step(own.images, own.labels, torch.arange(50 * k, 50 * k + 50))
@@ -368,7 +379,7 @@ def test_batch_norm_answers_by_the_running_estimates(images: int, below: float |
     assert all(torch.equal(a, b) for a, b in zip(before, own.model.buffers(), strict=True))
     trainer.sync()
     counts = [int(b) for n, b in own.model.named_buffers() if n.endswith("num_batches_tracked")]
-    assert counts == [5, 5]
+    assert counts == [5] * (2 + logits)
 
     def answers(training: bool) -> Tensor:
         model = copy.deepcopy(own.model).double().train(training)
@@ -465,9 +476,9 @@ def with_threads(
     threads: int, *, below: float | None, scale: float = 1.0, norm: bool = False
 ) -> list[Tensor]:
     """Weights, momentum, running estimates, losses and wrong answers of a few steps."""
-    norms = [nn.BatchNorm1d(250), nn.BatchNorm1d(90)] if norm else []
+    norms = [nn.BatchNorm1d(250), nn.BatchNorm1d(90), nn.BatchNorm1d(10)] if norm else []
     densities = [0.05, 0.5, None]
-    own = setup([300, 250, 90, 10], densities, momentum=0.9, weight_decay=1e-3, norms=norms)
+    own = setup([300, 250, 90, 10], densities, weight_decay=1e-3, norms=norms, bias=not norm)
     with torch.no_grad():
         for parameter in own.model.parameters():
             parameter *= scale
@@ -648,12 +659,11 @@ def test_other_models() -> None:
         nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)),
         nn.Sequential(nn.Linear(8, 6), nn.ReLU()),
         nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)),
-        nn.Sequential(nn.Linear(8, 6, bias=False)),
         nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(5, 4)),
         nn.Sequential(nn.Conv2d(1, 1, 1)),
         nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 4)),
         nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)),
-        nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)),
+        nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6)),
         nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)),
         chain([8, 6, 4], [nn.BatchNorm1d(5)]),
         chain([8, 6, 4], [nn.BatchNorm1d(6, momentum=None)]),
@@ -675,6 +685,8 @@ def test_other_models() -> None:
     norm = nn.BatchNorm1d(6)
     found = kernels.perceptron_layers(chain([8, 7, 6, 4], [None, norm]))
     assert found is not None and [layer.norm for layer in found] == [None, norm, None]
+    found = kernels.perceptron_layers(chain([8, 7, 6], [None, norm], bias=False))
+    assert found is not None and [layer.norm for layer in found] == [None, norm]
 
 
 def test_other_optimizers() -> None:
@@ -705,7 +717,13 @@ def test_more_non_zeros_than_an_index_can_count() -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_sync_and_reload_change_nothing(norm: bool) -> None:
     plain, own = (
-        setup([60, 40, 7], [0.1, 0.9], norms=[nn.BatchNorm1d(40)] if norm else []) for _ in range(2)
+        setup(
+            [60, 40, 7],
+            [0.1, 0.9],
+            norms=[nn.BatchNorm1d(40), nn.BatchNorm1d(7)] if norm else [],
+            bias=not norm,
+        )
+        for _ in range(2)
     )
     a, b = plain.trainer(), own.trainer()
     for k in range(6):
@@ -962,10 +980,13 @@ def test_deepr_above_the_density_of_sparse_layers(mnist: datasets.Dataset) -> No
         assert (a - b).norm() <= 1e-3 * b.norm()
 
 
+@pytest.mark.parametrize("model", ["mlpbn-60x3", "lenet300-100-bn"])
 @pytest.mark.parametrize("method", ["sparse_momentum", "rigl", "deepr", "dense"])
-def test_an_epoch_with_batch_norm_is_that_of_torch(method: str, mnist: datasets.Dataset) -> None:
+def test_an_epoch_with_batch_norm_is_that_of_torch(
+    method: str, model: str, mnist: datasets.Dataset
+) -> None:
     # Dense enough for every feature to have non-zeros: rounding decides what one without does.
-    run = Run(model="mlpbn-60x3", method=method, density=0.2, train_samples=2000, epochs=2)
+    run = Run(model=model, method=method, density=0.2, train_samples=2000, epochs=2)
     ours, torchs = (epoch_of(replace(run, kernels=k), mnist) for k in ("auto", "torch"))
     assert TrainingLoop(run, mnist).perceptron is not None
     masks = zip(ours.masking.masks.values(), torchs.masking.masks.values(), strict=True)
@@ -1042,6 +1063,8 @@ def test_the_window_gives_the_masks_of_full_tracking() -> None:
         ("rigl", "torch", "lenet300-100"),
         ("sparse_momentum", "auto", "mlpbn-40x2"),
         ("deepr", "auto", "mlpbn-40x2"),
+        ("sparse_momentum", "auto", "lenet300-100-bn"),
+        ("deepr", "auto", "lenet300-100-bn"),
     ],
 )
 @pytest.mark.parametrize("every", [13, 20])

@@ -80,7 +80,8 @@ def with_empty_channels(name: str, seed: int, share: float) -> tuple[nn.Module, 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize(
-    "name", ["alexnet-s", "vgg16-c", "vgg16-like", "wrn-16-2", "lenet5", "lenet300-100"]
+    "name",
+    ["alexnet-s", "vgg16-c", "vgg16-like", "wrn-16-2", "lenet5", "lenet300-100", "lenet300-100-bn"],
 )
 def test_the_smaller_network_computes_the_same(name: str, share: float) -> None:
     model, images = with_empty_channels(name, seed=round(10 * share), share=share)

@@ -32,7 +32,7 @@ struct PerceptronLayer {
   float *weight, *momentum;        // [out, in]
   const float* multiplier;         // [out, in], the mask as 0 and 1, of a dense layer; may be null
   float* gradient;                 // [out, in], takes the loss's gradient; may be null
-  float *bias, *bias_momentum;     // [out]
+  float *bias, *bias_momentum;     // [out]; null: none
   int64_t nonzeros;                // -1: a dense layer, and nothing below counts
   int32_t *row_start, *column;          // [out + 1], [nonzeros]
   float *value, *value_momentum;        // [nonzeros]
@@ -292,12 +292,12 @@ static void sparse_gradient(const PerceptronLayer& layer, const Sgd& rule, const
   }
 }
 
-// Batch norm and ReLU of z [out, P], into y; z becomes the normalised value before scale and shift
-// and `inverse` [out] one over the standard deviation.  valid: [P], 1 for a sample and 0 for padding.
-// In training with the mini-batch's own statistics, which also enter the running ones.
+// Batch norm, and ReLU with `relu`, of z [out, P], into y; z becomes the normalised value before scale
+// and shift and `inverse` [out] one over the standard deviation.  valid: [P], 1 for a sample and 0 for
+// padding.  In training with the mini-batch's own statistics, which also enter the running ones.
 template <int NV>
 static void batch_norm(const PerceptronLayer& f, const float* valid, int64_t samples, bool training,
-                       float* z, float* inverse, float* y, int threads) {
+                       bool relu, float* z, float* inverse, float* y, int threads) {
   constexpr int64_t P = NV * L;
   const float n = float(samples);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -326,8 +326,9 @@ static void batch_norm(const PerceptronLayer& f, const float* valid, int64_t sam
     unroll<NV>([&](auto v) SPARSE_INLINE {
       const V x = load(row + v * L);
       store(row + v * L, (x - mean) * inverse[r] * load(valid + v * L));
-      const V s = slope * x + offset;
-      store(y + r * P + v * L, s < 0.0f ? V{} : s);  // in this order NaN stays NaN
+      V s = slope * x + offset;
+      if (relu) s = s < 0.0f ? V{} : s;  // in this order NaN stays NaN
+      store(y + r * P + v * L, s);
     });
   }
 }
@@ -444,15 +445,16 @@ struct Perceptron {
   void forward(bool training) {
     for (int64_t k = 0; k < depth; ++k) {
       const PerceptronLayer& f = layers[k];
-      const bool relu = k + 1 < depth && !f.scale;
+      // Behind every layer but the last, and behind its batch norm where it has one.
+      const bool relu = k + 1 < depth, now = relu && !f.scale;
       float* const y = f.scale ? normal[k] : act[k + 1];
       if (f.nonzeros >= 0)
-        sparse_product<NV>(f.row_start, f.column, nullptr, f.value, f.out, act[k], f.bias, relu,
+        sparse_product<NV>(f.row_start, f.column, nullptr, f.value, f.out, act[k], f.bias, now,
                            nullptr, y, threads);
       else
-        product<NV>(f.weight, f.in, 1, f.out, f.in, act[k], f.bias, relu, nullptr, y, threads);
+        product<NV>(f.weight, f.in, 1, f.out, f.in, act[k], f.bias, now, nullptr, y, threads);
       if (f.scale)
-        batch_norm<NV>(f, valid, samples, training, y, inverse[k], act[k + 1], threads);
+        batch_norm<NV>(f, valid, samples, training, relu, y, inverse[k], act[k + 1], threads);
     }
   }
 
@@ -480,7 +482,7 @@ struct Perceptron {
         dense_gradient(d, P, x, width, samples, f.out, f.in, Update{f, rule, track, !sparse}, threads);
       }
       if (sparse) sparse_gradient<NV>(f, rule, d, act[k], threads);
-      for (int64_t r = 0; r < f.out; ++r) {
+      for (int64_t r = 0; f.bias && r < f.out; ++r) {
         V s{};
         unroll<NV>([&](auto v) SPARSE_INLINE { s += load(d + r * P + v * L); });
         sgd(rule, f.bias[r], f.bias_momentum[r], float(lane_sum(s)));

@@ -119,7 +119,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 class PerceptronLayer(NamedTuple):
-    """A linear layer, by its name in the model, and the batch norm before its ReLU."""
+    """A linear layer, by its name in the model, and the batch norm behind it."""
 
     name: str
     linear: nn.Linear
@@ -128,8 +128,8 @@ class PerceptronLayer(NamedTuple):
 
 def perceptron_layers(model: nn.Module) -> list[PerceptronLayer] | None:
     """The layers of a chain Linear, ReLU, Linear, ... in float32 on the CPU; None for any other
-    model. Batch norm may come between a linear layer and its ReLU, with scale, shift and running
-    estimates that decay.
+    model. Linear layers may be without bias. Batch norm may come between one and its ReLU and
+    after the last, with scale, shift and running estimates that decay.
     """
     if not isinstance(model, nn.Sequential):
         return None
@@ -143,12 +143,14 @@ def perceptron_layers(model: nn.Module) -> list[PerceptronLayer] | None:
         elif not isinstance(module, nn.ReLU) or not isinstance(last, nn.Linear | nn.BatchNorm1d):
             return None
         last = module
-    if not isinstance(last, nn.Linear):
+    if not isinstance(last, nn.Linear | nn.BatchNorm1d):
         return None
     if any(a.linear.out_features != b.linear.in_features for a, b in itertools.pairwise(found)):
         return None
     for _, linear, norm in found:
-        numbers: list[Tensor | None] = [linear.weight, linear.bias]
+        numbers: list[Tensor | None] = [linear.weight]
+        if linear.bias is not None:
+            numbers.append(linear.bias)
         if norm is not None:
             if norm.momentum is None or norm.num_features != linear.out_features:
                 return None
@@ -250,7 +252,8 @@ class PerceptronTrainer:
             mask = self._masking.masks.get(path)
             layer.outputs, layer.inputs = module.weight.shape
             layer.weight, layer.momentum = self._pointers(module.weight)
-            layer.bias, layer.bias_momentum = self._pointers(module.bias)
+            if module.bias is not None:
+                layer.bias, layer.bias_momentum = self._pointers(module.bias)
             if norm is not None:
                 assert norm.running_mean is not None and norm.running_var is not None
                 layer.scale, layer.scale_momentum = self._pointers(norm.weight)

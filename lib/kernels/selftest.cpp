@@ -144,9 +144,10 @@ struct Memory {
 
   // mask: nothing (dense), or [out * in]; as a sparse layer, or as a dense one with a multiplier.
   Memory(int64_t in, int64_t out, std::vector<char> given, bool sparse, bool gradients,
-         bool normed = false)
+         bool normed = false, bool biased = true)
       : in(in), out(out), sparse(sparse), weight(noise(out * in)), momentum(noise(out * in)),
-        gradient(gradients ? out * in : 0, NAN), bias(noise(out)), bias_momentum(noise(out)),
+        gradient(gradients ? out * in : 0, NAN), bias(noise(biased ? out : 0)),
+        bias_momentum(noise(biased ? out : 0)),
         mask(std::move(given)) {
     const bool masked = !mask.empty();
     if (!masked) mask.assign(out * in, 1);
@@ -177,7 +178,8 @@ struct Memory {
       v->shrink_to_fit();
     const bool multiplied = masked && !sparse;
     layer = {in, out, weight.data(), momentum.data(), multiplied ? multiplier.data() : nullptr,
-             gradients ? gradient.data() : nullptr, bias.data(), bias_momentum.data(),
+             gradients ? gradient.data() : nullptr, biased ? bias.data() : nullptr,
+             biased ? bias_momentum.data() : nullptr,
              sparse ? int64_t(column.size()) : -1, row_start.data(), column.data(), value.data(),
              value_momentum.data(), column_start.data(), row.data(), place.data(), nullptr, nullptr,
              nullptr, nullptr, nullptr, nullptr, 0, 0};
@@ -221,7 +223,7 @@ static void plain_forward(std::vector<Memory>& net, const Rows& x, bool training
   act.assign(1, x), normal.assign(net.size(), Rows()), deviation.assign(net.size(), {});
   for (size_t k = 0; k < net.size(); ++k) {
     Memory& f = net[k];
-    Rows y(x.size(), f.b);
+    Rows y(x.size(), f.b.empty() ? std::vector<double>(f.out) : f.b);
     for (size_t i = 0; i < x.size(); ++i)
       for (int64_t r = 0; r < f.out; ++r)
         for (int64_t c = 0; c < f.in; ++c) y[i][r] += f.w[r * f.in + c] * act[k][i][c];
@@ -336,7 +338,7 @@ static bool perceptron(std::vector<Memory>& net, int64_t images, int64_t samples
         f.m[p] = track == kTrackNothing ? old
                                         : gradient[k][p] + (track == kTrackMore ? 0.9 * old : 0);
     }
-    for (int64_t r = 0; r < f.out; ++r) sgd(f.b[r], f.bm[r], bias_gradient[k][r]);
+    for (size_t r = 0; r < f.b.size(); ++r) sgd(f.b[r], f.bm[r], bias_gradient[k][r]);
     if (!close("weight", f.weight, f.w) || !close("momentum", f.momentum, f.m) ||
         !close("bias", f.bias, f.b) || !close("bias momentum", f.bias_momentum, f.bm) ||
         (f.layer.gradient && !close("gradient", f.gradient, gradient[k])))
@@ -500,8 +502,8 @@ static bool perceptrons() {
         std::fill(mask.begin(), mask.begin() + in, 0);
         std::fill(mask.end() - in, mask.end(), 1);
       }
-      const bool normed = k + 1 < depth && samples > 1 && rng() % 2;
-      net.emplace_back(in, out, mask, kind > kMultiplier, round % 3 == 0, normed);
+      const bool normed = samples > 1 && rng() % 2, biased = rng() % 2;
+      net.emplace_back(in, out, mask, kind > kMultiplier, round % 3 == 0, normed, biased);
       kinds.push_back(kind);
       in = out;
     }
@@ -510,8 +512,8 @@ static bool perceptrons() {
       std::printf("perceptron, round %d: %ld samples of %ld, track %d, layers", round,
                   long(samples), long(images), round % 3);
       for (size_t k = 0; k < net.size(); ++k)
-        std::printf(" %ldx%ld (kind %d%s)", long(net[k].out), long(net[k].in), kinds[k],
-                    net[k].norm.empty() ? "" : ", batch norm");
+        std::printf(" %ldx%ld (kind %d%s%s)", long(net[k].out), long(net[k].in), kinds[k],
+                    net[k].norm.empty() ? "" : ", batch norm", net[k].b.empty() ? "" : ", bias");
       return std::printf("\n"), false;
     }
   }
