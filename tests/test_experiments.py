@@ -400,7 +400,7 @@ def test_rows_are_copied_only_with_the_measures_needed(tmp_path) -> None:
 # -------------------------------------------------------------------------- the way of computing
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "hours", "paper"])
 def test_each_network_is_computed_in_three_ways_from_the_same_settings(profile: str) -> None:
     found = defaultdict(set)
     for run in runs("computing", profile):
