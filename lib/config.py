@@ -24,7 +24,7 @@ class Method:
     version: int = 1
 
 
-# The rules are functions in `lib/masking.py` and `lib/baselines.py`.
+# The rules are functions in `lib/masking.py` and `lib/methods/baselines.py`.
 METHODS: dict[str, Method] = {
     "dense": Method("none", "none", "none"),
     "sparse_momentum": Method("magnitude", "momentum", "momentum"),
