@@ -105,7 +105,7 @@ for _scale in _LENET5.values():
     _scale["model"] = "lenet5"
 
 # ImageNet: 5,004 steps an epoch, decays at epochs 30, 60 and 90; trained by `torchrun -m
-# lib.imagenet`. Three seeds: the paper's number isn't known, and a run takes GPU days.
+# lib.runs.imagenet`. Three seeds: the paper's number isn't known, and a run takes GPU days.
 _IMAGENET: Block = {
     "dataset": "imagenet",
     "model": "resnet50",
@@ -271,8 +271,9 @@ def _ways(scale: Block, seeds: int) -> tuple[Block, ...]:
     )
 
 
-# Readings of the algorithm between which paper and official code leave a choice (lib/official.py),
-# "ours" first; each of the others departs from it in one thing. A reading is one block.
+# Readings of the algorithm between which paper and official code leave a choice
+# (lib/methods/readings.py), "ours" first; each of the others departs from it in one thing.
+# A reading is one block.
 _OURS: Block = {
     "prune": "magnitude",
     "prune_rate": 0.2,

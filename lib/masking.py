@@ -11,8 +11,8 @@ weights are set back to zero (`Masking.step`); once per epoch (`Masking.update`)
 
 Source: Dettmers and Zettlemoyer 2019 (arXiv 1907.04840), section 3 and algorithm 1. Where the
 official code (commit e19ff16) leaves the paper, the docstrings below say which way this one goes.
-The rules of the other methods (SET, DSR, DeepR, RigL, SNIP) are in `lib/baselines.py`, the other
-readings, to be asked for by name, in `lib/official.py`.
+The rules of the other methods (SET, DSR, DeepR, RigL, SNIP) are in `lib/methods/baselines.py`, the
+other readings, to be asked for by name, in `lib/methods/readings.py`.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ REDISTRIBUTION: Registry[RedistributionRule] = Registry("redistribution")
 GROWTH: Registry[GrowthRule] = Registry("growth")
 # Method name -> what it does after each mini-batch (DeepR re-wires there).
 EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
-# Option -> what takes the place of a part of the cycle where the option is on (lib/official.py):
-# of `share_out` and of `choose`.
+# Option -> what takes the place of a part of the cycle where the option is on
+# (lib/methods/readings.py): of `share_out` and of `choose`.
 SHARE_OUT: dict[str, Callable[[Sequence[Layer], dict[str, Any]], list[int]]] = {}
 CHOOSE: dict[str, Callable[[Layer, Rule[GrowthRule], int], Tensor]] = {}
 # Layers up to this density, or of this few active weights, are pruned by a list of these. It takes
@@ -588,7 +588,7 @@ class Masking:
             so that the number of active weights is the density's only in expectation.
         keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
         generator: random stream of the initial masks and of random growth (torch's own without).
-        options: numbers of single rules by name (see `lib/baselines.py` and `lib/official.py`).
+        options: numbers of single rules by name (see `lib/methods/baselines.py` and `readings.py`).
 
     Raises:
         ValueError: a value out of range, an unknown name, an optimizer without the momentum that
@@ -1006,4 +1006,4 @@ def _check_rate(rate: float) -> None:
 
 
 # Register the other methods' rules and the other readings.
-from lib import baselines, official  # noqa: E402, F401
+from lib import methods  # noqa: E402, F401
