@@ -111,9 +111,8 @@ def leave_no_layer_empty(numbers: list[int], survivors: Sequence[int]) -> list[i
     """
     for i, survived in enumerate(survivors):
         if survived + numbers[i] == 0:
-            donor = max(
-                range(len(numbers)), key=lambda j: (numbers[j] > 0, survivors[j] + numbers[j])
-            )
+            after = [left + n for left, n in zip(survivors, numbers, strict=True)]
+            donor = max(range(len(after)), key=lambda j: (numbers[j] > 0, after[j]))
             numbers[donor] -= 1
             numbers[i] += 1
     return numbers
@@ -138,11 +137,6 @@ def choose(layer: Layer, growth: Rule[GrowthRule], number: int) -> Tensor:
         return layer.survivors
     scores = growth.function(layer)
     return layer.survivors | pick(scores, ~layer.survivors, number, growth.score)
-
-
-# --------------------------------------------------------------------------------------------------
-# Masking: the state, and one cycle
-# --------------------------------------------------------------------------------------------------
 
 
 class Masking:
@@ -202,7 +196,7 @@ class Masking:
         if dense and density != 1:
             raise ValueError(f"method {method!r} has density 1, got {density}")
         self.model, self.optimizer, self.generator = model, optimizer, generator
-        self.method, self.init, self.target_density = method, init, density
+        self.method, self.target_density = method, density
         self.prune = PRUNE[prune or named.prune]
         self.redistribution = REDISTRIBUTION[redistribution or named.redistribution]
         self.growth = GROWTH[growth or named.growth]
@@ -221,8 +215,7 @@ class Masking:
         self._masks, self._float_masks = Masks(self.parameters), FloatMasks()
         if masks is not None:
             self.masks = masks
-            checks.given_density(density, self.density)
-            self.target_density = self.density
+            self.target_density = checks.given_density(density, self.density)
         else:
             if density < 1 and (sentence := checks.trained(model, optimizer, self.parameters)):
                 self._guard.warn(sentence)
@@ -353,9 +346,7 @@ class Masking:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; ValueError when it is of other rules, settings, names or
-        shapes.
-        """
+        """Continue from `state_dict()`; ValueError for other rules, settings, names or shapes."""
         checks.state(state, checks.identity(self))
         self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
         self.steps, self.rule_state = state["steps"], _copied(state["rule_state"])
@@ -373,9 +364,7 @@ class Masking:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring what `apply` multiplies by up to date with masks that moved: before a CUDA graph
-        that contains `apply` is replayed.
-        """
+        """Follow masks that moved: before a CUDA graph that contains `apply` is replayed."""
         self._float_masks.refresh(self.parameters, self._masks)
 
     def _survey(self) -> list[Layer]:

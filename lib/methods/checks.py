@@ -191,12 +191,13 @@ def _mean_momentum(layer: Layer, needed: bool) -> Tensor | float:
 # ---- a saved state -------------------------------------------------------------------------------
 
 
-def given_density(density: float, found: float) -> None:
-    """Masks that are given fit a density that is given."""
+def given_density(density: float, found: float) -> float:
+    """The density of masks that are given; ValueError where another one was asked for."""
     if density not in (1, found):
         raise ValueError(
             f"the masks have density {found:.6g}, density={density} was asked for: leave it out"
         )
+    return found
 
 
 PARTS = ("masks", "steps", "rules", "rule_state", "generator")
