@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Train what is missing of some experiments, or of all: the first seed first."""
-    from lib.runner import run_experiments
+    from lib.runs.runner import run_experiments
 
     if options.executor:
         for name in _names(options.experiment):
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Collect the rows of run CSVs (of shards, say) in one; identical rows are kept once."""
-    from lib.results import merge as merge_csvs
+    from lib.results.store import merge as merge_csvs
 
     added = merge_csvs(options.sources, options.target)
     print(f"{options.target}: {added} runs added from {len(options.sources)} files")
@@ -60,14 +60,14 @@ def merge(options: argparse.Namespace) -> None:
 
 def status(options: argparse.Namespace) -> None:
     """What is done, what is missing, and how long the rest will take on this machine."""
-    from lib.runner import status_table
+    from lib.runs.runner import status_table
 
     print(status_table(options.profile, options.results, options.device))
 
 
 def notebooks(options: argparse.Namespace) -> None:
     """Execute the notebooks; executed copies go to results/<profile>/notebooks/."""
-    from lib.notebooks import execute_all
+    from lib.runs.notebooks import execute_all
 
     execute_all(
         options.profile,
@@ -87,7 +87,7 @@ def figures(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write figures/report.pdf and report.html from the saved CSVs."""
-    from lib.report import report as write
+    from lib.report.report import report as write
 
     for path in write(options.profile, options.results):
         print(path)
@@ -102,7 +102,7 @@ def verdict(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Measure the training speed: against a conventional script, and against the machine."""
-    from lib.bench import bench as measure
+    from lib.bench.speed import bench as measure
 
     measure(options.repeats, options.results, options.only, options.network)
 
@@ -179,7 +179,7 @@ def _names(names: Sequence[str]) -> list[str]:
 
 
 def _submit(name: str, options: argparse.Namespace) -> None:
-    from lib.cluster import submit
+    from lib.runs.cluster import submit
 
     jobs = submit(
         name,

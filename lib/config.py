@@ -24,8 +24,8 @@ class Method:
     version: int = 1
 
 
-# The rules are functions in `lib/masking.py` and `lib/baselines.py`. Version 2: what rounding
-# leaves over is carried to the next update and no longer lost (DeepR: signs are never redrawn).
+# The rules are functions in `lib/masking.py` and `lib/methods/`. Version 2: what rounding leaves
+# over is carried to the next update and no longer lost (DeepR: signs are never redrawn).
 METHODS: dict[str, Method] = {
     "dense": Method("none", "none", "none"),
     "sparse_momentum": Method("magnitude", "momentum", "momentum", version=2),

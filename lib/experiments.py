@@ -105,7 +105,7 @@ for _scale in _LENET5.values():
     _scale["model"] = "lenet5"
 
 # ImageNet: 5,004 steps an epoch, decays at epochs 30, 60 and 90; trained by `torchrun -m
-# lib.imagenet`. Three seeds: the paper's number isn't known, and a run takes GPU days.
+# lib.runs.imagenet`. Three seeds: the paper's number isn't known, and a run takes GPU days.
 _IMAGENET: Block = {
     "dataset": "imagenet",
     "model": "resnet50",
@@ -168,7 +168,9 @@ _LENET300_100_WEIGHTS = 266_200
 
 
 def _baseline_network(scale: Block, seeds: int, densities: list[float]) -> tuple[Block, ...]:
-    """The curve on both networks; on the second also SET and DSR as their authors' code does."""
+    """The curve on both networks; on the second also SET and DSR as their authors' code does, and
+    where a layer of 10 or 20 weights could decide, from an output layer that is half dense.
+    """
     here: Block = {**scale, "seeds": seeds}
     return (
         *(
@@ -177,6 +179,13 @@ def _baseline_network(scale: Block, seeds: int, densities: list[float]) -> tuple
             for block in _curve({**scale, "model": model}, seeds, densities)
         ),
         {**here, **_THEIR_SET, "density": densities},
+        {
+            **here,
+            "model": _NORMED,
+            "method": ["sparse_momentum", *_OTHERS],
+            "init": "half_output",
+            "density": [d for d in densities if d in (0.01, 0.02, 0.05)],
+        },
         *(
             {
                 **here,
@@ -271,8 +280,9 @@ def _ways(scale: Block, seeds: int) -> tuple[Block, ...]:
     )
 
 
-# Readings of the algorithm between which paper and official code leave a choice (lib/official.py),
-# "ours" first; each of the others departs from it in one thing. A reading is one block.
+# Readings of the algorithm between which paper and official code leave a choice
+# (lib/methods/readings.py), "ours" first; each of the others departs from it in one thing.
+# A reading is one block.
 _OURS: Block = {
     "prune": "magnitude",
     "prune_rate": 0.2,

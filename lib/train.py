@@ -22,26 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import data as datasets
-from lib.baselines import snip_masks
 from lib.config import UNMASKED, Run, stream_seed, unknown
-from lib.features import observe_features
-from lib.graphs import CudaRecorder, GraphedStep
-from lib.kernels import (
+from lib.engines.graphs import CudaRecorder, GraphedStep
+from lib.engines.network import SparseNetwork, dense_window, sparse_network, step_cost
+from lib.engines.optimizer import SparseSGD
+from lib.engines.perceptron import (
     MAX_SAMPLES,
     SPARSE_BELOW,
     PerceptronTrainer,
-    SparseNetwork,
-    SparseSGD,
     Track,
-    available,
-    dense_window,
     perceptron_layers,
-    sparse_network,
-    step_cost,
 )
+from lib.kernels import available
 from lib.masking import EVERY_STEP, DivergenceError, LayerReport, Masking
+from lib.measures.features import observe_features
+from lib.measures.speedups import observe_speedups
+from lib.methods.baselines import snip_masks
 from lib.models import build_model, layer_flops, small_dense_scale
-from lib.speedups import observe_speedups
 
 EVALUATION_BATCH = 1000
 # Convolutional networks up to this density go through the sparse kernels where those are faster,
@@ -60,7 +57,7 @@ class Interrupted(Exception):
 class Outcome:
     """What a run measured. Errors in per cent of images; None where training diverged.
 
-    `curves`, `layers` and `measures` are rows of the other files (lib/results.py). FLOPs are
+    `curves`, `layers` and `measures` are rows of the other files (lib/results/store.py). FLOPs are
     relative to the dense network's: inference with the final densities; training as the mean over
     all steps of forward, input-gradient and weight-gradient products, the weight gradient counted
     densely in the steps whose growth rule reads it (RigL, appendix H). `kernels` names what
@@ -132,9 +129,9 @@ def train(
 
     The file is replaced about every `checkpoint_seconds` and removed by whoever stored the
     outcome. Continuing gives the same bits as never stopping (CPU; same machine, versions and
-    number of threads). `loop` is one made already (lib/imagenet.py). `measures` (of MEASURES) are
-    taken of the trained network, unless it diverged: a loss, weight or momentum that isn't finite
-    ends the run with status "diverged".
+    number of threads). `loop` is one made already (lib/runs/imagenet.py). `measures` (of MEASURES)
+    are taken of the trained network, unless it diverged: a loss, weight or momentum that isn't
+    finite ends the run with status "diverged".
     Raises Interrupted when `should_stop()` is true, after writing the checkpoint.
     """
     for name in measures:

@@ -9,16 +9,18 @@ from fnmatch import fnmatchcase
 import pandas as pd
 import pytest
 import torch
-from made_up_data import cifar
-from made_up_runs import make_curves, make_id, make_layers, make_row
 
-from lib import experiments, paths, results, runner
+from lib import experiments, paths
 from lib.config import Run
 from lib.experiments import EXPERIMENTS, KEPT_DENSE, PROFILES, runs
 from lib.masking import GROWTH, PRUNE, REDISTRIBUTION, maskable_parameters
 from lib.models import build_model, maskable_weights, model_spec
-from lib.published import published
+from lib.results import store as results
+from lib.results.published import published
+from lib.runs import runner
 from lib.train import MEASURES, TrainingLoop, train
+from tests.support.made_up_data import cifar
+from tests.support.made_up_runs import make_curves, make_id, make_layers, make_row
 
 CELLS = [
     (name, profile)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from torch import nn
 
-from lib import Masking, baselines, build_model, masking
+from lib import Masking, build_model, masking
 from lib.config import METHODS
 from lib.masking import (
     GROWTH,
@@ -31,6 +31,7 @@ from lib.masking import (
     share_out,
     whole,
 )
+from lib.methods import baselines
 
 # A mean over thousands of weights is summed in another order in NumPy: shares agree to rounding,
 # and exactly where the numbers are small multiples of a power of two, as they are made here.
@@ -502,6 +503,15 @@ def test_uniform_and_erk_layer_densities():
     assert max(open_layers) / min(open_layers) < 1.02
     full = [s for n, s in scales.items() if counts[n] == parameters[n].numel()]
     assert full and max(full) < min(open_layers) * 1.01  # only what the cap cuts off
+
+
+def test_an_output_layer_can_start_half_dense():
+    parameters = maskable_parameters(build_model("lenet300-100", generator=seeded(0)))
+    for density in (0.01, 0.02, 0.05):
+        *others, last = initial_counts(parameters, density, "half_output").values()
+        assert sum(others) + last == round(density * 266_200) and abs(last - 500) <= 1
+        first, second = (n / p.numel() for n, p in zip(others, parameters.values(), strict=False))
+        assert first == pytest.approx(second, rel=0.01)
 
 
 def test_start_masks_are_uniform_over_positions():
@@ -1153,7 +1163,7 @@ def test_a_new_rule_is_one_function_and_one_registration():
         ({"redistribution": "moment"}, "unknown redistribution rule 'moment'.*'momentum'"),
         ({"growth": "randon"}, "unknown growth rule 'randon': did you mean 'random'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin': did you mean 'cosine'"),
-        ({"init": "erdos"}, "unknown init 'erdos'.*erk, erk_drawn, uniform"),
+        ({"init": "erdos"}, "unknown init 'erdos'.*erk, erk_drawn, half_output, uniform"),
         ({"keep_dense": "layer9.*"}, "unknown keep_dense name 'layer9"),
         ({"keep_dense": "*"}, "no weight is left to mask"),
         ({"options": {"keep_regrow": 1.0}}, "unknown option 'keep_regrow'.*'keep_regrown'"),

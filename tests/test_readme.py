@@ -7,8 +7,9 @@ import shlex
 
 import pandas as pd
 
-from lib import experiments, paths, results
+from lib import experiments, paths
 from lib.__main__ import _parser
+from lib.results import store as results
 
 README = (paths.REPO / "README.md").read_text()
 BENCH = paths.REPO / "results" / "bench"

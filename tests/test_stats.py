@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.published import published
+from lib.results.published import published
 from lib.stats import (
     Interval,
     Verdict,

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from lib import data as datasets
-from lib import results, runner
 from lib import train as training
 from lib.config import Run
 from lib.kernels import StepCost, library
 from lib.masking import Masking
 from lib.models import build_model
+from lib.results import store as results
+from lib.runs import runner
 from lib.train import Interrupted, TrainingLoop, stream, train
 
 SMALL = Run(epochs=2, train_samples=2000, lr_decay_every_steps=30)
@@ -137,7 +138,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
     here = Path(__file__).parent
     methods = ["sparse_momentum", "set", "deepr"]
     done = subprocess.run(
-        [sys.executable, str(here / "kill_and_resume.py"), str(tmp_path), *methods],
+        [sys.executable, str(here / "support" / "kill_and_resume.py"), str(tmp_path), *methods],
         cwd=here.parent,
         env={
             **os.environ,

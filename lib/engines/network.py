@@ -1,0 +1,439 @@
+"""Runs a model in the batch-blocked layout, its sparse layers through the kernels.
+
+`sparse_network(model, masking.masks)` shares the model's parameters, so optimizer and Masking go
+on unchanged; call it instead of the model.
+
+Sparse momentum grows weights by the momentum of inactive ones, but reads it only when the masks
+move.  With momentum a and gradients g_t, the buffer then is
+
+    m_T = sum over t of a^(T - t) g_t = sum over the last K steps + a^K m_(T - K),
+
+so inactive weights need gradients only in the last K steps before an update: what is left out
+keeps the share a^K of its value, below 1e-7 for K = 153 at a = 0.9, less than float32 resolves.
+`dense_window` gives K; `SparseNetwork.dense_gradients` is the switch.  Active weights have their
+gradient in every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import operator
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lib.bench import kernels as bench
+from lib.kernels import ops
+from lib.kernels.library import require
+
+from . import calibrate
+
+MODES = ("auto", "sparse", "dense")
+
+
+def dense_window(momentum: float, tolerance: float = 1e-7) -> int:
+    """Steps K before an update in which inactive weights need gradients: momentum^K <= tolerance.
+
+    153 at 0.9 and 1e-7; at least 1.
+
+    Raises:
+        ValueError: momentum outside [0, 1) or tolerance outside (0, 1).
+    """
+    if not 0 <= momentum < 1 or not 0 < tolerance < 1:
+        raise ValueError(
+            f"momentum must be in [0, 1) and tolerance in (0, 1), got {momentum} and {tolerance}"
+        )
+    if momentum == 0:
+        return 1
+    return max(1, math.ceil(math.log(tolerance) / math.log(momentum)))
+
+
+class Choice(NamedTuple):
+    """How a layer is computed, and the seconds per mini-batch it was chosen by (0 if forced).
+
+    Where it is computed sparse: whether the gradient of all its weights takes less than that of its
+    non-zeros alone, and whether torch computes the former.
+    """
+
+    name: str
+    density: float
+    training: bool
+    sparse: bool
+    channels_last: bool
+    sparse_seconds: float
+    dense_seconds: float
+    whole_gradient: bool = False
+    gradient_by_torch: bool = False
+
+
+class _Activation:
+    """A tensor in torch's layout, in the blocked one, or both; converted when asked for."""
+
+    def __init__(
+        self,
+        samples: int,
+        *,
+        plain: Tensor | None = None,
+        blocked: Tensor | None = None,
+        flat: bool = False,
+    ) -> None:
+        self.samples, self._plain, self._blocked, self.flat = samples, plain, blocked, flat
+
+    @property
+    def is_blocked(self) -> bool:
+        return self._blocked is not None
+
+    @property
+    def requires_grad(self) -> bool:
+        tensor = self._plain if self._blocked is None else self._blocked
+        assert tensor is not None
+        return tensor.requires_grad
+
+    def side(self) -> tuple[int, int]:
+        """Height and width in pixels, without conversion."""
+        tensor = self._plain if self._blocked is None else self._blocked
+        assert tensor is not None
+        return (1, 1) if tensor.dim() == 2 else (tensor.shape[2], tensor.shape[3])
+
+    def plain(self, channels_last: bool = False) -> Tensor:
+        """[N, C, H, W], or [N, F] once flattened."""
+        if self._plain is None:
+            assert self._blocked is not None
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            plain = ops.from_blocked(self._blocked, self.samples, layout)
+            self._plain = plain.flatten(1) if self.flat else plain
+        return self._plain
+
+    def blocked(self) -> Tensor:
+        """[B, C, H, W, 16]."""
+        if self._blocked is None:
+            assert self._plain is not None
+            plain = self._plain
+            self._blocked = ops.to_blocked(plain[:, :, None, None] if plain.dim() == 2 else plain)
+        return self._blocked
+
+    def like(self, *, plain: Tensor | None = None, blocked: Tensor | None = None) -> _Activation:
+        """The result of an elementwise operation."""
+        return _Activation(self.samples, plain=plain, blocked=blocked, flat=self.flat)
+
+
+def _single(value: int | tuple[int, ...] | str | None) -> int | None:
+    """The number in 3 or (3, 3); None for anything else."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return value[0]
+    return None
+
+
+def _geometry(module: nn.Module) -> tuple[int, int] | None:
+    """Stride and padding where the kernels know the layer, None where only torch does."""
+    if isinstance(module, nn.Linear):
+        return 1, 0
+    assert isinstance(module, nn.Conv2d)
+    stride, padding = _single(module.stride), _single(module.padding)
+    known = module.groups == 1 and _single(module.dilation) == 1 and module.padding_mode == "zeros"
+    if not known or stride is None or padding is None or _single(module.kernel_size) is None:
+        return None
+    return stride, padding
+
+
+class SparseNetwork(nn.Module):
+    """See `sparse_network`.
+
+    Attributes:
+        model: the original, with the shared parameters.
+        dense_gradients: whether sparse layers compute the gradients of inactive weights too; with
+            False these are zero.  Layers that run dense, or that are dense enough for the whole
+            gradient to take less time than that of their non-zeros, have them in any case.
+        compact_gradients: whether the gradient of a sparse layer's non-zeros, where nobody asked
+            for that of all weights, stays [nnz] and goes to `values` in place of the parameter.
+        values: with compact gradients, pattern and values [nnz] of each such layer, of the last
+            pass with gradients, by the parameter's name (see SparseSGD).
+        choices: how each layer ran last, by (name, training).
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], mode: str = "auto") -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        require()
+        self.model, self.masks, self.mode = model, masks, mode
+        self.dense_gradients = self.compact_gradients = False
+        self.values: dict[str, tuple[ops.Pattern, Tensor]] = {}
+        self.choices: dict[tuple[str, bool], Choice] = {}
+        self._patterns: dict[str, tuple[Tensor, int, ops.Pattern]] = {}
+        self._decided: dict[tuple, tuple[ops.Pattern, Choice]] = {}
+        self._nodes = list(fx.Tracer().trace(model).nodes)
+        modules = dict(model.named_modules())
+        self._modules_of = {n: modules[str(n.target)] for n in self._nodes if n.op == "call_module"}
+        self._fused = self._find_fused()
+        self._last_use = self._find_last_uses()
+
+    def _find_fused(self) -> dict[fx.Node, fx.Node]:
+        """Batch norms and max-poolings whose only reader is a ReLU, with that ReLU."""
+        found = {}
+        for node, module in self._modules_of.items():
+            if isinstance(module, _BatchNorm | nn.MaxPool2d) and len(node.users) == 1:
+                (user,) = node.users
+                if isinstance(self._modules_of.get(user), nn.ReLU):
+                    found[node] = user
+        return found
+
+    def _find_last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+        """Node -> the nodes whose results nobody reads after it, so that memory is given back."""
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self._nodes:
+            for source in node.all_input_nodes:
+                last[source] = node
+        result: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            result.setdefault(node, []).append(source)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output for a batch [N, ...] of float32 on the CPU."""
+        done: dict[fx.Node, Any] = {}
+        for node in self._nodes:
+            if node.op == "placeholder":
+                done[node] = _Activation(x.shape[0], plain=x)
+            elif node.op == "output":
+                result = done[node.args[0]]
+                return result.plain() if isinstance(result, _Activation) else result
+            elif node.op == "call_module" and isinstance(node.args[0], fx.Node):
+                done[node] = self._call_module(node, done)
+            else:
+                done[node] = self._call_function(node, done)
+            for old in self._last_use.get(node, ()):
+                del done[old]
+        raise RuntimeError("the traced model has no output")
+
+    def _call_module(self, node: fx.Node, done: dict[fx.Node, Any]) -> _Activation:
+        module = self._modules_of[node]
+        x: _Activation = done[node.args[0]]  # type: ignore[index]
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            return self._weighted(str(node.target), module, x)
+        if not x.is_blocked:
+            return x.like(plain=module(x.plain()))
+        blocked = x.blocked()
+        if isinstance(module, _BatchNorm):
+            relu = node in self._fused
+            return x.like(blocked=ops.batch_norm(blocked, module, x.samples, relu=relu))
+        if isinstance(module, nn.ReLU):
+            if node.args[0] in self._fused:
+                return x  # done by the batch norm or the pooling
+            return x.like(blocked=F.relu(blocked, module.inplace))
+        if isinstance(module, nn.Dropout):
+            return x.like(blocked=F.dropout(blocked, module.p, module.training))
+        if isinstance(module, nn.Identity):
+            return x
+        if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+            size, stride = _single(module.kernel_size), _single(module.stride)
+            simple = not module.ceil_mode and _single(module.padding) == 0
+            if isinstance(module, nn.MaxPool2d):
+                simple = simple and _single(module.dilation) == 1 and not module.return_indices
+                pool: Callable = functools.partial(ops.max_pool2d, relu=node in self._fused)
+                simple = simple and (node not in self._fused or (size or 0) <= 15)
+            else:
+                simple = simple and module.divisor_override is None
+                pool = ops.mean_pool2d
+            if simple and size is not None and stride is not None and size <= 16:
+                return x.like(blocked=pool(blocked, size, stride))
+        return x.like(plain=module(x.plain()))  # a module we don't know: torch's own
+
+    def _call_function(self, node: fx.Node, done: dict[fx.Node, Any]) -> Any:
+        x = done[node.args[0]] if node.args and node.args[0] in done else None  # type: ignore[index]
+        if isinstance(x, _Activation) and x.is_blocked:
+            if node.target in ("flatten", torch.flatten) and node.args[1:] == (1,):
+                blocked = x.blocked()
+                flat = blocked.reshape(blocked.shape[0], -1, 1, 1, ops.LANES)
+                return _Activation(x.samples, blocked=flat, flat=True)
+            dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+            height, width = x.side()
+            if node.target == "mean" and dims == (2, 3) and height == width <= 16:
+                pooled = ops.mean_pool2d(x.blocked(), height)
+                return _Activation(x.samples, blocked=pooled, flat=True)
+            other = done.get(node.args[1]) if len(node.args) > 1 else None  # type: ignore[arg-type]
+            if node.target in (operator.add, torch.add) and isinstance(other, _Activation):
+                return x.like(blocked=x.blocked() + other.blocked())
+
+        # Anything else is torch's, in torch's layout.
+        def plain(argument: Any) -> Any:
+            value = done.get(argument, argument) if isinstance(argument, fx.Node) else argument
+            return value.plain() if isinstance(value, _Activation) else value
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), plain)
+        if node.op == "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif node.op == "call_function":
+            assert callable(node.target)
+            result = node.target(*args, **kwargs)
+        elif node.op == "call_module":
+            result = self._modules_of[node](*args, **kwargs)
+        else:  # get_attr
+            return operator.attrgetter(str(node.target))(self.model)
+        if not isinstance(result, Tensor) or result.dim() not in (2, 4):
+            return result
+        return _Activation(result.shape[0], plain=result, flat=result.dim() == 2)
+
+    def _pattern(self, name: str) -> ops.Pattern | None:
+        """The layer's pattern, rebuilt when its mask is another one or was written to."""
+        mask = self.masks.get(name)
+        if mask is None:
+            return None
+        known = self._patterns.get(name)
+        if known is None or known[0] is not mask or known[1] != mask._version:
+            known = self._patterns[name] = (mask, mask._version, ops.Pattern(mask))
+        return known[2]
+
+    def _choose(
+        self, name: str, pattern: ops.Pattern, geometry: tuple[int, int], x: _Activation
+    ) -> Choice:
+        training = torch.is_grad_enabled()
+        side, first = x.side(), training and not x.requires_grad
+        key = (name, x.samples, side, training, first, self.mode, torch.get_num_threads())
+        known = self._decided.get(key)
+        if known is not None and known[0] is pattern:
+            return known[1]
+        if self.mode != "auto":
+            sparse = self.mode == "sparse"
+            linear = pattern.shape[2:] == (1, 1)
+            choice = Choice(
+                name, pattern.density, training, sparse, False, 0.0, 0.0, gradient_by_torch=linear
+            )
+        else:
+            o, c, kernel, _ = pattern.shape
+            layer = bench.Layer(name, c, o, kernel, *geometry, max(side), first)
+            cost = calibrate.cost(layer, x.samples)
+            choice = Choice(
+                name,
+                pattern.density,
+                training,
+                cost.sparse_is_faster(pattern.nnz, training),
+                cost.channels_last,
+                cost.sparse(pattern.nnz, training),
+                cost.dense(training),
+            )
+            if training and choice.sparse:
+                gradient = calibrate.gradient_cost(layer, x.samples)
+                choice = choice._replace(
+                    whole_gradient=gradient.whole_is_faster(pattern.nnz),
+                    gradient_by_torch=gradient.torch_is_faster(),
+                )
+        self._decided[key] = (pattern, choice)
+        self.choices[name, training] = choice
+        return choice
+
+    def _weighted(self, path: str, module: nn.Conv2d | nn.Linear, x: _Activation) -> _Activation:
+        geometry, pattern = _geometry(module), self._pattern(f"{path}.weight")
+        flat = isinstance(module, nn.Linear)
+        channels_last = False
+        if geometry is not None and pattern is not None:
+            choice = self._choose(f"{path}.weight", pattern, geometry, x)
+            channels_last = choice.channels_last and not flat
+            if choice.sparse:
+                blocked = self._sparse(f"{path}.weight", module, pattern, geometry, x, choice)
+                return _Activation(x.samples, blocked=blocked, flat=flat)
+        return _Activation(x.samples, plain=module(x.plain(channels_last)), flat=flat)
+
+    def _sparse(
+        self,
+        name: str,
+        module: nn.Conv2d | nn.Linear,
+        pattern: ops.Pattern,
+        geometry: tuple[int, int],
+        x: _Activation,
+        choice: Choice,
+    ) -> Tensor:
+        stride, padding = geometry
+        # Then values need no gradient of their own: the dense one contains theirs.
+        dense = (self.dense_gradients or choice.whole_gradient) and module.weight.requires_grad
+        compact = self.compact_gradients and not dense and torch.is_grad_enabled()
+        values = ops.gather(module.weight.detach() if dense or compact else module.weight, pattern)
+        if compact:
+            self.values[name] = pattern, values.requires_grad_(module.weight.requires_grad)
+        return ops.conv2d(
+            x.blocked(),
+            values,
+            module.bias,
+            pattern,
+            stride=stride,
+            padding=padding,
+            samples=x.samples,
+            dense_gradient_of=module.weight if dense else None,
+            gradient_by_torch=choice.gradient_by_torch,
+        )
+
+
+def sparse_network(
+    model: nn.Module, masks: Mapping[str, Tensor], *, mode: str = "auto"
+) -> SparseNetwork:
+    """`model`, computed with its non-zero weights only where that is faster.
+
+    Args:
+        model: any model that torch.fx can trace, float32 on the CPU; its parameters are shared.
+        masks: parameter name -> bool mask, such as `Masking.masks`; looked at in every forward
+            pass, so masks may move.  Weights outside the mask count as zero in sparse layers: they
+            must be zero (Masking.step sees to it).  Parameters without a mask run dense.
+        mode: "auto" runs a layer sparse where the calibration of this machine says it is faster;
+            "sparse" and "dense" force it.
+
+    Raises:
+        ValueError: an unknown mode.
+        KernelsUnavailable: the kernels cannot be built here (see `available`).
+    """
+    return SparseNetwork(model, masks, mode)
+
+
+class StepCost(NamedTuple):
+    """Seconds of forward and backward of one mini-batch: dense in torch's faster memory format,
+    sparse, and sparse with the gradients of inactive weights.
+    """
+
+    dense: float
+    sparse: float
+    window: float
+
+    def sparse_is_faster(self, share: float, margin: float = 0.1) -> bool:
+        """Whether the sparse network wins by the margin with `share` of its steps in a window.
+
+        The margin is for masks that move: early layers become denser than at the start.
+        """
+        return share * self.window + (1 - share) * self.sparse < (1 - margin) * self.dense
+
+
+def step_cost(what: str, model: nn.Module, density: float, images: Tensor) -> StepCost:
+    """The cost of training `model` with uniform masks, measured once per machine and `what`.
+
+    Args:
+        what: names model, density and batch; `model` and `images` [N, ...] are left as they are.
+    """
+
+    def measure() -> dict:
+        dense = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
+        twin = copy.deepcopy(model).train()
+        masks = {
+            n: torch.rand(p.shape) < density for n, p in twin.named_parameters() if p.dim() > 1
+        }
+        sparse = sparse_network(twin, masks)
+        by_channel = images.contiguous(memory_format=torch.channels_last)
+
+        def seconds(network: nn.Module, x: Tensor, window: bool) -> float:
+            sparse.dense_gradients = window
+            start = time.perf_counter()
+            network(x).sum().backward()
+            return time.perf_counter() - start
+
+        variants = ((dense, by_channel, False), (sparse, images, False), (sparse, images, True))
+        rounds = [[seconds(*variant) for variant in variants] for _ in range(3)]
+        best = [min(times) for times in list(zip(*rounds, strict=True))]
+        return dict(zip(StepCost._fields, best, strict=True))
+
+    return StepCost(**calibrate.kept(what, measure))

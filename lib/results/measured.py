@@ -1,0 +1,167 @@
+"""What was measured on trained networks (results/<profile>/<experiment>.measures.csv), per run:
+class specialisation and speed-ups.  Imports no torch.
+
+The definitions of the rows are in lib/measures/features.py and lib/measures/speedups.py, where they
+are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.results import store as results
+from lib.results.reading import NoRuns, Runs, published_rows
+
+# The bins of the official histograms; lib/measures/features.py counts in the same ones.
+BIN_EDGES = np.linspace(0.09, 0.51, 50)
+
+# The three speed-ups of a run, in the order of every figure and table.
+SPEEDUPS = {
+    "full": "estimate, sparse convolution",
+    "channel": "estimate, dense convolution",
+    "removed": "measured, empty channels removed",
+}
+POOLED, EQUAL = "pooled", "equal"
+WEIGHTINGS = {POOLED: "channels pooled", EQUAL: "layers weighted equally"}
+
+_RUN = ["model", "method", "density", "seed"]
+
+
+def measures(runs: Runs, measure: str) -> pd.DataFrame:
+    """The rows of one measure with model, method, density and seed of their run beside them.
+
+    Columns: MEASURE_COLUMNS of lib/results/store.py and these four.  Raises NoRuns where none of
+    the finished runs was measured.
+    """
+    runs.needed()
+    rows = results.read_measures(runs.csv, runs=runs.rows)
+    rows = rows[rows["measure"] == measure]
+    if rows.empty:
+        raise NoRuns(
+            f"{runs.experiment} ({runs.profile}): {len(runs.rows)} runs are done, but none was "
+            f"measured; remove them from {runs.csv} and run {runs.experiment} again"
+        )
+    return rows.merge(runs.rows[["run_id", *_RUN]], on="run_id")
+
+
+# ---------------------------------------------------------------------------------- speed-ups
+
+
+def speedups(runs: Runs) -> pd.DataFrame:
+    """One row per run: full, channel, removed (times faster than the dense pass) and what went.
+
+    The estimates as the official code sums them: per convolution the mean over the mini-batches
+    of a segment, summed over the convolutions and the segments; dense over estimate.  `removed`
+    is the ratio of the measured times of a forward pass.  `removed_channels` and
+    `removed_weights` are shares (0 to 1), `difference` the largest of the two outputs relative to
+    the largest logit.  A quantity that is zero gives an infinite speed-up.
+    """
+    rows = measures(runs, "speedups")
+    found = []
+    for key, group in rows.groupby(_RUN, sort=False):
+        total = group.groupby("quantity")["value"].sum()
+        found.append(
+            {
+                **dict(zip(_RUN, key, strict=True)),
+                "full": _ratio(total["dense_s"], total["full_sparse_s"]),
+                "channel": _ratio(total["dense_s"], total["channel_sparse_s"]),
+                "removed": _ratio(total["dense_forward_s"], total["removed_forward_s"]),
+                "removed_channels": total["removed_channels"] / total["channels"],
+                "removed_weights": total["removed_weights"] / total["weights"],
+                "difference": total["max_difference"],
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def _ratio(dense: float, sparse: float) -> float:
+    return dense / sparse if sparse > 0 else math.inf
+
+
+# ----------------------------------------------------------------------------------- features
+
+
+def feature_layers(runs: Runs) -> pd.DataFrame:
+    """One row per run and layer: kept, channels, sum of the specialisation, and its mean.
+
+    Layers in the order of the forward pass (`index` from 0).  In a WRN the last ReLU, behind the
+    blocks, is left out, as in the official data (24 of WRN-28-2).  `mean` is NaN in a layer
+    without any activation.
+    """
+    rows = measures(runs, "features")
+    rows = rows[rows["quantity"].isin(["channels", "kept", "sum"])]
+    wide = rows.pivot(index=["run_id", "layer"], columns="quantity", values="value")
+    first = rows.drop_duplicates(["run_id", "layer"])[["run_id", "layer", *_RUN]]
+    table = first.merge(wide.reset_index(), on=["run_id", "layer"])
+    behind_blocks = table["model"].str.startswith("wrn") & ~table["layer"].str.contains(r"\.")
+    table = table[~behind_blocks].reset_index(drop=True)
+    table["index"] = table.groupby("run_id").cumcount()
+    table["mean"] = table["sum"] / table["kept"].where(table["kept"] > 0)
+    return table
+
+
+def specialisation(runs: Runs) -> pd.DataFrame:
+    """One row per run: the mean class specialisation, `pooled` over the channels of all layers and
+    with the layers weighted equally (`equal`); shares, 1 / classes to 1.
+    """
+    found = []
+    for key, layers in feature_layers(runs).groupby(_RUN, sort=False):
+        pooled = float(layers["sum"].sum() / layers["kept"].sum())
+        equal = float(layers["mean"].mean())
+        found.append({**dict(zip(_RUN, key, strict=True)), POOLED: pooled, EQUAL: equal})
+    return pd.DataFrame(found, columns=[*_RUN, POOLED, EQUAL])
+
+
+def histograms(runs: Runs) -> dict[tuple[str, str, int], np.ndarray]:
+    """(model, method, layer index) -> share of the kept channels in each bin of BIN_EDGES, the
+    runs pooled; float [bins].  Channels beyond the last edge count in the total only.
+    """
+    index = feature_layers(runs)[["run_id", "layer", "index", "kept"]]
+    rows = measures(runs, "features").merge(index, on=["run_id", "layer"])
+    rows = rows[rows["quantity"] == "histogram"]
+    kept = index.merge(runs.rows[["run_id", "model", "method"]], on="run_id")
+    totals = kept.groupby(["model", "method", "index"])["kept"].sum().to_dict()
+    found: dict[Any, np.ndarray] = {key: np.zeros(len(BIN_EDGES) - 1) for key in totals}
+    counts: Any = rows.groupby(["model", "method", "index", "position"])["value"].sum()
+    for (model, method, i, position), value in dict(counts).items():
+        found[model, method, i][position] = value / totals[model, method, i]
+    return found
+
+
+def official_specialisation(model: str) -> pd.DataFrame:
+    """The official arrays of a model: layer_index, method, mean, kept (channels); empty if none."""
+    try:
+        rows = published_rows("class_specialization_official_feature_data", model=model)
+    except ValueError:  # a network of the reduced scale, which the paper doesn't have
+        return pd.DataFrame(columns=["layer_index", "method", "mean", "kept"])
+    columns = {"layer_index": "layer_index", "method": "method", "value": "mean", "n": "kept"}
+    return pd.DataFrame({new: rows[old] for old, new in columns.items()})
+
+
+def official_means(model: str) -> dict[str, dict[str, float]]:
+    """Method -> the official `pooled` and `equal` means of a model, in per cent; empty if none."""
+    return {
+        str(method): {
+            POOLED: 100 * float((part["mean"] * part["kept"]).sum() / part["kept"].sum()),
+            EQUAL: 100 * float(part["mean"].mean()),
+        }
+        for method, part in official_specialisation(model).groupby("method")
+    }
+
+
+def layer_densities(runs: Runs) -> pd.DataFrame:
+    """model, layer, epoch -> mean density (0 to 1) over the runs; layers in the network's order."""
+    rows = runs.layers().merge(runs.rows[["run_id", "model"]], on="run_id")
+    rows["density"] = rows["active"] / rows["weights"]
+    means = rows.groupby(["model", "layer", "epoch"], sort=False)["density"].mean()
+    return means.reset_index()
+
+
+def cells(table: pd.DataFrame) -> Iterable[tuple[str, str, float]]:
+    """The (model, method, density) of a table of runs, once each, in its order."""
+    return list(dict.fromkeys(zip(table["model"], table["method"], table["density"], strict=True)))

@@ -1,0 +1,295 @@
+"""What figures, tables and claims read: the planned runs of an experiment that are done, their
+means and intervals, and the published numbers beside them.  Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib import experiments, paths
+from lib.config import Run, unknown
+from lib.results import store as results
+from lib.results.published import published
+from lib.stats import t_interval
+
+Where = dict[str, Any]  # column -> value, or several values of which any will do
+
+# In this order in every figure and table.
+METHOD_NAMES = {
+    "dense": "Dense",
+    "sparse_momentum": "Sparse momentum",
+    "dsr": "DSR",
+    "set": "SET",
+    "deepr": "DeepR",
+    "rigl": "RigL",
+    "snip": "SNIP",
+    "static": "Static mask",
+    "small_dense": "Small dense",
+}
+MODEL_NAMES = {
+    "lenet300-100": "LeNet-300-100",
+    "lenet5": "LeNet-5",
+    "lenet300-100-bn": "LeNet-300-100 with batch norm (DSR's)",
+    "alexnet-s": "AlexNet-s",
+    "alexnet-b": "AlexNet-b",
+    "vgg16-c": "VGG16-C",
+    "vgg16-d": "VGG16-D",
+    "vgg16-like": "VGG16-like",
+    "wrn-28-2": "WRN-28-2",
+    "wrn-16-8": "WRN-16-8",
+    "wrn-16-10": "WRN-16-10",
+    "wrn-22-8": "WRN-22-8",
+    "resnet50": "ResNet-50",
+}
+
+
+class NoRuns(ValueError):
+    """None of the runs that a figure or claim needs is there; the message says how to get them."""
+
+
+CHANCE = 80.0  # %: of ten classes guessing errs in 90
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The planned runs of an experiment at a profile, and the rows of those that are done.
+
+    Rows of other runs in the same CSV (other settings through --set, earlier versions of a method)
+    are not part of it. `rows` has the columns of lib/results/store.py and is sorted by method,
+    density and seed; `diverged` has the rows without errors.
+    """
+
+    experiment: str
+    profile: str
+    csv: Path
+    planned: tuple[Run, ...]
+    rows: pd.DataFrame
+    diverged: pd.DataFrame
+
+    @property
+    def missing(self) -> int:
+        """How many planned runs have no row yet."""
+        return len(self.planned) - len(self.rows) - len(self.diverged)
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods with at least one finished run, in the order used everywhere."""
+        present = set(self.rows["method"])
+        return [name for name in METHOD_NAMES if name in present]
+
+    def where(self, **wanted: Any) -> Runs:
+        """The part whose runs have these fields (any field of Run; several values: any of them)."""
+        return self.only(select(self.planned, **wanted))
+
+    def only(self, planned: Iterable[Run]) -> Runs:
+        """The part with these of the planned runs."""
+        kept = tuple(planned)
+        ids = set(map(_id, kept))
+        return replace(
+            self, planned=kept, rows=_of(self.rows, ids), diverged=_of(self.diverged, ids)
+        )
+
+    def learned(self) -> Runs:
+        """The part without the runs that stayed at chance."""
+        return replace(self, rows=self.rows[self.rows["test_error_pct"] <= CHANCE])
+
+    def needed(self) -> Runs:
+        """These runs; NoRuns if none of them is done, saying how to get them."""
+        if self.rows.empty:
+            if not self.planned:
+                raise NoRuns(f"{self.experiment} ({self.profile}): no such runs in this profile")
+            lost = f", {len(self.diverged)} diverged" if len(self.diverged) else ""
+            command = f"python -m lib run {self.experiment} --profile {self.profile}"
+            raise NoRuns(
+                f"{self.experiment} ({self.profile}): none of {len(self.planned)} runs in "
+                f"{_short(self.csv)}{lost}; {command}"
+            )
+        return self
+
+    def curves(self) -> pd.DataFrame:
+        """Per-epoch values of the finished runs (CURVE_COLUMNS of lib/results/store.py)."""
+        return results.read_curves(self.csv, runs=self.rows)
+
+    def layers(self) -> pd.DataFrame:
+        """Per-layer values of the finished runs (LAYER_COLUMNS of lib/results/store.py)."""
+        return results.read_layers(self.csv, runs=self.rows)
+
+    def by_seed(self, value: str = "test_error_pct", **wanted: Any) -> pd.Series:
+        """One column of the runs with these fields, indexed by seed.
+
+        Raises ValueError if a seed comes twice, so that two cells never mix.
+        """
+        ids = set(map(_id, select(self.planned, **wanted)))
+        rows = _of(self.rows, ids)
+        if rows["seed"].duplicated().any():
+            twice = rows.loc[rows["seed"].duplicated(), "seed"].iloc[0]
+            raise ValueError(
+                f"{self.experiment}: {wanted} is not one cell, seed {twice} comes twice; name more "
+                "fields."
+            )
+        return pd.Series(rows[value].to_numpy(), index=rows["seed"].to_numpy())
+
+    def reduced(self) -> bool:
+        """Whether the profile is a reduced one, not the paper's."""
+        return self.profile != "paper"
+
+    def scale(self) -> str:
+        """Profile, epochs, images, seeds, hardware, and what is missing, in one line."""
+        rows = self.rows if len(self.rows) else self.diverged
+        said = f"profile {self.profile}"
+        if self.reduced():
+            said += " (reduced scale, not the paper's)"
+        if rows.empty:
+            return f"{said}: no runs yet"
+        ids = set(rows["run_id"])
+        images = [f"{n:,}" if n else "all" for n in sorted(set(rows["train_samples"].fillna(0)))]
+        tested = {getattr(run, "test_samples", 0) for run in self.planned if _id(run) in ids}
+        test = [f"{n:,}" if n else "all" for n in sorted(tested)] if tested - {0} else []
+        # By the settings of the runs, not by columns: `kernels` there says what computed a row.
+        seeds = Counter(replace(run, seed=0) for run in self.planned if _id(run) in ids).values()
+        parts = [
+            f"{_range(rows['epochs'])} epochs",
+            f"{' or '.join(images)} training images",
+            f"{' or '.join(test)} test images" if test else "",
+            f"{_range(seeds)} {'seed' if set(seeds) == {1} else 'seeds'}",
+            " and ".join(sorted(set(rows["device"]))),
+        ]
+        if self.missing:
+            parts.append(f"{self.missing} of {len(self.planned)} runs missing")
+        if len(self.diverged):
+            parts.append(f"{len(self.diverged)} diverged")
+        return f"{said}: {', '.join(filter(None, parts))}"
+
+
+def select(runs: Iterable[Run], **wanted: Any) -> tuple[Run, ...]:
+    """The runs with these fields (several values: any of them); ValueError for an unknown field."""
+    known = Run.__dataclass_fields__
+    for name in wanted:
+        if name not in known:
+            raise ValueError(unknown("field of a run", name, known))
+    return tuple(run for run in runs if all(_is(getattr(run, k), v) for k, v in wanted.items()))
+
+
+def load(
+    experiment: str, profile: str, results_root: str | Path | None = None, **wanted: Any
+) -> Runs:
+    """The runs of an experiment with these fields, finished or not; `.needed()` insists on some.
+
+    Raises ValueError for an unknown experiment, profile or field, ResultsError for a damaged file.
+    """
+    csv = paths.results_csv(profile, experiment, results_root)
+    planned = planned_runs(experiment, profile)
+    try:
+        status = csv.stat()
+    except FileNotFoundError:
+        version = (0, 0, 0)
+    else:
+        version = (status.st_ino, status.st_size, status.st_mtime_ns)
+    rows = _sorted_rows(csv, version)
+    ok = rows["status"] == "ok"
+    runs = Runs(experiment, profile, csv, planned, rows[ok], rows[~ok])
+    return runs.only(select(planned, **wanted))
+
+
+def planned_runs(experiment: str, profile: str) -> tuple[Run, ...]:
+    """The runs of an experiment at a profile (lib/experiments.py), built once per process."""
+    return _planned(experiment, profile, id(experiments.EXPERIMENTS.get(experiment)))
+
+
+# A figure and a dozen claims ask for the same grid and file: built and read once, and read again
+# when the file was replaced (writers put a new file in place, lib/results/store.py).
+
+
+@functools.lru_cache(maxsize=64)
+def _planned(experiment: str, profile: str, _version: int) -> tuple[Run, ...]:
+    return tuple(experiments.runs(experiment, profile))
+
+
+@functools.lru_cache(maxsize=8)
+def _sorted_rows(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
+    order = {name: i for i, name in enumerate(METHOD_NAMES)}
+    return results.read_runs(csv).sort_values(
+        ["dataset", "model", "method", "density", "seed", "run_id"],
+        key=lambda column: column.map(order) if column.name == "method" else column,
+        ignore_index=True,
+    )
+
+
+@functools.cache
+def _id(run: Run) -> str:
+    return run.run_id
+
+
+def summarise(rows: pd.DataFrame, by: Sequence[str], value: str = "test_error_pct") -> pd.DataFrame:
+    """Mean, Student-t 95 % interval (low, high; NaN at n = 1), n and sd of each group, in order."""
+    found = []
+    for key, group in rows.groupby(list(by), sort=False, dropna=False):
+        names = key if isinstance(key, tuple) else (key,)
+        found.append({**dict(zip(by, names, strict=True)), **t_interval(group[value])._asdict()})
+    return pd.DataFrame(found, columns=[*by, "mean", "low", "high", "n", "sd"])
+
+
+def published_rows(table: str, **wanted: Any) -> pd.DataFrame:
+    """Rows of results/published/<table>.csv with these values.
+
+    Raises ValueError for an unknown column or a selection without rows: a number that a figure or
+    claim counts on must not go missing in silence.
+    """
+    rows = published(table)
+    for name, value in wanted.items():
+        if name not in rows:
+            raise ValueError(unknown(f"column of {table}", name, rows.columns))
+        rows = rows[np.fromiter((_is(v, value) for v in rows[name]), bool, len(rows))]
+    if rows.empty:
+        raise ValueError(f"results/published/{table}.csv has no row with {wanted}")
+    return rows.reset_index(drop=True)
+
+
+def model_name(model: str) -> str:
+    """Display name of a model; the families' members ("wrn-10-1", "mlp-100x4") by their form."""
+    family, _, size = model.partition("-")
+    if family in ("mlp", "mlpbn"):
+        width, _, layers = size.partition("x")
+        return f"MLP{'-BN' if family == 'mlpbn' else ''} {layers} × {width}"
+    return MODEL_NAMES.get(model) or model.upper()
+
+
+def interval_text(mean: float, low: float, high: float, digits: int = 2, sign: bool = False) -> str:
+    """ "1.47 [1.40, 1.54]"; without the interval where there is none."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    if math.isnan(mean):
+        return "–"
+    text = f"{mean:{form}}"
+    if not (math.isnan(low) or math.isnan(high)):
+        text += f" [{low:{form}}, {high:{form}}]"
+    return text.replace("-", "−")
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Collection) and not isinstance(wanted, (str, tuple)):
+        return any(_is(value, one) for one in wanted)
+    return bool(value == wanted)
+
+
+def _of(rows: pd.DataFrame, run_ids: Collection[str]) -> pd.DataFrame:
+    kept = np.fromiter((run_id in run_ids for run_id in rows["run_id"]), bool, len(rows))
+    return rows[kept].reset_index(drop=True)
+
+
+def _short(path: Path) -> str:
+    """Relative to the repository where it lies in it: the text goes into committed notebooks."""
+    return str(path.relative_to(paths.REPO) if path.is_relative_to(paths.REPO) else path)
+
+
+def _range(values: Any) -> str:
+    low, high = int(min(values)), int(max(values))
+    return f"{low}" if low == high else f"{low}–{high}"

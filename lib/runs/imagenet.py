@@ -1,0 +1,274 @@
+"""ResNet-50 on ImageNet: the training loop of lib/train.py with image files, one process per GPU.
+
+    IMAGENET_ROOT=/data/imagenet torchrun --nproc-per-node 4 -m lib.runs.imagenet --only seed=0
+
+`batch_size` is that of all processes together. Each takes its part of every mini-batch; gradients
+are averaged before the optimizer sees them, so weights, momentum and with them all decisions about
+the masks are the same everywhere, which is checked at every update. The validation folder is the
+test set, as in the literature; no part of the training images is held out.
+
+Augmentation is torchvision's standard one: random resized crop to 224 and flip for training; for
+the test resized to 256 and cropped in the middle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lib.config import Run, parse_field, stream_seed
+from lib.data import DataError, Dataset
+from lib.models import IMAGENET_SHAPE
+from lib.train import TrainingLoop, stream, train
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def missing() -> str:
+    """Why ImageNet can't be read, as a sentence; empty when it is there."""
+    root = os.environ.get("IMAGENET_ROOT", "").strip()
+    if not root:
+        return (
+            "ImageNet runs are left out: set IMAGENET_ROOT to a folder with train/<class>/ and "
+            "val/<class>/ (ILSVRC 2012)."
+        )
+    for part in ("train", "val"):
+        folder = Path(root) / part
+        if not folder.is_dir() or not any(entry.is_dir() for entry in folder.iterdir()):
+            return f"ImageNet runs are left out: no folder of a class in {folder} (IMAGENET_ROOT)."
+    return ""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class ImageNetLoop(TrainingLoop):
+    """A run in progress on image files, alone or as one of several processes.
+
+    Raises DataError when the files aren't there, ValueError for a batch that can't be shared out.
+    """
+
+    def __init__(
+        self, run: Run, *, device: str | torch.device = "cpu", workers: int | None = None
+    ) -> None:
+        if reason := missing():
+            raise DataError(reason)
+        self.rank, self.world = rank_and_world()
+        if run.batch_size % self.world:
+            raise ValueError(
+                f"batch_size {run.batch_size} can't be shared out to {self.world} processes"
+            )
+        self.train_files, self.test_files = _folders(Path(os.environ["IMAGENET_ROOT"]))
+        count = min(len(self.train_files), run.train_samples or len(self.train_files))
+        if count < run.batch_size:
+            raise ValueError(f"{count} training images are less than a batch of {run.batch_size}")
+        self.images_total = count
+        self.batches: Iterator[Any] = iter(())
+        self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        super().__init__(
+            run,
+            _shapes_only(self.train_files.targets[:count], self.test_files.targets, run.batch_size),
+            device=device,
+        )
+        if self.world > 1:
+            self.optimizer.register_step_pre_hook(lambda *_: self._average_gradients())
+
+    # ---- where several processes or files make a difference ----
+
+    def step(self, index: Tensor) -> Tensor:
+        """One mini-batch; returns the mean loss over all processes."""
+        loss = super().step(index)
+        return self._mean(loss)
+
+    def _order(self) -> Tensor:
+        """Which files in which order, the same in all processes; starts to read this one's."""
+        generator = stream(self.run, "order", self.state.epoch)
+        order = torch.randperm(self.images_total, generator=generator)
+        size = self.run.batch_size
+        order = order[: self.steps_per_epoch * size]  # the last, incomplete batch is left out
+        parts = order.view(-1, size)[self.state.step_in_epoch :, self.rank :: self.world]
+        self.batches = self._read(self.train_files, parts.tolist(), self.state.epoch)
+        return order
+
+    def _batch(
+        self, index: Tensor, augment: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = next(self.batches)
+        images = images.to(self.device, non_blocking=True, memory_format=self.format)
+        return images, labels.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def error_pct(self, images: Tensor, labels: Tensor) -> float:
+        """Top-1 error in per cent over the first len(labels) files of the validation folder."""
+        self._average_statistics()
+        self.model.eval()
+        mine = list(range(self.rank, len(labels), self.world))
+        size = max(1, self.run.batch_size // self.world)
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        right = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch, target in self._read(self.test_files, parts, 0):
+            with self._autocast():
+                logits = self.model(batch.to(self.device, memory_format=self.format))
+            right += (logits.argmax(1) == target.to(self.device)).sum()
+        self.model.train()
+        if self.world > 1:
+            dist.all_reduce(right)
+        return 100.0 * (len(labels) - int(right)) / len(labels)
+
+    def save(self, path: Path) -> None:
+        """The first process writes the checkpoint; all read it."""
+        if self.rank == 0:
+            super().save(path)
+
+    def _update_masks(self) -> None:
+        super()._update_masks()
+        check_alike(self.masking.masks)
+
+    # ---- inside ----
+
+    def _read(self, files: Any, batches: list[list[int]], epoch: int) -> Iterator[Any]:
+        seed = stream_seed(self.run.seed, "augment", epoch, self.rank)
+        loader = torch.utils.data.DataLoader(
+            files,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return iter(loader)
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view(gradient.shape))
+
+    def _average_statistics(self) -> None:
+        """Batch-norm's running statistics become the mean over the processes."""
+        for buffer in self.model.buffers():
+            if self.world > 1 and buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world
+
+    def _mean(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+
+def check_alike(masks: dict[str, Tensor]) -> None:
+    """RuntimeError unless all processes have the same masks."""
+    digest = hashlib.sha256()
+    for name, mask in masks.items():
+        digest.update(name.encode() + mask.contiguous().cpu().numpy().tobytes())
+    rank, world = rank_and_world()
+    if world == 1:
+        return
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, digest.hexdigest())
+    if len(set(found)) > 1:
+        other = next(i for i, value in enumerate(found) if value != found[0])
+        raise RuntimeError(
+            f"process {rank}: the masks of processes 0 and {other} differ after an update; the "
+            "weights or random streams of the processes have drifted apart"
+        )
+
+
+def _shapes_only(train: Sequence[int], test: Sequence[int], batch: int) -> Dataset:
+    """A data set whose images have a shape but no content: the files are read batch by batch."""
+    count = len(train) - len(train) % batch
+
+    def images(number: int) -> Tensor:
+        return torch.empty(number, *IMAGENET_SHAPE, device="meta")
+
+    labels = torch.tensor(test)
+    return Dataset(
+        name="imagenet",
+        train_x=images(count),
+        train_y=torch.tensor(train[:count]),
+        val_x=images(len(test)),
+        val_y=labels,
+        test_x=images(len(test)),
+        test_y=labels,
+        num_classes=1000,
+        sha256=hashlib.sha256(repr((list(train), list(test))).encode()).hexdigest(),
+    )
+
+
+def _folders(root: Path) -> tuple[Any, Any]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    crop = v2.RandomResizedCrop(IMAGENET_SHAPE[1:], antialias=True)
+    train_transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *last])
+    test_transform = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *last])
+    return (
+        ImageFolder(str(root / "train"), train_transform),
+        ImageFolder(str(root / "val"), test_transform),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the missing runs of experiment "imagenet", with all processes on one run at a time."""
+    from lib import paths
+    from lib.results import store as results
+    from lib.runs import runner
+
+    parser = argparse.ArgumentParser(prog="torchrun -m lib.runs.imagenet", description=main.__doc__)
+    parser.add_argument("--profile", default="paper")
+    parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--results", metavar="DIR")
+    parser.add_argument("--workers", type=int, help="reading processes per GPU")
+    options = parser.parse_args(arguments)
+    overrides = dict(text.split("=", 1) for text in options.set)
+
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, _ = rank_and_world()
+    try:
+        todo = runner.plan(
+            "imagenet",
+            options.profile,
+            only=options.only,
+            overrides={name: parse_field(name, value) for name, value in overrides.items()},
+            results_root=options.results,
+        )
+        for run in todo.todo:
+            checkpoint = paths.checkpoints_dir() / options.profile / f"{run.run_id}.pt"
+            loop = ImageNetLoop(run, device=device, workers=options.workers)
+            outcome = train(run, loop=loop, checkpoint=checkpoint, checkpoint_seconds=600.0)
+            if rank == 0:
+                row = runner.row_of(run, outcome, "imagenet", options.profile, device)
+                results.append_run(todo.csv, row, outcome.curves, outcome.layers)
+                checkpoint.unlink(missing_ok=True)
+                print(f"{run.run_id}: {outcome.status}, test error {outcome.test_error_pct} %")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

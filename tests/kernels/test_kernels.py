@@ -1,0 +1,704 @@
+"""The sparse CPU kernels against torch in double precision, and under sanitizers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib import kernels
+from lib.bench import kernels as bench
+from lib.engines import calibrate
+from lib.kernels import library
+from lib.masking import Masking
+from lib.models import build_model
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, terms: int) -> None:
+    """float32 sums of `terms` products of normal numbers against float64."""
+    error = (got.detach().double() - want.detach()).abs().max() if want.numel() else torch.zeros(())
+    scale = want.abs().max().clamp_min(1.0) if want.numel() else 1.0
+    assert error <= 2e-6 * scale * max(terms, 1) ** 0.5, f"off by {float(error)} of {float(scale)}"
+
+
+def check_conv(
+    batch: int,
+    shape: tuple[int, int, int, int],
+    size: tuple[int, int],
+    stride: int,
+    padding: int,
+    mask: torch.Tensor,
+    bias: bool,
+) -> None:
+    o, c, kh, kw = shape
+    x = torch.randn(batch, c, *size, requires_grad=True)
+    weight = (torch.randn(shape) * mask).requires_grad_()
+    b = torch.randn(o, requires_grad=True) if bias else None
+    pattern = kernels.Pattern(mask)
+    assert pattern.nnz == int(mask.sum())
+    blocked = kernels.conv2d(
+        kernels.to_blocked(x),
+        kernels.gather(weight, pattern),
+        b,
+        pattern,
+        stride=stride,
+        padding=padding,
+        samples=batch,
+    )
+    y = kernels.from_blocked(blocked, batch)
+
+    leaves = [t for t in (x, weight, b) if t is not None]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    want = F.conv2d(doubles[0], doubles[1], doubles[2] if bias else None, stride, padding)
+    assert y.shape == want.shape
+    close(y, want, c * kh * kw)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, leaves, grad)
+    wanted = torch.autograd.grad(want, doubles, grad.double())
+    close(got[0], wanted[0], o * kh * kw)
+    close(got[1], wanted[1] * mask, batch * want.shape[2] * want.shape[3])
+    assert not got[1][~mask].any()
+    for by_torch in (False, True):
+        whole = kernels.dense_gradient(
+            kernels.to_blocked(x.detach()),
+            kernels.to_blocked(grad),
+            weight,
+            stride=stride,
+            padding=padding,
+            samples=batch,
+            by_torch=by_torch,
+        )
+        close(whole, wanted[1], batch * want.shape[2] * want.shape[3])
+    if bias:
+        close(got[2], wanted[2], batch * want.shape[2] * want.shape[3])
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_convolution_matches_torch(data: st.DataObject) -> None:
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    padding = draw(st.integers(0, 3))
+    size = tuple(
+        draw(st.integers(max(1, k - 2 * padding), max(1, k - 2 * padding) + 10)) for k in kernel
+    )
+    shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)), *kernel)
+    density = draw(st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0]))
+    mask = torch.rand(shape) < density
+    batch = draw(st.sampled_from([1, 2, 15, 16, 17, 33, 70]))
+    check_conv(batch, shape, size, draw(st.integers(1, 3)), padding, mask, draw(st.booleans()))
+
+
+CASES = {
+    "empty and full rows": (17, (6, 5, 3, 3), (8, 8), 1, 1),
+    "one channel": (5, (1, 1, 3, 3), (7, 7), 1, 1),
+    "batch of one": (1, (8, 8, 3, 3), (5, 6), 1, 1),
+    "first layer": (20, (16, 3, 3, 3), (32, 32), 1, 1),
+    "several blocks of channels": (20, (300, 70, 3, 3), (4, 4), 1, 1),
+    "2x2 pixels": (128, (40, 48, 3, 3), (2, 2), 1, 1),
+    "2x2 pixels, two blocks": (30, (40, 48, 3, 3), (2, 2), 1, 1),
+    "1x1 kernel, stride 2": (33, (12, 10, 1, 1), (16, 16), 2, 0),
+    "3x3 kernel, stride 2": (33, (12, 10, 3, 3), (9, 16), 2, 1),
+    "unused pixels at the border": (3, (4, 4, 2, 2), (8, 8), 3, 0),
+    "kernel larger than its stride's phases": (16, (4, 4, 11, 11), (14, 14), 4, 2),
+    "linear": (128, (300, 784, 1, 1), (1, 1), 1, 0),
+    "linear, 16 blocks and a rest": (260, (10, 100, 1, 1), (1, 1), 1, 0),
+    "linear, batch of 20": (20, (10, 100, 1, 1), (1, 1), 1, 0),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_convolution_special_shapes(name: str) -> None:
+    torch.manual_seed(3)
+    batch, shape, size, stride, padding = CASES[name]
+    mask = torch.rand(shape) < 0.3
+    if name == "empty and full rows":
+        mask[0] = mask[:, 2] = False
+        mask[1] = mask[:, 3] = True
+    check_conv(batch, shape, size, stride, padding, mask, bias=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        torch.manual_seed(4)
+        for batch, size in ((16, (1, 1)), (16, (2, 2)), (40, (8, 8))):
+            shape = (37, 20, 1, 1) if size == (1, 1) else (37, 20, 3, 3)
+            mask = torch.rand(shape) < 0.2
+            check_conv(batch, shape, size, 1, shape[2] // 2, mask, bias=False)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_two_threads_give_the_same_bits_each_time() -> None:
+    before = torch.get_num_threads()
+    torch.manual_seed(5)
+    x, weight = torch.randn(64, 40, 8, 8), torch.randn(37, 40, 3, 3)
+    mask = torch.rand(weight.shape) < 0.2
+    weight, pattern = (weight * mask).requires_grad_(), kernels.Pattern(mask)
+    try:
+        torch.set_num_threads(2)
+        blocked = kernels.to_blocked(x)
+        found = []
+        for _ in range(40):
+            values = kernels.gather(weight, pattern)
+            y = kernels.conv2d(blocked, values, None, pattern, stride=1, padding=1, samples=64)
+            found.append(torch.autograd.grad(y.square().sum(), weight)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@needs_compiler
+def test_whole_gradient_has_the_same_bits_with_any_number_of_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    x, grad = torch.randn(3, 7, 9, 9, 16), torch.randn(3, 13, 9, 9, 16)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            weight = torch.empty(13, 7, 3, 3)
+            found.append(kernels.dense_gradient(x, grad, weight, padding=1, samples=41))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_compiler
+def test_linear_matches_torch_and_compact_gradient() -> None:
+    torch.manual_seed(5)
+    mask = torch.rand(30, 50) < 0.1
+    pattern = kernels.Pattern(mask)
+    x, bias = torch.randn(19, 50, requires_grad=True), torch.randn(30, requires_grad=True)
+    values = torch.randn(pattern.nnz, requires_grad=True)
+    blocked = kernels.to_blocked(x[:, :, None, None])
+    y = kernels.from_blocked(kernels.linear(blocked, values, bias, pattern, samples=19), 19)
+    grad = torch.randn(19, 30)
+    got = torch.autograd.grad(y.flatten(1), (x, values, bias), grad)
+
+    dense = torch.zeros(30, 50, dtype=torch.double)
+    dense[mask] = values.detach().double()  # row-major order
+    close(y.flatten(1), F.linear(x.detach().double(), dense, bias.detach().double()), 50)
+    close(got[0], grad.double() @ dense, 30)
+    close(got[1], (grad.double().T @ x.detach().double())[mask], 19)
+    close(got[2], grad.double().sum(0), 19)
+
+
+@needs_compiler
+def test_lanes_beyond_the_batch_do_not_count() -> None:
+    torch.manual_seed(6)
+    pattern = kernels.Pattern(torch.ones(3, 2, 3, 3, dtype=torch.bool))
+    values, bias = torch.randn(54, requires_grad=True), torch.randn(3, requires_grad=True)
+    x = kernels.to_blocked(torch.randn(18, 2, 5, 5))
+    x[1, ..., 2:] = 1e6  # garbage in the padding, and a gradient that is not zero there
+    y = kernels.conv2d(x, values, bias, pattern, padding=1, samples=18)
+    grad = torch.ones_like(y)
+    dvalues, dbias = torch.autograd.grad(y, (values, bias), grad)
+    assert dvalues.abs().max() < 1e4
+    assert torch.allclose(dbias, torch.full((3,), 18.0 * 25))
+    weight = torch.empty(3, 2, 3, 3)
+    whole = kernels.dense_gradient(x, grad, weight, padding=1, samples=18)
+    assert torch.allclose(whole.flatten(), dvalues, rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("batch", [1, 16, 37])
+def test_batch_norm_matches_torch(training: bool, relu: bool, batch: int) -> None:
+    torch.manual_seed(7)
+    norm = torch.nn.BatchNorm2d(5)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        norm.running_mean.normal_()  # type: ignore[union-attr, operator]
+    reference = torch.nn.BatchNorm2d(5).double()
+    reference.load_state_dict(norm.state_dict())
+    norm.train(training), reference.train(training)
+    x = torch.randn(batch, 5, 3, 7) * 2 + 3
+    a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+    blocked = kernels.to_blocked(a)
+    blocked.data[-1, ..., (batch - 1) % 16 + 1 :] = 1e4  # the padding must not enter statistics
+    y = kernels.from_blocked(kernels.batch_norm(blocked, norm, batch, relu=relu), batch)
+    want = reference(b).relu() if relu else reference(b)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (a, norm.weight, norm.bias), grad)
+    wanted = torch.autograd.grad(want, (b, reference.weight, reference.bias), grad.double())
+    close(y, want, 30)
+    for g, w in zip(got, wanted, strict=True):
+        close(g, w, 100)
+    close(norm.running_mean, reference.running_mean, 30)  # type: ignore[arg-type]
+    close(norm.running_var, reference.running_var, 30)  # type: ignore[arg-type]
+    assert int(norm.num_batches_tracked) == int(training)  # type: ignore[arg-type]
+
+
+@needs_compiler
+def test_batch_norm_where_the_mean_dwarfs_the_deviation() -> None:
+    torch.manual_seed(7)
+    x = torch.randn(48, 3, 6, 6) * 1e-3 + torch.tensor([100.0, -30.0, 0.0])[:, None, None]
+    x[:, 2] = 0.1  # constant: normalised to zero, no rounding noise blown up by 1 / sqrt(eps)
+    norm, reference = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3).double()
+    y = kernels.from_blocked(kernels.batch_norm(kernels.to_blocked(x), norm, 48), 48)
+    want = reference(x.double())
+    assert not y[:, 2].any()
+    # The mean itself is a float32: half a unit of 100 in its last place, in deviations.
+    assert (y[:, :2] - want[:, :2]).abs().max() < 2 * 100 * 2**-24 / 3e-3
+
+
+@needs_compiler
+def test_gradient_is_zero_in_the_padding() -> None:
+    torch.manual_seed(8)
+    x = torch.randn(2, 4, 4, 4, 16, requires_grad=True)
+    y = kernels.batch_norm(x, torch.nn.BatchNorm2d(4), 20)
+    (grad,) = torch.autograd.grad(kernels.from_blocked(y, 20).square().sum(), x)
+    assert grad[0].any() and grad[1, ..., :4].any() and not grad[1, ..., 4:].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2), (2, 1), (4, 4)])
+def test_pooling_matches_torch(size: int, stride: int) -> None:
+    torch.manual_seed(9)
+    x = torch.randn(21, 3, 9, 7, requires_grad=True)
+    pairs = (
+        (kernels.max_pool2d, F.max_pool2d),
+        (kernels.mean_pool2d, F.avg_pool2d),
+    )
+    for ours, torchs in pairs:
+        y = kernels.from_blocked(ours(kernels.to_blocked(x), size, stride), 21)
+        want = torchs(x, size, stride)
+        grad = torch.randn_like(want)
+        assert torch.allclose(y, want, atol=1e-6)
+        got, wanted = (torch.autograd.grad(t, x, grad)[0] for t in (y, want))
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2), (2, 3), (15, 1)])
+def test_max_pooling_with_relu_matches_torch(size: int, stride: int) -> None:
+    torch.manual_seed(9)
+    x = (torch.randn(21, 3, 15, 17) - 1).round().requires_grad_()  # many zeros, many below zero
+    pooled = kernels.max_pool2d(kernels.to_blocked(x), size, stride, relu=True)
+    y, want = kernels.from_blocked(pooled, 21), F.max_pool2d(x, size, stride).relu()
+    grad = torch.randn_like(want)
+    assert torch.equal(y, want)
+    got, wanted = (torch.autograd.grad(t, x, grad)[0] for t in (y, want))
+    assert torch.allclose(got, wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="15 x 15"):
+        kernels.max_pool2d(torch.zeros(1, 1, 16, 16, 16), 16, relu=True)
+
+
+@needs_compiler
+def test_max_pool_keeps_nan() -> None:
+    x = torch.zeros(1, 1, 2, 2)
+    x[0, 0, 1, 0] = float("nan")
+    for relu in (False, True):
+        y = kernels.from_blocked(kernels.max_pool2d(kernels.to_blocked(x), 2, relu=relu), 1)
+        assert y.isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (16, 20, 4, 4), (35, 3, 5, 7), (18, 33, 2, 2)])
+def test_conversion_there_and_back(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+    blocked = kernels.to_blocked(x)
+    n = shape[0]
+    assert blocked.shape == (-(-n // 16), *shape[1:], 16)
+    assert torch.equal(blocked.movedim(4, 1).flatten(0, 1)[:n], x)
+    assert not blocked.movedim(4, 1).flatten(0, 1)[n:].any()
+    back = kernels.from_blocked(blocked, n, layout)
+    assert torch.equal(back, x) and back.is_contiguous(memory_format=layout)
+    grad = torch.randn_like(x)
+    assert torch.equal(torch.autograd.grad(back, x, grad)[0], grad)
+
+
+@needs_compiler
+def test_clear_errors() -> None:
+    pattern = kernels.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
+    values = torch.zeros(54)
+    x = torch.zeros(1, 3, 4, 4, 16)
+    with pytest.raises(ValueError, match="batch-blocked"):
+        kernels.conv2d(torch.zeros(4, 3, 4, 4), values, None, pattern, samples=4)
+    with pytest.raises(ValueError, match="batch-blocked"):
+        kernels.conv2d(x, values, None, pattern, samples=17)
+    with pytest.raises(ValueError, match="54 non-zeros"):
+        kernels.conv2d(x, values[:5], None, pattern, samples=4)
+    with pytest.raises(ValueError, match="54 non-zeros"):
+        kernels.conv2d(x[:, :2], values, None, pattern, samples=4)
+    with pytest.raises(ValueError, match="no output"):
+        kernels.conv2d(x[:, :, :2], values, None, pattern, samples=4)
+    with pytest.raises(TypeError, match="float64"):
+        kernels.conv2d(x.double(), values, None, pattern, samples=4)
+    with pytest.raises(ValueError, match="do not give an output"):
+        kernels.dense_gradient(x, torch.zeros(1, 2, 3, 2, 16), torch.zeros(2, 3, 3, 3), samples=4)
+    with pytest.raises(ValueError, match="does not fit"):
+        kernels.gather(torch.zeros(2, 3, 3, 2), pattern)
+    with pytest.raises(ValueError, match="more than one value"):
+        kernels.batch_norm(torch.zeros(1, 3, 1, 1, 16), torch.nn.BatchNorm2d(3), 1)
+
+
+def test_without_a_compiler_one_message_and_no_crash(tmp_path: Path) -> None:
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from lib import kernels\n"
+        "    assert not kernels.available() and not kernels.available()\n"
+        "assert len(seen) == 1, seen\n"
+        "assert 'no C++ compiler' in str(seen[0].message), seen[0].message\n"
+        "assert 'masked dense' in str(seen[0].message)\n"
+        "try:\n"
+        "    kernels.require()\n"
+        "except RuntimeError as error:\n"
+        "    print('refused:', error)\n"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path), "SPARSE_CACHE": str(tmp_path)}
+    environment.pop("CXX", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "refused: no C++ compiler" in done.stdout
+
+
+@needs_compiler
+def test_failing_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "--no-such-flag"))
+    with pytest.raises(library.KernelsUnavailable, match="no-such-flag"):
+        library.build()
+    assert not list(tmp_path.glob("*.so"))
+
+
+@needs_compiler
+# The passes over masks have a form for AVX-512 and one without.
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("selftest", ["-march=native"]),
+        ("select_selftest", ["-march=native"]),
+        ("select_selftest", ["-mno-avx512f"]),
+    ],
+    ids=["kernels", "select", "select without AVX-512"],
+)
+def test_sanitizers(tmp_path: Path, program: str, flags: list[str]) -> None:
+    """Kernels against plain loops on exactly sized buffers, address and undefined behaviour."""
+    if "-mno-avx512f" in flags and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("a compiler flag of x86")
+    binary, source = tmp_path / program, ROOT / "tests" / "native" / f"{program}.cpp"
+    flags = [*flags, "-std=c++17", "-O0", "-fopenmp", "-Wno-psabi"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += ["-I", str(ROOT / "lib" / "kernels")]
+    command = [str(library.compiler()), *flags, str(source), "-o", str(binary)]
+    built = subprocess.run(command, check=False, capture_output=True, text=True)
+    if built.returncode and "cannot find" in built.stderr:
+        pytest.skip(f"the compiler has no sanitizer runtime: {built.stderr.splitlines()[-1]}")
+    assert built.returncode == 0, built.stderr
+    # The OpenMP runtime keeps its threads' memory until exit, which is no leak of ours.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [str(binary)], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == "ok"
+
+
+def masked_model(
+    name: str, density: float = 0.5, *, momentum: float = 0.9, **options: float
+) -> tuple[torch.nn.Module, torch.optim.SGD, Masking]:
+    torch.manual_seed(10)
+    model = build_model(name, **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+    generator = torch.Generator().manual_seed(11)
+    return model, optimizer, Masking(model, optimizer, density, 0.3, generator=generator)
+
+
+MODELS = {
+    "lenet300-100": ((1, 28, 28), {}),
+    "lenet5": ((1, 28, 28), {}),
+    "alexnet-s": ((3, 32, 32), {"width_scale": 0.1}),
+    "vgg16-d": ((3, 32, 32), {"width_scale": 0.1}),
+    "vgg16-c": ((3, 32, 32), {"width_scale": 0.1}),
+    "wrn-10-1": ((3, 32, 32), {"dropout": 0.0}),
+}
+
+
+def check_network(
+    network: kernels.SparseNetwork, masking: Masking, shape: tuple[int, ...], dense: bool
+) -> None:
+    """Outputs, gradients and running statistics against the model in double precision."""
+    reference = copy.deepcopy(network.model).double()
+    x, target = torch.randn(40, *shape), torch.randint(0, 10, (40,))
+    network.dense_gradients = dense
+    network.model.zero_grad()
+    got, want = network(x), reference(x.double())
+    assert got.shape == want.shape
+    F.cross_entropy(got, target).backward()
+    F.cross_entropy(want, target).backward()
+    assert (got - want).norm() <= 1e-3 * want.norm()
+    wanted = dict(reference.named_parameters())
+    for name, parameter in network.model.named_parameters():
+        if name not in masking.masks:
+            continue
+        gradient, exact = parameter.grad, wanted[name].grad
+        assert gradient is not None and exact is not None
+        choice = network.choices[name, True]
+        if not dense and choice.sparse and not choice.whole_gradient:
+            assert not gradient[~masking.masks[name]].any()
+            exact = exact * masking.masks[name]
+        assert (gradient - exact).norm() <= 1e-2 * exact.norm(), name  # a ReLU may flip
+    buffers = dict(reference.named_buffers())
+    for name, buffer in network.model.named_buffers():
+        assert torch.allclose(buffer.double(), buffers[name].double(), rtol=1e-3, atol=1e-5), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", MODELS)
+def test_network_matches_its_model(name: str) -> None:
+    shape, options = MODELS[name]
+    model, optimizer, masking = masked_model(name, **options)
+    network = kernels.sparse_network(model, masking.masks, mode="sparse")
+    for dense in (False, True):
+        check_network(network, masking, shape, dense)
+    assert {c.name for c in network.choices.values() if c.sparse} == set(masking.masks)
+
+    # Masks move, weights move: the network follows.
+    optimizer.step()
+    masking.step()
+    before = {k: v.clone() for k, v in masking.masks.items()}
+    masking.update()
+    assert any(not torch.equal(before[k], v) for k, v in masking.masks.items())
+    check_network(network, masking, shape, dense=False)
+
+    network.eval()
+    x = torch.randn(19, *shape)
+    with torch.no_grad():
+        want = model(x)
+        assert torch.allclose(network(x), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["vgg16-d", "wrn-10-1"])
+def test_network_mixes_sparse_and_dense_layers(
+    name: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other layer dense by its (invented) calibration: conversions on all the borders."""
+    shape, options = MODELS[name]
+    model, _, masking = masked_model(name, **options)
+    order = list(masking.masks)
+
+    def cost(layer: bench.Layer, batch: int) -> calibrate.Cost:
+        sparse = order.index(layer.name) % 2
+        return calibrate.Cost(1.0, 1.0, channels_last, *(4 * [0.0 if sparse else 2.0]))
+
+    def gradient_cost(layer: bench.Layer, batch: int) -> calibrate.GradientCost:
+        whole, by_torch = order.index(layer.name) % 4 == 1, order.index(layer.name) % 3 == 0
+        return calibrate.GradientCost(1.0, 0.5 if by_torch else 1.5, 2.0 if whole else 0.0, 0.0)
+
+    monkeypatch.setattr(calibrate, "cost", cost)
+    monkeypatch.setattr(calibrate, "gradient_cost", gradient_cost)
+    network = kernels.sparse_network(model, masking.masks)
+    for dense in (False, True):
+        check_network(network, masking, shape, dense)
+    choices = [network.choices[n, True] for n in order]
+    assert [c.sparse for c in choices] == [bool(k % 2) for k in range(len(order))]
+    assert [c.whole_gradient for c in choices] == [k % 4 == 1 for k in range(len(order))]
+    assert {c.gradient_by_torch for c in choices if c.sparse} == {True, False}
+
+
+@needs_compiler
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sparse_sgd_takes_the_steps_of_torch(nesterov: bool) -> None:
+    """Steps with and without the gradients of inactive weights, and masks that move."""
+    found = []
+    for compact in (False, True):
+        model, _, masking = masked_model("lenet5", 0.2)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.05, momentum=0.9, nesterov=nesterov, weight_decay=1e-3
+        )
+        masking.optimizer = optimizer
+        network = kernels.sparse_network(model, masking.masks, mode="sparse")
+        sparse = kernels.SparseSGD(network, optimizer, masking) if compact else None
+        generator = torch.Generator().manual_seed(12)
+        for step in range(9):
+            network.dense_gradients = step % 4 == 0
+            optimizer.param_groups[0]["lr"] = 0.05 if step < 5 else 0.02
+            x = torch.randn(20, 1, 28, 28, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), torch.arange(20) % 10).backward()
+            if sparse is None:
+                optimizer.step()
+                masking.step()
+            else:
+                sparse.step()
+                masking.advance()
+                whole = model.get_parameter("fc3.weight").grad is not None
+                assert whole == network.dense_gradients
+            if step == 6:
+                if sparse is not None:
+                    assert set(sparse.pending.values()) == {2}
+                    sparse.sync()
+                masking.update()
+        if sparse is not None:
+            sparse.sync()
+        found.append((model, optimizer, masking))
+    (model, optimizer, masking), (other, other_optimizer, other_masking) = found
+    assert masking.steps == other_masking.steps == 9
+    for name, parameter in model.named_parameters():
+        twin = other.get_parameter(name)
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        other_momentum = other_optimizer.state[twin]["momentum_buffer"]
+        assert torch.allclose(twin, parameter, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(other_momentum, momentum, rtol=1e-4, atol=1e-6), name
+        if name in masking.masks:
+            assert torch.equal(masking.masks[name], other_masking.masks[name])
+            assert not twin[~masking.masks[name]].any()
+    inactive = ~masking.masks["fc3.weight"]
+    assert optimizer.state[model.get_parameter("fc3.weight")]["momentum_buffer"][inactive].any()
+
+
+@needs_compiler
+def test_sparse_sgd_refuses_other_optimizers() -> None:
+    model, _, masking = masked_model("lenet5")
+    network = kernels.sparse_network(model, masking.masks)
+    with pytest.raises(ValueError, match="Adam"):
+        kernels.SparseSGD(network, torch.optim.Adam(model.parameters()), masking)
+    with pytest.raises(ValueError, match="with momentum"):
+        kernels.SparseSGD(network, torch.optim.SGD(model.parameters()), masking)
+
+
+@needs_compiler
+def test_dropout_acts_in_training_only() -> None:
+    model, _, masking = masked_model("wrn-10-1", dropout=0.5)
+    network = kernels.sparse_network(model, masking.masks, mode="sparse")
+    x = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(network(x), network(x))
+        network.eval()
+        assert torch.equal(network(x), network(x))
+
+
+def test_dense_window() -> None:
+    assert kernels.dense_window(0.9) == 153
+    assert kernels.dense_window(0.0) == 1
+    assert (
+        0.7 ** kernels.dense_window(0.7, 1e-3)
+        <= 1e-3
+        < 0.7 ** (kernels.dense_window(0.7, 1e-3) - 1)
+    )
+    with pytest.raises(ValueError, match="momentum"):
+        kernels.dense_window(1.0)
+
+
+@needs_compiler
+def test_window_grows_the_weights_of_full_tracking() -> None:
+    """Dense gradients in the last K steps give the masks of dense gradients in all of them."""
+
+    def masks_after(window: int | None, steps: int = 60) -> list[torch.Tensor]:
+        model, optimizer, masking = masked_model("lenet300-100", 0.05, momentum=0.6)
+        network = kernels.sparse_network(model, masking.masks, mode="sparse")
+        generator = torch.Generator().manual_seed(12)
+        for step in range(steps):
+            x = torch.randn(32, 1, 28, 28, generator=generator)
+            target = (x.flatten(1)[:, :10]).argmax(1)
+            network.dense_gradients = window is None or step >= steps - window
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), target).backward()
+            optimizer.step()
+            masking.step()
+        masking.update()
+        return list(masking.masks.values())
+
+    full, window = masks_after(None), masks_after(kernels.dense_window(0.6))
+    active = sum(int(m.sum()) for m in full)
+    assert sum(int((a != b).sum()) for a, b in zip(full, window, strict=True)) <= active // 1000
+    short = masks_after(1)
+    assert sum(int((a != b).sum()) for a, b in zip(full, short, strict=True)) > active // 100
+
+
+@needs_compiler
+def test_calibration_is_measured_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.require()  # before the cache moves
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path))
+    calibrate._memory.cache_clear()
+    layer = bench.Layer("a", 8, 8, 3, 1, 1, 8)
+    cost = calibrate.cost(layer, 30)
+    assert cost.dense_total > cost.dense_forward > 0
+    assert cost.sparse(0, True) >= 0 and cost.sparse(500, False) <= cost.sparse(500, True)
+    calibrate._memory.cache_clear()
+    monkeypatch.setattr(calibrate, "measure", None)  # a second measurement would fail
+    assert calibrate.cost(layer._replace(name="b"), 32) == cost
+    (file,) = tmp_path.glob("calibration-*.json")
+    assert len(json.loads(file.read_text())) == 1
+    calibrate._memory.cache_clear()
+    file.write_text("{")
+    with pytest.raises(RuntimeError, match="delete it"):
+        calibrate.cost(layer, 30)
+
+
+def test_calibration_draws_the_line() -> None:
+    # 1 ms + 1 us per weight against 5 ms: equal at 4000 weights.
+    cost = calibrate.Cost(2e-3, 5e-3, False, 1e-3, 1e-7, 1e-3, 1e-6)
+    assert cost.sparse_is_faster(3999, True) and not cost.sparse_is_faster(4001, True)
+    assert cost.sparse_is_faster(9999, False) and not cost.sparse_is_faster(10001, False)
+
+
+@needs_compiler
+def test_bench_rows() -> None:
+    layers = (bench.VGG16_D[0], bench.Layer("fc", 20, 30, 1, 1, 0, 1, repeats=2))
+    rows = bench.bench_layers(layers, (0.1,), batch=16, seconds=0.0, rounds=1)
+    assert [r.layer for r in rows] == [layer.name for layer in layers]
+    assert rows[0].backward_input_ms == 0 < rows[1].backward_input_ms
+    assert all(0 < r.density < 0.3 for r in rows)
+    sparse = rows[0].sparse_ms + 2 * rows[1].sparse_ms
+    dense = rows[0].dense_ms + 2 * rows[1].dense_ms
+    assert bench.total_ratio(rows) == pytest.approx(dense / sparse)
+    mask = torch.zeros(30, 20, 1, 1, dtype=torch.bool)
+    mask[3, 4] = True
+    (row,) = bench.bench_layers(layers[1:], masks={"fc": mask}, batch=16, seconds=0.0, rounds=1)
+    assert row.density == pytest.approx(1 / 600)
+
+
+def test_vgg16_d_is_the_model() -> None:
+    convolutions = [m for m in build_model("vgg16-d").modules() if isinstance(m, torch.nn.Conv2d)]
+    table = [layer for layer in bench.VGG16_D for _ in range(layer.repeats)]
+    assert [(m.in_channels, m.out_channels) for m in convolutions] == [
+        (layer.in_channels, layer.out_channels) for layer in table
+    ]

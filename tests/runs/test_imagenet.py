@@ -1,0 +1,159 @@
+"""ResNet-50 on a generated folder of images, in two processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib import paths
+from lib.config import Run
+from lib.data import DataError
+from lib.results import store as results
+from lib.runs import imagenet
+
+# Two ranks, one of which changes a mask behind the others' back.
+DRIFT = """
+import sys, torch, torch.distributed as dist
+from lib.runs.imagenet import check_alike
+dist.init_process_group("gloo")
+masks = {"a": torch.ones(3, dtype=torch.bool), "b": torch.zeros(2, 2, dtype=torch.bool)}
+check_alike(masks)
+print("alike", flush=True)
+masks["b"][1, 0] = dist.get_rank() == 1
+check_alike(masks)
+"""
+# Each rank's weights and momentum after a step on its own images.
+STEP = """
+import hashlib, sys, torch, torch.distributed as dist
+from lib.config import Run
+from lib.runs.imagenet import ImageNetLoop
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+run = Run(dataset="imagenet", model="resnet50", density=0.2, epochs=1, batch_size=4)
+loop = ImageNetLoop(run, workers=0)
+loop.model.train()
+loop.step(loop._order()[:4])
+own, all_parts = loop.parameters[0].detach(), [None, None]
+dist.all_gather_object(all_parts, own)
+assert torch.equal(*all_parts), "weights differ"
+momentum = loop.optimizer.state[loop.parameters[0]]["momentum_buffer"]
+dist.all_gather_object(all_parts, momentum)
+assert torch.equal(*all_parts), "momentum differs"
+print("equal", flush=True)
+"""
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """12 training and 5 validation images of 3 classes."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 4), ("val", 2)):
+        for number, name in enumerate(("ant", "bee", "cat")):
+            folder = tmp_path / "imagenet" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count - (part == "val" and number == 2)):
+                pixels = random.integers(0, 255, (48, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    monkeypatch.setenv("IMAGENET_ROOT", str(tmp_path / "imagenet"))
+    return tmp_path
+
+
+def two_processes(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    environment = os.environ | {
+        "CHECKPOINT_ROOT": str(folder / "checkpoints"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(paths.REPO),
+    }
+    return subprocess.run(
+        [*command, f"--master-port={port}", *words],
+        cwd=paths.REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_two_processes_train_and_store_one_row(images: Path) -> None:
+    only = ["--only", "seed=0", "--only", "density=0.2", "--only", "prune_rate=0.2"]
+    changes = ["epochs=2", "batch_size=4", "train_samples=9", "lr=0.01"]
+    words = [word for change in changes for word in ("--set", change)]
+    out = images / "results"
+    arguments = ["-m", "lib.runs.imagenet", *only, *words, "--workers", "0", "--results", str(out)]
+    done = two_processes(images, *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    csv = paths.results_csv("paper", "imagenet", out)
+    runs = results.read_runs(csv)
+    assert len(runs) == 1 and runs["status"][0] == "ok"
+    row = runs.iloc[0]
+    assert row["steps"] == 2 * (9 // 4)
+    masked = 25_502_912 - 9_408 - 2_768_896
+    assert row["weights_active"] == round(0.2 * masked) + 9_408 + 2_768_896
+    assert row["test_error_pct"] in [100 * wrong / 5 for wrong in range(6)]
+    assert len(results.read_curves(csv)) == 2
+    assert not list((images / "checkpoints").rglob("*.pt"))
+    again = two_processes(images, *arguments)
+    assert again.returncode == 0 and len(results.read_runs(csv)) == 1
+
+
+def test_processes_have_equal_weights_and_momentum(images: Path) -> None:
+    script = images / "step.py"
+    script.write_text(STEP)
+    done = two_processes(images, str(script))
+    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
+
+
+def test_masks_that_drift_apart_are_noticed(images: Path) -> None:
+    script = images / "drift.py"
+    script.write_text(DRIFT)
+    done = two_processes(images, str(script))
+    assert done.returncode != 0 and "alike" in done.stdout
+    assert "the masks of processes 0 and 1 differ" in done.stderr
+
+
+def test_what_is_wrong_is_said(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(dataset="imagenet", model="resnet50", batch_size=13)
+    with pytest.raises(ValueError, match="12 training images are less than a batch of 13"):
+        imagenet.ImageNetLoop(run)
+    (images / "imagenet" / "val").rename(images / "imagenet" / "test")
+    with pytest.raises(DataError, match=r"no folder of a class in .*val"):
+        imagenet.ImageNetLoop(run)
+    monkeypatch.delenv("IMAGENET_ROOT")
+    with pytest.raises(DataError, match="set IMAGENET_ROOT"):
+        imagenet.ImageNetLoop(run)
+
+
+def test_the_epoch_is_shared_out_without_overlap(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(dataset="imagenet", model="resnet50", batch_size=4, epochs=1)
+    read: dict[int, list[list[int]]] = {}
+
+    def reading(self, files, batches, epoch):
+        read[self.rank] = batches
+        return iter(())
+
+    monkeypatch.setattr(imagenet.ImageNetLoop, "_read", reading)
+    loop = imagenet.ImageNetLoop(run, workers=0)
+    orders = []
+    for rank in (0, 1):
+        loop.rank, loop.world = rank, 2
+        orders.append(loop._order())
+    assert torch.equal(*orders)
+    assert all(len(part) == 2 for parts in read.values() for part in parts)
+    assert sorted(i for parts in read.values() for part in parts for i in part) == list(range(12))
+    for step, (first, second) in enumerate(zip(read[0], read[1], strict=True)):
+        assert set(first + second) == set(orders[0][4 * step : 4 * step + 4].tolist())

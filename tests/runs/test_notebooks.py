@@ -1,0 +1,207 @@
+"""The notebooks: committed without outputs, literals as parameters, executed through papermill."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from lib import experiments, paths
+from lib.results import store as results
+from lib.runs import notebooks
+
+COMMITTED = sorted(notebooks.notebooks_dir().glob("*.ipynb"))
+MAIN = "01_main_results"
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+# ------------------------------------------------------------------------------------ as committed
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_notebook_is_valid_and_has_no_outputs(path: Path) -> None:
+    notebook = read(path)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None, cell.id
+        assert not {"papermill", "execution"} & set(cell.metadata), cell.id
+    assert "papermill" not in notebook.metadata
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert str(paths.REPO) not in path.read_text()
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_parameters_are_literals_with_the_usual_defaults(path: Path) -> None:
+    found = notebooks.parameters_of(path)
+    assert (found["profile"], found["results"]) == ("quick", "")
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("start", [paths.REPO, paths.REPO / "notebooks"])
+def test_the_setup_finds_the_repository(
+    path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started in the folder of the notebook (JupyterLab, papermill) or in the repository."""
+    setup = next(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(start)
+    exec(setup, {})
+    assert sys.path[0] == str(paths.REPO)
+
+
+def test_every_experiment_names_a_notebook_by_its_form() -> None:
+    assert MAIN in {path.stem for path in COMMITTED}
+    named = {e.notebook for e in experiments.EXPERIMENTS.values()}
+    assert {path.stem for path in COMMITTED} <= named
+
+
+# -------------------------------------------------------------------------------------- executed
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The main notebook at smoke scale, one seed, on real MNIST; its results and what was said."""
+    root, said = tmp_path_factory.mktemp("results"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHECKPOINT_ROOT", str(tmp_path_factory.mktemp("checkpoints")))
+        (path,) = notebooks.execute_all(
+            "smoke",
+            only=[MAIN],
+            parameters={"only": "['seed=0', 'model=lenet300-100', 'density=0.05', 'density=1.0']"},
+            results_root=root,
+            say=said.append,
+        )
+    assert path == root / "smoke" / "notebooks" / f"{MAIN}.ipynb"
+    return root, said
+
+
+def test_executed_notebook_is_complete(executed: tuple[Path, list[str]]) -> None:
+    folder = executed[0] / "smoke" / "notebooks"
+    assert [path.name for path in folder.iterdir()] == [f"{MAIN}.ipynb"]
+    notebook = read(folder / f"{MAIN}.ipynb")
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source]
+    assert all(cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert {"image/png", "text/markdown"} <= kinds
+    text = json.dumps(outputs)
+    assert "reduced scale, not the paper's" in text and "100 %" in text
+    assert "papermill" not in notebook.metadata
+
+
+def test_its_runs_are_in_the_results(executed: tuple[Path, list[str]]) -> None:
+    rows = results.read_runs(paths.results_csv("smoke", "main_results", executed[0]))
+    assert set(rows["seed"]) == {0} and set(rows["density"]) == {0.05, 1.0}
+    assert {"dense", "sparse_momentum", "set", "dsr", "deepr", "static"} == set(rows["method"])
+
+
+def test_progress_is_a_few_clean_lines(executed: tuple[Path, list[str]]) -> None:
+    first, last = executed[1]
+    assert first == f"{MAIN} (smoke): executing"
+    assert last.startswith(f"{MAIN} (smoke): done in ") and last.endswith(f"{MAIN}.ipynb")
+
+
+# ------------------------------------------------------------------------- parameters and failures
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"onyl": "[]"}, "unknown parameter of 01_main_results 'onyl': did you mean 'only'"),
+        ({"only": "3"}, r"only=3 is int, but the parameter is list \(default \[\]\)"),
+        ({"only": "seed=0"}, "only='seed=0' is str, but the parameter is list"),
+        ({"device": 1}, "device=1 is int, but the parameter is str"),
+        ({"profile": "paper"}, "--profile"),
+        ({"results": "x"}, "--results"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_runs(
+    tmp_path: Path, parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        notebooks.execute_all("smoke", [MAIN], parameters, tmp_path, say=pytest.fail)
+    assert not any(tmp_path.iterdir())
+
+
+def test_unknown_notebook_and_profile_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean '01_main_results'"):
+        notebooks.execute_all("smoke", ["01_main_result"], results_root=tmp_path)
+
+
+def test_texts_become_the_type_of_the_parameter(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.ipynb",
+        'profile = "quick"\nresults = ""\n# rate\nrate = 0.2\nfast = False\nn = 3',
+    )
+    given = {"rate": "1", "fast": "True", "n": 4}
+    values = notebooks.checked_parameters(path, given)
+    assert values == {"rate": 1.0, "fast": True, "n": 4} and type(values["rate"]) is float
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['profile = "a" + "b"', "from os import path", "a = b = 1", "a: int = 1", "profile =", "f()"],
+)
+def test_anything_but_literals_in_the_parameters_cell_is_refused(
+    tmp_path: Path, source: str
+) -> None:
+    with pytest.raises(ValueError, match=r"a\.ipynb: the parameters cell"):
+        notebooks.parameters_of(write(tmp_path / "a.ipynb", source))
+
+
+def test_parameters_cell_must_be_tagged_and_name_profile_and_results(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ipynb", 'profile = "quick"')
+    with pytest.raises(ValueError, match="lacks 'results'"):
+        notebooks.checked_parameters(path, {})
+    notebook = read(path)
+    notebook.cells[0].metadata["tags"] = []
+    nbformat.write(notebook, path)
+    with pytest.raises(ValueError, match="0 cells tagged 'parameters'"):
+        notebooks.parameters_of(path)
+
+
+def write(path: Path, parameters: str, *more: str) -> Path:
+    """A notebook with this parameters cell and more cells."""
+    cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *more)]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_failing_notebook_leaves_its_copy_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the kernel is this interpreter, even where the user has another one called python3."""
+    committed, misled = tmp_path / "notebooks", tmp_path / "jupyter" / "kernels" / "python3"
+    committed.mkdir()
+    misled.mkdir(parents=True)
+    spec = {"argv": ["/no/such/python"], "display_name": "no", "language": "python"}
+    (misled / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setattr(notebooks, "notebooks_dir", lambda: committed)
+    parameters = 'profile = "quick"\nresults = ""\nn = 1'
+    write(committed / "a.ipynb", parameters, "print(profile, n)", "1 / 0")
+    write(
+        committed / "b.ipynb", parameters, "import os, sys\nprint(sys.executable, os.getcwd(), n)"
+    )
+    said: list[str] = []
+    with pytest.raises(RuntimeError, match=r"a\.ipynb, cell .*ZeroDivisionError") as caught:
+        notebooks.execute_all("smoke", (), {"n": "7"}, tmp_path / "results", say=said.append)
+    folder = tmp_path / "results" / "smoke" / "notebooks"
+    unfinished = folder / "a.unfinished.ipynb"
+    assert str(unfinished) in str(caught.value)
+    assert "smoke 7" in unfinished.read_text()
+    assert {path.name for path in folder.iterdir()} == {"a.unfinished.ipynb", "b.ipynb"}
+    (output,) = [o for cell in read(folder / "b.ipynb").cells for o in cell.get("outputs", [])]
+    assert output.text.split() == [sys.executable, str(committed), "7"]
+    assert said[:2] == ["a (smoke): executing", "a (smoke): failed"]

@@ -1,0 +1,1 @@
+"""Made-up data, runs and measurements, and programs that the tests start."""

@@ -1,0 +1,68 @@
+"""Made-up runs for the tests of the CSVs; imports no pytest, as the writer processes use it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lib.results.store import (
+    COLUMNS,
+    CURVE_COLUMNS,
+    append_run,
+    read_curves,
+    read_layers,
+    read_runs,
+)
+
+EPOCHS, LAYERS = 5, 3
+
+
+def make_id(i: int) -> str:
+    return f"lenet300-100_sparse_momentum_d0.05_s{i}-{i:010x}"
+
+
+def make_row(i: int, **changes: Any) -> dict[str, Any]:
+    """A row of run number i, with values of every type."""
+    row: dict[str, Any] = {
+        name: {str: f'{name}, "x"', int: i, float: i / 7, bool: i % 2 == 0}[kind]
+        for name, kind in COLUMNS.items()
+    }
+    row |= {"run_id": make_id(i), "status": "ok", "seed": i, "overrides": ""}
+    return row | changes
+
+
+def make_curves(i: int, epochs: int = EPOCHS) -> list[dict[str, Any]]:
+    values = {name: 1 / (i + 3) for name, kind in CURVE_COLUMNS.items() if kind is float}
+    return [{"run_id": make_id(i), "epoch": e, **values} for e in range(1, epochs + 1)]
+
+
+def make_layers(i: int, layers: int = LAYERS) -> list[dict[str, Any]]:
+    return [
+        {
+            "run_id": make_id(i),
+            "epoch": EPOCHS,
+            "layer": f"fc{k}.weight",
+            "weights": 100,
+            "active": 5,
+            "momentum_share": 1 / 3,
+        }
+        for k in range(layers)
+    ]
+
+
+def add(path: Path, i: int, **changes: Any) -> bool:
+    return append_run(path, make_row(i, **changes), make_curves(i), make_layers(i))
+
+
+def assert_whole(path: Path, at_most: int | None = None) -> list[int]:
+    """Everything reads, and each run is complete in all three files; the seeds of the runs."""
+    runs = read_runs(path)
+    assert runs["run_id"].is_unique
+    curves, layers = read_curves(path, runs=runs), read_layers(path, runs=runs)
+    if len(runs):
+        assert (curves.groupby("run_id").size() == EPOCHS).all()
+        assert (layers.groupby("run_id").size() == LAYERS).all()
+    assert set(curves["run_id"]) == set(runs["run_id"]) == set(layers["run_id"])
+    if at_most is not None:
+        assert read_curves(path)["run_id"].nunique() <= at_most
+    return runs["seed"].tolist()
