@@ -68,6 +68,7 @@ def test_every_other_field_changes_the_id():
         "kernels": "torch",
         "momentum": 0.8,
         "train_samples": 1000,
+        "dropout": 0.2,
     }
     ids = {Run().run_id}
     for name, default in vars(Run()).items():
