@@ -157,9 +157,9 @@ class Masking:
         schedule: "cosine" or "linear", to zero at `total_steps`, evaluated per step;
             "cosine_floor": to 0.005, as the official code; "constant".
         method: a key of METHODS; `prune`, `redistribution`, `growth` override its rules by name.
-        init: densities of the layers at the start: "uniform" (the paper's) or "erk"; with
-            "uniform_drawn" and "erk_drawn" each weight is drawn by itself, as in the official code,
-            so that the number of active weights is the density's only in expectation.
+        init: densities of the layers at the start: "uniform" (the paper's), "erk" or "half_output"
+            (`initial_counts`); with "uniform_drawn" and "erk_drawn" each weight is drawn by
+            itself, as in the official code, so that their number is right only in expectation.
         keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
         generator: random stream of the initial masks and of random growth (torch's own without).
         options: numbers of single rules by name (see `lib/methods/deepr.py` and `readings.py`).

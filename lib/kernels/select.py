@@ -7,29 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .layouts import Nonzeros
 from .library import available, check, require
-
-
-class Nonzeros(ctypes.Structure):
-    """Addresses of the arrays that describe the non-zeros of a matrix [rows, columns].
-
-    By row: `index` int64, their places in the flat matrix, and int32 `column`, those of row r from
-    row_start[r] to row_start[r + 1]. By column likewise `row`, and `place`, where each stands in
-    the order by row. In that order what is held there: float32 `value` and `value_momentum`.
-    """
-
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("index", ctypes.c_void_p),
-        ("row_start", ctypes.c_void_p),
-        ("column", ctypes.c_void_p),
-        ("column_start", ctypes.c_void_p),
-        ("row", ctypes.c_void_p),
-        ("place", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("value_momentum", ctypes.c_void_p),
-    ]
 
 
 def counts(mask: Tensor) -> bool:

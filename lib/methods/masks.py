@@ -132,7 +132,7 @@ class UnknownMask(KeyError, ValueError):
         return str(self.args[0])
 
 
-INITS = ("uniform", "erk", "uniform_drawn", "erk_drawn")
+INITS = ("uniform", "erk", "half_output", "uniform_drawn", "erk_drawn")
 
 
 def initial_masks(
@@ -156,16 +156,22 @@ def initial_counts(
 
     "uniform": the same density in every layer (paper). "erk": Erdos-Renyi-kernel, density
     proportional to (sum of the dimensions) / (their product), full where that exceeds one (RigL,
-    section 3). Raises ValueError where a layer would be empty.
+    section 3). "half_output": half of the last layer's weights, the same density in the others (a
+    line that is commented out in the code of DSR's authors, PAPER.md 12a). Raises ValueError where
+    a layer would be empty.
     """
     sizes = {name: p.numel() for name, p in parameters.items()}
+    total = round(density * sum(sizes.values()))
     if init == "uniform":
         shares = [float(size) for size in sizes.values()]
+    elif init == "half_output":
+        *others, last = sizes.values()
+        shares = [float(size) for size in others]
+        shares.append(sum(others) * (last / 2) / max(total - last / 2, 1))
     elif init == "erk":
         shares = [float(sum(p.shape)) for p in parameters.values()]
     else:
-        raise ValueError(unknown("init", init, ["uniform", "erk"]))
-    total = round(density * sum(sizes.values()))
+        raise ValueError(unknown("init", init, ["uniform", "erk", "half_output"]))
     counts = dict(zip(sizes, allocate(total, shares, list(sizes.values())), strict=True))
     if empty := [name for name, count in counts.items() if count == 0]:
         raise ValueError(
