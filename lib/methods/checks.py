@@ -121,8 +121,8 @@ def trained(
     """
     why = _signs_of_training(model, optimizer, masked)
     return why and (
-        f"the weights look trained ({why}), and new random masks set most of them to zero: keep a "
-        "sparse network's zeros by Masking.from_weights, or continue a run by load_state_dict of a "
+        f"the weights look trained ({why}), and random masks are drawn over them: keep a sparse "
+        "network's zeros by Masking.from_weights, or continue a run by load_state_dict of a "
         "Masking made before its first step"
     )
 
