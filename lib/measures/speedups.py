@@ -60,7 +60,7 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], list[dict[str, Any]]]:
     `max_difference` of the two outputs, relative to the largest logit.
     """
     loop.use_torch()  # whose time is what the paper estimates from
-    length = max(1, -(-loop.total_steps // SEGMENTS))
+    length = max(1, -(-loop.schedule.total_steps // SEGMENTS))
     stride = max(1, length // SAMPLES_PER_SEGMENT)
 
     def active() -> bool:

@@ -1,4 +1,4 @@
-"""Times sparse layers against torch's dense ones, alternating in one process."""
+"""Times a sparse layer against torch's dense one, alternating in one process."""
 
 from __future__ import annotations
 
@@ -28,20 +28,8 @@ class Layer(NamedTuple):
     repeats: int = 1  # how often a network has it
 
 
-def _vgg16_d() -> tuple[Layer, ...]:
-    sizes = [(3, 64, 32, 1), (64, 64, 32, 1), (64, 128, 16, 1), (128, 128, 16, 1), (128, 256, 8, 1)]
-    sizes += [(256, 256, 8, 2), (256, 512, 4, 1), (512, 512, 4, 2), (512, 512, 2, 3)]
-    return tuple(
-        Layer(f"{c}-{o} at {s}x{s}", c, o, 3, 1, 1, s, first=c == 3, repeats=n)
-        for c, o, s, n in sizes
-    )
-
-
-VGG16_D = _vgg16_d()  # its thirteen convolutions on CIFAR-10
-
-
 @dataclass(frozen=True)
-class Row:
+class LayerTimes:
     """Times of one layer at one density, milliseconds per mini-batch; each the best of several.
 
     dense_backward_ms holds both gradients, as torch computes them in one call.
@@ -149,15 +137,15 @@ def sparse_jobs(
     )
 
 
-def bench_layers(
-    layers: Iterable[Layer] = VGG16_D,
-    densities: Iterable[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+def time_layers(
+    layers: Iterable[Layer],
+    densities: Iterable[float] = (),
     *,
     batch: int = 128,
     seconds: float = 0.3,
     rounds: int = 3,
     masks: dict[str, Tensor] | None = None,
-) -> list[Row]:
+) -> list[LayerTimes]:
     """Times every layer at every density with uniform random masks, or with `masks` by layer name.
 
     The dense layer runs in contiguous and in channels-last memory format, and the faster of the
@@ -202,7 +190,7 @@ def bench_layers(
             if layer.first:
                 own.insert(1, 0.0)
             rows.append(
-                Row(
+                LayerTimes(
                     layer=layer.name,
                     in_channels=layer.in_channels,
                     out_channels=layer.out_channels,
@@ -222,13 +210,3 @@ def bench_layers(
                 )
             )
     return rows
-
-
-def total_ratio(rows: Iterable[Row], *, forward_only: bool = False) -> float:
-    """Dense over sparse time of all rows together, each counted as often as a network has it."""
-    rows = list(rows)
-    if forward_only:
-        sparse = sum(r.repeats * r.forward_ms for r in rows)
-        return sum(r.repeats * r.dense_forward_ms for r in rows) / sparse
-    sparse = sum(r.repeats * r.sparse_ms for r in rows)
-    return sum(r.repeats * r.dense_ms for r in rows) / sparse
