@@ -74,6 +74,8 @@ def train(
         return loop, [measure(loop) for measure in measures]
 
     loop, rows_of = begin()
+    if checkpoint is not None:
+        checkpoints.remove_torn(checkpoint)
     if checkpoint is not None and checkpoint.exists():
         try:
             loop.load(checkpoint)

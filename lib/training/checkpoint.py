@@ -38,7 +38,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     packed = io.BytesIO()
     torch.save({**content, "version": VERSION}, packed)
     payload = packed.getbuffer()
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: a kill leaves one at most
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -126,6 +126,16 @@ def set_aside(path: Path, why: CheckpointError) -> str:
             f"{unusable}, nor renamed ({error.strerror}): remove it, then the run starts anew"
         ) from error
     return f"{unusable}: it is now {other.name}, the run starts anew"
+
+
+def remove_torn(path: Path) -> None:
+    """Remove what a process that was killed while writing left."""
+    with contextlib.suppress(OSError):
+        _temporary(path).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")  # one name: a kill leaves one at most
 
 
 def _flush_folder(folder: Path) -> None:

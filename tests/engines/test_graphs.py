@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lib import data as datasets
 from lib.config import Run
+from lib.engines.eager import TorchEngine
 from lib.engines.graphs import WARM_UP, GraphedStep, Step
 from lib.kernels import select
 from lib.masking import Masking
@@ -51,21 +52,20 @@ class Keeps:
         self.loop, self.step, self.index = loop, step, index
         self.settings = dict(loop.optimizer.param_groups[0])
         self.loss = torch.empty(())
-        for parameter in loop.parameters:
+        self.parameters = list(loop.model.parameters())
+        for parameter in self.parameters:
             parameter.grad = torch.empty_like(parameter)
-        self.gradients = [parameter.grad for parameter in loop.parameters]
+        self.gradients = [parameter.grad for parameter in self.parameters]
 
     def replay(self) -> None:
         (group,), now = self.loop.optimizer.param_groups, {}
         now.update(group)
         group.update(self.settings)
-        found, masking = [p.grad for p in self.loop.parameters], self.loop.masking
+        found, masking = [p.grad for p in self.parameters], self.loop.masking
         masking._multiplier = lambda name: masking._multipliers[name][2]  # type: ignore[method-assign]
         self.loss.copy_(self.step(self.index))
         del masking._multiplier
-        for parameter, kept, before in zip(
-            self.loop.parameters, self.gradients, found, strict=True
-        ):
+        for parameter, kept, before in zip(self.parameters, self.gradients, found, strict=True):
             assert parameter.grad is not None and kept is not None
             kept.copy_(parameter.grad)
             parameter.grad = before
@@ -90,9 +90,20 @@ class OnCpu:
 
 def graphed(run: Run, data: datasets.Dataset, fails: bool = False) -> tuple[TrainingLoop, OnCpu]:
     loop = TrainingLoop(run, data)
-    recorder = OnCpu(loop, fails)
-    loop.graphed = GraphedStep(loop._compute, loop.parameters, run.batch_size, recorder)
+    recorder, engine = OnCpu(loop, fails), torch_engine(loop)
+    engine.graphed = GraphedStep(engine.compute, engine.parameters, run.batch_size, recorder)
     return loop, recorder
+
+
+def torch_engine(loop: TrainingLoop) -> TorchEngine:
+    assert isinstance(loop.engine, TorchEngine)
+    return loop.engine
+
+
+def steps_of(loop: TrainingLoop) -> GraphedStep:
+    found = torch_engine(loop).graphed
+    assert found is not None
+    return found
 
 
 def bits(loop: TrainingLoop) -> list[Tensor]:
@@ -120,9 +131,8 @@ def test_replayed_training_is_training(
     loop.run_to_end()
     assert same(plain, loop)
     assert recorder.records == 4  # one for each learning rate
-    assert loop.graphed is not None
     # 60 steps: not the last ones of the epochs (60 images), not the first ones of a learning rate.
-    assert loop.graphed.replayed == 60 - 3 - 4 * WARM_UP
+    assert steps_of(loop).replayed == 60 - 3 - 4 * WARM_UP
 
 
 def test_a_loaded_run_is_recorded_anew(
@@ -151,11 +161,11 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(
     with pytest.warns(UserWarning, match=r"no CUDA graph could be recorded \(operation not perm"):
         loop.run_to_end()
     assert same(plain, loop) and recorder.records == 0
-    assert loop.graphed is not None and not loop.graphed.works and loop.graphed.replayed == 0
+    assert not steps_of(loop).works and steps_of(loop).replayed == 0
 
 
 def test_without_a_gpu_nothing_is_recorded(mnist: datasets.Dataset) -> None:
-    assert TrainingLoop(RUN, mnist).graphed is None
+    assert torch_engine(TrainingLoop(RUN, mnist)).graphed is None
 
 
 # ------------------------------------------------------------------------------------ on a GPU
@@ -165,7 +175,7 @@ def on_gpu(run: Run, graphs: bool) -> TrainingLoop:
     data = datasets.load(run.dataset, device="cuda", train_subset=run.train_samples)
     loop = TrainingLoop(run, data, device="cuda")
     if not graphs:
-        loop.graphed = None
+        torch_engine(loop).graphed = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loop.run_to_end()
@@ -186,7 +196,7 @@ def on_gpu(run: Run, graphs: bool) -> TrainingLoop:
 def test_graphs_on_a_gpu(run: Run) -> None:
     """The same draws and arithmetic; only sums whose order is not fixed there may differ."""
     plain, loop = on_gpu(run, graphs=False), on_gpu(run, graphs=True)
-    assert loop.graphed is not None and loop.graphed.works and loop.graphed.replayed > 20
+    assert steps_of(loop).works and steps_of(loop).replayed > 20
     first, second = (x.state.curves[0]["train_loss"] for x in (plain, loop))
     assert second == pytest.approx(first, rel=0.02)
     assert loop.masking.active() == pytest.approx(plain.masking.active(), rel=0.05)
@@ -200,7 +210,7 @@ def test_the_draws_on_a_gpu_depend_on_the_seed_alone() -> None:
     a, b = (TrainingLoop(RUN, data, device="cuda") for _ in range(2))
     on_cpu = TrainingLoop(RUN, datasets.load("mnist", train_subset=RUN.train_samples))
     for other in (b, on_cpu):
-        assert torch.equal(a._order().cpu(), other._order().cpu())
+        assert torch.equal(a.order().cpu(), other.order().cpu())
         for x, y in zip(a.model.parameters(), other.model.parameters(), strict=True):
             assert torch.equal(x.cpu(), y.cpu())
         for name, mask in a.masking.masks.items():
