@@ -1,54 +1,22 @@
-"""A perceptron's layers as perceptron.hpp takes them, sparse ones by their non-zeros."""
+"""A perceptron's sparse layers by their non-zeros, as perceptron.hpp takes them."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
-from lib.kernels.select import Nonzeros, put_nonzeros, take_nonzeros
+from lib.kernels.layouts import Layer, Nonzeros
+from lib.kernels.select import put_nonzeros, take_nonzeros
 
 MAX_NONZEROS = 2**31 - 17  # of a layer; int32 in the kernels, which go in steps of 16
 
 _ARRAYS = ("row_start", "column", "value", "value_momentum", "column_start", "row", "place")
 
 
-class LayerStruct(ctypes.Structure):
-    """PerceptronLayer of perceptron.hpp."""
-
-    _fields_ = [
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("momentum", ctypes.c_void_p),
-        ("multiplier", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("bias_momentum", ctypes.c_void_p),
-        ("nonzeros", ctypes.c_int64),
-        ("row_start", ctypes.c_void_p),
-        ("column", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("value_momentum", ctypes.c_void_p),
-        ("column_start", ctypes.c_void_p),
-        ("row", ctypes.c_void_p),
-        ("place", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("scale_momentum", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("shift_momentum", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("variance", ctypes.c_void_p),
-        ("norm_momentum", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    ]
-
-
 class CompactLayer:
     """The non-zeros of one layer [rows, inputs] by row and by column, at most `room` of them."""
 
-    layer: LayerStruct
+    layer: Layer
     weight: Tensor
     momentum: Tensor
 
@@ -67,7 +35,7 @@ class CompactLayer:
         names = [field[0] for field in Nonzeros._fields_[2:]]
         self.arrays = Nonzeros(rows, inputs, *(getattr(self, name).data_ptr() for name in names))
 
-    def attach(self, layer: LayerStruct) -> None:
+    def attach(self, layer: Layer) -> None:
         """Have the kernels find the arrays."""
         self.layer = layer
         for name in _ARRAYS:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.engines.chain import perceptron_layers
-from lib.engines.compact import CompactLayer, LayerStruct
+from lib.engines.compact import CompactLayer
+from lib.kernels.layouts import Layer
 from lib.kernels.library import check, require
 from lib.kernels.select import as_floats, count, counts
 from lib.masking import LayerReport, Masking
@@ -90,7 +91,7 @@ class PerceptronTrainer:
         self._named, self._optimizer, self._masking = layers, optimizer, masking
         self._sparse_below = SPARSE_BELOW if sparse_below is None else sparse_below
         self.rewires = rewires
-        self._layers = (LayerStruct * len(layers))()
+        self._layers = (Layer * len(layers))()
         self._sparse: dict[str, CompactLayer] = {}
         self._multipliers: dict[str, Tensor] = {}
         self._masks: list[tuple[str, Tensor, int]] = []  # with the versions that were taken
