@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from lib.config import Run
+from lib.masking import Masking
 from lib.training.checkpoint import CheckpointError, check_tensors
+from lib.training.schedule import Schedule
 from lib.training.streams import torch_state
-
-if TYPE_CHECKING:
-    from lib.train import TrainingLoop
 
 
 @dataclass
@@ -31,7 +32,22 @@ class State:
     observed: dict[str, list[float]] = field(default_factory=dict)  # what a measure collects
 
 
-def position_of(loop: TrainingLoop) -> dict[str, Any]:
+class Loop(Protocol):
+    """What of the training loop (lib/train.py) is saved."""
+
+    run: Run
+    device: torch.device
+    schedule: Schedule
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    masking: Masking
+    engine: Any  # lib/engines/base.py, which rests on this package
+    augment_stream: torch.Generator
+    dropout_state: Tensor
+    state: State
+
+
+def position_of(loop: Loop) -> dict[str, Any]:
     """All that the rest of the run depends on: tensors and plain values."""
     engine = {"name": loop.engine.name, **loop.engine.state_dict()}  # first: it may write back
     return {
@@ -47,7 +63,7 @@ def position_of(loop: TrainingLoop) -> dict[str, Any]:
     }
 
 
-def go_on(loop: TrainingLoop, saved: Mapping[str, Any]) -> None:
+def go_on(loop: Loop, saved: Mapping[str, Any]) -> None:
     """Put the loop where `position_of` was taken. Raises CheckpointError for a position that isn't
     this run's; the loop is of no use then.
     """
@@ -60,7 +76,7 @@ def go_on(loop: TrainingLoop, saved: Mapping[str, Any]) -> None:
         raise CheckpointError(f"its content is not a run's: {error!r}") from error
 
 
-def _check(loop: TrainingLoop, saved: Mapping[str, Any]) -> None:
+def _check(loop: Loop, saved: Mapping[str, Any]) -> None:
     if missing := sorted(_KEYS - saved.keys()):
         raise CheckpointError(f"it lacks {', '.join(missing)}")
     if (name := saved["engine"]["name"]) != loop.engine.name:
@@ -96,7 +112,7 @@ _KEYS = {
 }
 
 
-def _restore(loop: TrainingLoop, saved: Mapping[str, Any]) -> None:
+def _restore(loop: Loop, saved: Mapping[str, Any]) -> None:
     loop.model.load_state_dict(saved["model"])
     loop.optimizer.load_state_dict(saved["optimizer"])
     loop.masking.load_state_dict(saved["masking"])
@@ -108,7 +124,7 @@ def _restore(loop: TrainingLoop, saved: Mapping[str, Any]) -> None:
     loop.engine.load_state_dict(saved["engine"])
 
 
-def _pending_gradients(loop: TrainingLoop) -> dict[str, Tensor]:
+def _pending_gradients(loop: Loop) -> dict[str, Tensor]:
     """What an update of masks reads of the last step, where it's still to come."""
     if loop.masking.growth.needs != "gradient" or loop.run.update_every_steps:
         return {}
