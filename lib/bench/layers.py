@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lib.bench.timing import Row, all_threads, row
-from lib.engines.timing import Layer, LayerTimes, time_layers
+from lib.engines.timing import Layer, LayerTimes, time_layer
 from lib.results.clock import ALL_LAYERS
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -29,16 +29,20 @@ def sparse_layers(repeats: int) -> Iterator[Row]:
     """
     all_threads()
     for density in DENSITIES:
-        rows = time_layers(VGG16_D, (density,), seconds=0.0, rounds=repeats)
+        rows = [
+            line
+            for layer in VGG16_D
+            for line in time_layer(layer, [density], batch=128, seconds=0.0, rounds=repeats)
+        ]
         setting = f"vgg16-d, {100 * density:g} %"
         total = total_ratio(rows)
         yield row(ALL_LAYERS, setting, [total], "x")
         for line in rows:
-            yield row(line.layer, setting, [line.ratio], "x")
+            yield row(line.layer.name, setting, [line.ratio], "x")
 
 
 def total_ratio(rows: Iterable[LayerTimes]) -> float:
     """Dense over sparse time of all rows together, each counted as often as a network has it."""
     rows = list(rows)
-    sparse = sum(r.repeats * r.sparse_ms for r in rows)
-    return sum(r.repeats * r.dense_ms for r in rows) / sparse
+    sparse = sum(r.layer.repeats * r.sparse_ms for r in rows)
+    return sum(r.layer.repeats * r.dense_ms for r in rows) / sparse

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lib.engines.timing import Layer, best_times, sparse_jobs, time_layers
+from lib.engines.timing import Layer, best_times, sparse_jobs, time_layer
 from lib.kernels import ops
 from lib.kernels.library import cache_dir, cpu_id
 
@@ -79,7 +79,7 @@ def _line(few: int, few_seconds: float, many: int, many_seconds: float) -> tuple
 
 def measure(layer: Layer, batch: int, seconds: float = 0.2) -> Cost:
     """Times the layer dense and at two densities; takes about `seconds` for each."""
-    rows = time_layers([layer], DENSITIES, batch=batch, seconds=seconds, rounds=2)
+    rows = time_layer(layer, DENSITIES, batch=batch, seconds=seconds, rounds=2)
     weights = layer.in_channels * layer.out_channels * layer.kernel**2
     few, many = (round(r.density * weights) for r in rows)
     forward = _line(few, rows[0].forward_ms / 1e3, many, rows[1].forward_ms / 1e3)
