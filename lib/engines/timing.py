@@ -37,12 +37,12 @@ class LayerTimes:
 
     layer: Layer
     density: float  # realised, 0..1
+    channels_last: bool  # memory format in which the dense layer was faster
     forward_ms: float
     backward_input_ms: float  # 0 for a first layer
     backward_weight_ms: float
     dense_forward_ms: float
     dense_backward_ms: float
-    channels_last: bool  # memory format in which the dense layer was faster
 
     @property
     def sparse_ms(self) -> float:
@@ -163,5 +163,5 @@ def time_layer(
         if layer.first:
             own.insert(1, 0.0)
         faster = last if channels_last else plain
-        found.append(LayerTimes(layer, pattern.density, *own, *faster, channels_last))
+        found.append(LayerTimes(layer, pattern.density, channels_last, *own, *faster))
     return found
