@@ -24,7 +24,6 @@ from lib import data as datasets
 from lib.config import Run
 from lib.engines.base import Engine, Task
 from lib.engines.choice import choose, memory_format
-from lib.engines.eager import TorchEngine
 from lib.masking import DivergenceError, LayerReport
 from lib.models import layer_flops
 from lib.training import checkpoint as checkpoints
@@ -243,11 +242,10 @@ class TrainingLoop:
         self.state.report = [tuple(line) for line in report]
         self.engine.follow(report)
 
-    def use_torch(self) -> TorchEngine:
-        """From now on compute by torch's operators alone: each layer as its module, each step."""
+    def use(self, engine: Callable[[Task], Engine]) -> None:
+        """From now on compute by another engine."""
         self.engine.write_back()
-        self.engine = engine = TorchEngine(self.task, graphs=False)
-        return engine
+        self.engine = engine(self.task)
 
     # ---- data ----
 

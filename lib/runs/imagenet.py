@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.config import Run, parse_field, stream_seed
 from lib.data import DataError, Dataset
+from lib.engines.eager import TorchEngine
 from lib.models import IMAGENET_SHAPE
 from lib.train import TrainingLoop, train
 from lib.training.streams import stream
@@ -86,8 +87,9 @@ class ImageNetLoop(TrainingLoop):
             device=device,
         )
         if self.world > 1:
-            engine = self.use_torch()
+            engine = TorchEngine(self.task, graphs=False)
             engine.network = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.engine = engine
 
     # ---- where several processes or files make a difference ----
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib import data as datasets
 from lib.config import Run
+from lib.engines.eager import TorchEngine
 from lib.engines.perceptron import PerceptronEngine
 from lib.kernels import library
 from lib.masking import DivergenceError
@@ -41,7 +42,7 @@ def epoch_of(run: Run, mnist: datasets.Dataset) -> TrainingLoop:
     with pytest.raises(Interrupted):
         loop.run_to_end(should_stop=lambda: next(stop))
     assert loop.state.epoch == 1 and loop.state.step_in_epoch == 0
-    loop.use_torch()  # writes the weights back
+    loop.use(TorchEngine)  # writes the weights back
     return loop
 
 
@@ -177,7 +178,7 @@ def test_resumed_runs_have_the_same_bits(
             continue
     assert file.exists()
     for loop in (whole, part):
-        loop.use_torch()
+        loop.use(TorchEngine)
     for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True):
         assert torch.equal(a, b)
         one, two = (
@@ -206,7 +207,7 @@ def test_the_optimizers_learning_rate_counts_after_a_load(
     losses = [one.step(order[300:400]).item() for one in (loop, other)]
     assert losses[0] == losses[1]
     for one in (loop, other):
-        one.use_torch()
+        one.use(TorchEngine)
         assert one.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
     for a, b in zip(loop.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
