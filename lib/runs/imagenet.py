@@ -17,7 +17,7 @@ import argparse
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class ImageNetLoop(TrainingLoop):
         return value
 
 
-def check_alike(masks: dict[str, Tensor]) -> None:
+def check_alike(masks: Mapping[str, Tensor]) -> None:
     """RuntimeError unless all processes have the same masks."""
     digest = hashlib.sha256()
     for name, mask in masks.items():

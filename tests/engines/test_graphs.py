@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from lib import data as datasets
 from lib.config import Run
 from lib.engines.eager import TorchEngine
 from lib.engines.graphs import WARM_UP, GraphedStep, Step
-from lib.kernels import select
 from lib.masking import Masking
 from lib.train import Interrupted, TrainingLoop
 
@@ -38,13 +36,6 @@ def mnist() -> datasets.Dataset:
 PARTS = [(part, xy) for part in ("val", "test") for xy in "xy"]
 
 
-@pytest.fixture
-def masks_as_floats(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a GPU."""
-    monkeypatch.setattr(select, "counts", lambda mask: False)
-    yield
-
-
 class Keeps:
     """A recording on the CPU."""
 
@@ -62,9 +53,10 @@ class Keeps:
         now.update(group)
         group.update(self.settings)
         found, masking = [p.grad for p in self.parameters], self.loop.masking
-        masking._multiplier = lambda name: masking._multipliers[name][2]  # type: ignore[method-assign]
+        floats = masking._float_masks
+        floats._of = lambda name, *_: floats._kept[name][2]  # type: ignore[method-assign]
         self.loss.copy_(self.step(self.index))
-        del masking._multiplier
+        del floats._of
         for parameter, kept, before in zip(self.parameters, self.gradients, found, strict=True):
             assert parameter.grad is not None and kept is not None
             kept.copy_(parameter.grad)
@@ -120,9 +112,7 @@ def same(a: TrainingLoop, b: TrainingLoop) -> bool:
 @pytest.mark.parametrize(
     ("method", "every"), [("sparse_momentum", 0), ("rigl", 7), ("set", 0), ("dense", 0)]
 )
-def test_replayed_training_is_training(
-    method: str, every: int, mnist: datasets.Dataset, masks_as_floats: None
-) -> None:
+def test_replayed_training_is_training(method: str, every: int, mnist: datasets.Dataset) -> None:
     rules = {"prune": "", "redistribution": "", "growth": "", "method_version": 0}
     run = replace(RUN, method=method, update_every_steps=every, **rules)
     plain = TrainingLoop(run, mnist)
@@ -135,9 +125,7 @@ def test_replayed_training_is_training(
     assert steps_of(loop).replayed == 60 - 3 - 4 * WARM_UP
 
 
-def test_a_loaded_run_is_recorded_anew(
-    mnist: datasets.Dataset, masks_as_floats: None, tmp_path: Path
-) -> None:
+def test_a_loaded_run_is_recorded_anew(mnist: datasets.Dataset, tmp_path: Path) -> None:
     """In the same loop too: loading gives the momentum other addresses."""
     whole, _ = graphed(RUN, mnist)
     whole.run_to_end()
@@ -152,9 +140,7 @@ def test_a_loaded_run_is_recorded_anew(
     assert same(whole, loop) and recorder.records == 5
 
 
-def test_what_cannot_be_recorded_goes_on_as_it_is(
-    mnist: datasets.Dataset, masks_as_floats: None
-) -> None:
+def test_what_cannot_be_recorded_goes_on_as_it_is(mnist: datasets.Dataset) -> None:
     plain = TrainingLoop(RUN, mnist)
     plain.run_to_end()
     loop, recorder = graphed(RUN, mnist, fails=True)
@@ -218,11 +204,11 @@ def test_the_draws_on_a_gpu_depend_on_the_seed_alone() -> None:
 
 
 def test_masks_are_refreshed_in_place() -> None:
-    model = torch.nn.Linear(6, 5).double()  # no kernels for double
+    model = torch.nn.Linear(6, 5).double()
     masking = Masking(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), density=0.5)
-    multiplier = masking._multipliers["weight"][2]
+    multiplier = masking._float_masks._kept["weight"][2]
     for moved in (~masking.masks["weight"], masking.masks["weight"]):
         masking.masks["weight"] = moved
         masking.refresh()
-        assert masking._multipliers["weight"][2] is multiplier
+        assert masking._float_masks._kept["weight"][2] is multiplier
         assert torch.equal(multiplier, moved.double())

@@ -17,7 +17,7 @@ from lib.engines.compact import CompactLayer
 from lib.engines.trainer import PerceptronTrainer
 from lib.kernels import library
 from lib.masking import LayerReport, Masking
-from lib.methods import baselines
+from lib.methods import deepr
 from tests.support.perceptrons import (
     CLOSE,
     FIRST,
@@ -290,7 +290,7 @@ def test_deepr_on_the_non_zeros_is_that_of_torch(
         twin = copy.deepcopy(own)
         assert twin.masking.generator is not None and own.masking.generator is not None
         active = sum(own.masking.active().values())
-        baselines.deepr_step(twin.masking)
+        deepr.deepr_step(twin.masking)
         trainer.deepr_step()
         trainer.sync()
         for name, mask in masks.items():
