@@ -30,7 +30,7 @@ Block = dict[str, Any]
 class Experiment:
     """A question, the notebook that answers it, and its blocks of runs at each profile.
 
-    `measures` (lib/train.py, MEASURES) are taken of each finished network.
+    `measures` (of lib/measures) are taken of each finished network.
     """
 
     title: str

@@ -14,12 +14,13 @@ from lib import experiments, paths
 from lib.config import Run
 from lib.experiments import EXPERIMENTS, KEPT_DENSE, PROFILES, runs
 from lib.masking import GROWTH, PRUNE, REDISTRIBUTION, maskable_parameters
+from lib.measures import MEASURES
 from lib.models import build_model, maskable_weights, model_spec
 from lib.results import store as results
 from lib.results.merge import merge
 from lib.results.published import published
 from lib.runs import runner
-from lib.train import MEASURES, TrainingLoop, train
+from lib.train import TrainingLoop, train
 from tests.support.made_up_data import cifar
 from tests.support.made_up_runs import make_curves, make_id, make_layers, make_row, named_by
 

@@ -413,6 +413,7 @@ def train_and_store(
 
     "done": another process stored it meanwhile; "elsewhere": another process is training it.
     """
+    from lib.measures import MEASURES
     from lib.train import train
 
     checkpoint = paths.checkpoints_dir() / profile / f"{run.run_id}.pt"
@@ -424,7 +425,7 @@ def train_and_store(
         outcome = train(
             run,
             _dataset(run.dataset, device, run.val_fraction, run.train_samples),
-            measures=experiments.measures(run, experiment, profile),
+            measures=[MEASURES[name] for name in experiments.measures(run, experiment, profile)],
             device=device,
             checkpoint=checkpoint,
             checkpoint_seconds=checkpoint_seconds,

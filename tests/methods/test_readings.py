@@ -331,7 +331,7 @@ def test_all_together_train_and_resume_to_the_same_bits(tmp_path: Path) -> None:
     second = TrainingLoop(run, data)
     second.load(tmp_path / "checkpoint")
     second.run_to_end()
-    for a, b in zip(whole.parameters, second.parameters, strict=True):
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert whole.masking.rule_state == second.masking.rule_state
     assert whole.masking.rule_state["feedback/updates"] == 2  # three updates, corrected twice
