@@ -16,7 +16,7 @@ from lib import experiments, paths
 from lib.__main__ import main
 from lib.config import Run
 from lib.results import store as results
-from lib.runs import runner
+from lib.runs import machine, progress, runner, single
 
 REPO = Path(__file__).parents[2]
 TINY = ["--set", "epochs=1", "--set", "train_samples=1000"]
@@ -215,7 +215,7 @@ def test_a_worker_that_fails_is_one_sentence(folder):
         (["--only", "set"], "--only 'set': write field=value"),
         (["--set", "epoch=3"], "unknown field of a run 'epoch': did you mean 'epochs'"),
         (["--set", "epochs=x"], "epochs='x' can't be read as int (default 100)"),
-        (["--set", "epochs=0"], "epochs must be positive, got 0"),
+        (["--set", "epochs=0"], "epochs must be in [1, 2**63), got 0"),
         (["--set", "epochs"], "--set 'epochs': write name=value"),
         (["--shard", "3/2"], "shard 3/2: the first number goes from 1 to 2"),
         (["--shard", "two"], "--shard 'two': write i/n"),
@@ -261,18 +261,18 @@ def test_an_imported_kernel_is_no_notebook(capsys):
     import ipykernel.kernelapp  # noqa: F401
     import IPython.display  # noqa: F401
 
-    runner.print_line()("3 of 7 runs\n")
+    progress.print_line()("3 of 7 runs\n")
     assert capsys.readouterr().out.strip() == "3 of 7 runs"
 
 
 def test_a_run_is_claimed_once(folder):
     checkpoint = folder / "checkpoints" / "a.pt"
-    with runner._claim(checkpoint) as first:
-        with runner._claim(checkpoint) as second:
+    with single.claim(checkpoint) as first:
+        with single.claim(checkpoint) as second:
             assert first and not second
-        with runner._claim(checkpoint) as third:
+        with single.claim(checkpoint) as third:
             assert not third
-    with runner._claim(checkpoint) as fourth:
+    with single.claim(checkpoint) as fourth:
         assert fourth
     assert not list(checkpoint.parent.iterdir())
 
@@ -317,8 +317,8 @@ def test_runs_side_by_side(monkeypatch):
     for runs, device, jobs in (
         ([small] * 40, "cpu", 16),
         ([small] * 3, "cpu", 3),
-        ([small] * 40, "cuda", runner.GPU_JOBS),
+        ([small] * 40, "cuda", machine.GPU_JOBS),
         ([small] * 3, "cuda", 3),
         ([small, large], "cuda", 1),
     ):
-        assert runner.default_jobs(runs, device) == (jobs, 1)
+        assert machine.default_jobs(runs, device) == (jobs, 1)
