@@ -41,10 +41,11 @@ def makespan(seconds: Iterable[float], jobs: int) -> float:
 
 
 def clock(seconds: float) -> str:
-    """A time for people: "40 s", "12 min", "3.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    """A time for people: "40 s", "12 min", "3.4 h", "20 days"."""
+    for unit, length, digits in (("s", 1, 0), ("min", 60, 0), ("h", 3600, 1)):
+        if seconds < 90 * length and (unit != "h" or seconds < 172_800):
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"
 
 
 def rows_under(root: Path) -> pd.DataFrame:

@@ -54,5 +54,6 @@ def status_table(
     if estimate.rows_of and estimate.rows_of[0] != estimate.machine:
         lines.append(f"by runs on {estimate.rows_of[0]}, since this machine has done none")
     if guessed:
-        lines.append(f"by FLOPs, since no run of them is stored: {', '.join(sorted(guessed))}")
+        which = ", ".join(sorted(guessed)) if len(guessed) < 6 else f"{len(guessed)} networks"
+        lines.append(f"by FLOPs, since no run of them is stored: {which}")
     return "\n".join(lines)
