@@ -145,7 +145,7 @@ def claim(checkpoint: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             lock.unlink()
         os.close(fd)
 
