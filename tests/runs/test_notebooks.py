@@ -184,15 +184,15 @@ def write(path: Path, parameters: str, *more: str) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-p", "m", "3"], "unknown parameter of a 'm': did you mean 'n'"),
-        (["-p", "n", "x"], "a: n='x' is str, but the parameter is int"),
-        (["-p", "n", "3"], ""),
+        (["-p", "numbr", "3"], "unknown parameter of a 'numbr': did you mean 'number'"),
+        (["-p", "number", "x"], "a: number='x' is str, but the parameter is int"),
+        (["-p", "number", "3"], ""),
     ],
 )
 def test_papermills_own_command_stops_at_an_unknown_parameter(
     tmp_path: Path, words: list[str], message: str
 ) -> None:
-    parameters = 'profile = "quick"\nresults = ""\nn = 1'
+    parameters = 'profile = "quick"\nresults = ""\nnumber = 1'
     setup = f"import sys\nsys.path.insert(0, {str(paths.REPO)!r})"
     check = f"{setup}\nfrom lib.runs.notebooks import check_injected_parameters\n"
     check += f"check_injected_parameters({str(tmp_path / 'a')!r})"
