@@ -12,10 +12,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lib import experiments, paths
 from lib.config import parse_field, unknown
+
+if TYPE_CHECKING:
+    from lib.results.reading import Source
 
 # What to do about an error of the system; its own message says no more than what it is.
 ADVICE = {
@@ -100,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Collect the rows of run CSVs (of shards, say) in one; identical rows are kept once."""
-    from lib.results.store import merge as merge_csvs
+    from lib.results.merge import merge as merge_csvs
 
     added = merge_csvs(options.sources, options.target)
     print(f"{options.target}: {added} runs added from {len(options.sources)} files")
@@ -113,7 +116,7 @@ def status(options: argparse.Namespace) -> None:
 
     check_device(options.device)
     if options.results is not None:
-        _results(options)
+        _source(options)
     names = _names(options.experiment)
     print(status_table(options.profile, options.results, options.device, names))
 
@@ -134,7 +137,7 @@ def figures(options: argparse.Namespace) -> None:
     """Redraw every figure and table from the saved CSVs."""
     from lib.figures import draw_all
 
-    drawn = draw_all(options.profile, _results(options))
+    drawn = draw_all(_source(options))
     kinds = Counter(path.suffix.removeprefix(".") for path in drawn)
     for folder in dict.fromkeys(path.parent for path in drawn):
         print(f"{folder}: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}")
@@ -144,7 +147,7 @@ def report(options: argparse.Namespace) -> None:
     """Write figures/report.pdf and report.html from the saved CSVs."""
     from lib.report.report import report as write
 
-    for path in write(options.profile, _results(options)):
+    for path in write(_source(options)):
         print(path)
 
 
@@ -152,7 +155,7 @@ def verdict(options: argparse.Namespace) -> None:
     """Print the table: claim, the paper's value, ours, verdict."""
     from lib.claims import verdict_text
 
-    print(verdict_text(options.profile, _results(options)))
+    print(verdict_text(_source(options)))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -249,8 +252,9 @@ def _names(names: Sequence[str]) -> list[str]:
     return list(experiments.EXPERIMENTS) if every else list(dict.fromkeys(names))
 
 
-def _results(options: argparse.Namespace) -> str | None:
-    """The folder given with --results; ValueError where it holds no run of the profile."""
+def _source(options: argparse.Namespace) -> Source:
+    """The rows of the profile, here or under --results; ValueError where there are none."""
+    from lib.results.reading import Source
     from lib.results.store import run_paths
 
     given = options.results
@@ -263,7 +267,7 @@ def _results(options: argparse.Namespace) -> str | None:
             f"{folder} holds no results: python -m lib run all --profile {options.profile} trains "
             "what is missing"
         )
-    return str(given) if given is not None else None
+    return Source(options.profile, given)
 
 
 def _submit(name: str, options: argparse.Namespace) -> None:

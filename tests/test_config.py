@@ -12,7 +12,7 @@ import pytest
 
 from lib import config, experiments, masking
 from lib.config import METHODS, Run, method_of, parse_field, stream_seed
-from lib.results.store import RUN_ID
+from lib.results.columns import RUN_ID
 
 # Ids are what keeps thousands of finished runs valid: none of these may ever change, except by a
 # method's version.
