@@ -60,10 +60,9 @@ def test_the_setup_finds_the_repository(
     assert sys.path[0] == str(paths.REPO)
 
 
-def test_every_experiment_names_a_notebook_by_its_form() -> None:
-    assert MAIN in {path.stem for path in COMMITTED}
+def test_every_experiment_names_a_notebook_that_is_there() -> None:
     named = {e.notebook for e in experiments.EXPERIMENTS.values()}
-    assert {path.stem for path in COMMITTED} <= named
+    assert MAIN in named and named <= {path.stem for path in COMMITTED}
 
 
 # -------------------------------------------------------------------------------------- executed
