@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import errno
+import re
 import signal
 import sys
 import threading
@@ -155,7 +156,8 @@ def verdict(options: argparse.Namespace) -> None:
     """Print the table: claim, the paper's value, ours, verdict."""
     from lib.claims import verdict_text
 
-    print(verdict_text(_source(options)))
+    text = verdict_text(_source(options))
+    print(text if options.all else _first_screen(text))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -233,7 +235,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(figures)
     add(report)
-    add(verdict)
+    command = add(verdict)
+    command.add_argument("--all", action="store_true", help="every table, not only the first")
     command = add(bench)
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
     command.add_argument("--only", action="append", default=[], metavar="TOPIC", help="one topic")
@@ -250,6 +253,20 @@ def _names(names: Sequence[str]) -> list[str]:
             experiments.experiment(name)
     every = "all" in names or not names
     return list(experiments.EXPERIMENTS) if every else list(dict.fromkeys(names))
+
+
+def _first_screen(text: str) -> str:
+    """The counts of all tables, then the first table; the others are left to --all.
+
+    Tables are paragraphs whose first line counts them: "The authors' claims: 12, of them ...".
+    """
+    parts = text.split("\n\n")
+    counted = [part for part in parts if re.match(r".+: [0-9]+, of them ", part)]
+    if len(counted) < 2:
+        return text
+    counts = [part.split("\n", 1)[0] for part in counted]
+    shown = [part for part in parts if part not in counted[1:]]
+    return "\n".join((*counts, "", "\n\n".join(shown), "", "--all prints the other tables"))
 
 
 def _source(options: argparse.Namespace) -> Source:
