@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import errno
+import os
 import re
 import signal
 import sys
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         if options.traceback:
             raise

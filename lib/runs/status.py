@@ -50,7 +50,7 @@ def status_table(
         bad |= diverged
     missing = {run_id: seconds for run_id, seconds in each.items() if run_id not in done}
     lines.append(line("all, each run once", len(done), len(bad), missing))
-    lines.append(f"profile {profile}; left: on {jobs} x {estimate.machine}, {how}")
+    lines.append(f"profile {profile}; left: on {jobs} x {estimate.machine}, {how}, nothing else")
     if estimate.rows_of and estimate.rows_of[0] != estimate.machine:
         lines.append(f"by runs on {estimate.rows_of[0]}, since this machine has done none")
     if guessed:
