@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lib import kernels as ops
 from lib.bench import kernels as bench
-from lib.kernels import ops
 from lib.kernels.library import require
 
 from . import calibrate
