@@ -29,6 +29,7 @@ def _step(model: nn.Module, mask: Masking, spoil: bool = False) -> None:
     model(torch.randn(8, 20)).square().sum().backward()
     if spoil:
         model[0].weight.grad[0, 0] = math.nan
+    mask.optimizer.step()
     mask.step()
 
 
@@ -116,7 +117,8 @@ def inputs() -> Iterator[tuple[str, Callable[[Path], object]]]:
 
         def spoilt(folder: Path, method: str = method) -> None:
             model, mask = made(method)
-            for k in range(25):
-                _step(model, mask, spoil=k >= 3)
+            for k in range(4):
+                _step(model, mask, spoil=k == 3)
+            mask.update()
 
         yield f"a NaN gradient in {method}", spoilt
