@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(lines: Sequence[tuple[object, ...]], title: str) -> None:
-    widths = (42, 34, 46, 7, 4)
+    widths = (42, 34, 46, 7, 5)
     print(title)
     for line in [("what", "wanted", "found", "n", "ok"), *lines]:
         shown = [*map(str, line[:4]), {True: "yes", False: "NO"}.get(line[4], line[4])]
