@@ -356,8 +356,8 @@ def go(writer: subprocess.Popen[str]) -> None:
 
 
 def test_four_writers_lose_and_double_nothing(csv: Path) -> None:
-    # each writer has 50 rows of its own and the first 20 of its neighbour
-    writers = [start_writer(csv, 50 * k, min(50 * k + 70, 200)) for k in range(4)]
+    # each writer has 25 rows of its own and the first 10 of its neighbour
+    writers = [start_writer(csv, 25 * k, min(25 * k + 35, 100)) for k in range(4)]
     for writer in writers:
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
     for writer in writers:
@@ -368,8 +368,8 @@ def test_four_writers_lose_and_double_nothing(csv: Path) -> None:
     assert [writer.wait() for writer in writers] == [0, 0, 0, 0]
     for writer in writers:
         writer.communicate()
-    assert sorted(assert_whole(csv)) == list(range(200))
-    assert len(read_curves(csv)) == 200 * EPOCHS and len(read_layers(csv)) == 200 * LAYERS
+    assert sorted(assert_whole(csv)) == list(range(100))
+    assert len(read_curves(csv)) == 100 * EPOCHS and len(read_layers(csv)) == 100 * LAYERS
 
 
 def test_a_writer_that_is_killed_leaves_whole_rows(csv: Path) -> None:
