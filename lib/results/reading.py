@@ -60,6 +60,14 @@ CHANCE = 80.0  # %: of ten classes guessing errs in 90
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where rows are read: the profile, and the results directory (None: the repository's)."""
+
+    profile: str
+    root: str | Path | None = None
+
+
+@dataclass(frozen=True)
 class Runs:
     """The planned runs of an experiment at a profile, and the rows of those that are done.
 
