@@ -42,7 +42,7 @@ class Growing(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The slopes with their intervals over seeds; the benefits in the notes."""
-        every = load(self.experiment, source.profile, source.root, dataset=self.dataset)
+        every = load(self.experiment, source, dataset=self.dataset)
         every = every.only(
             run for run in every.planned if run.init == self.start or run.method == "dense"
         )
@@ -131,7 +131,7 @@ class MoreSensitive(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """Sparse minus dense, both in the notes, and the paper's tests on our pooled means."""
-        every = load(self.experiment, source.profile, source.root, dataset=self.dataset)
+        every = load(self.experiment, source, dataset=self.dataset)
         parts, missing, planned = [], [], []
         curves: dict[str, dict[str, pd.Series]] = {"sparse_momentum": {}, "dense": {}}
         for model in self.models:

@@ -94,7 +94,7 @@ class Pairs(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The differences, and with `over` what each of its values says alone."""
-        every = load(self.experiment, source.profile, source.root)
+        every = load(self.experiment, source)
         planned: dict[Run, None] = {}
         parts, missing, unplanned = [], [], []
         for name, *wheres in self.pairs:
@@ -178,7 +178,7 @@ class Level(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """Ours minus the paper's (Welch), and our mean with its own interval."""
-        every = load(self.experiment, source.profile, source.root)
+        every = load(self.experiment, source)
         if self.points and every.planned and every.reduced():
             raise NoRuns(
                 f"{self.experiment} ({source.profile}): a published error is compared with runs at "
@@ -237,7 +237,7 @@ class Reduction(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """Ours minus the paper's, and ours; against each of the others alone in the list."""
-        every = load(self.experiment, source.profile, source.root)
+        every = load(self.experiment, source)
         cells = {self.over: self.cells(source.profile, "") or []}
         a = every.where(**self.a, **cells)
         sides = {name: every.where(**other, **cells) for name, other in self.others.items()}

@@ -72,7 +72,7 @@ class SameError(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The differences, and the spread over seeds in the notes."""
-        every = load(self.experiment, source.profile, source.root, dataset=self.dataset)
+        every = load(self.experiment, source, dataset=self.dataset)
         sides = [computed(every, way) for way in ("masked", self.way)]
         for side in sides:
             side.needed()

@@ -95,9 +95,8 @@ def details(source: Source, notebook: str = "") -> pd.DataFrame:
     return pd.DataFrame([row for claim in claims for row in _judged(claim, source).parts])
 
 
-def verdict_table(profile: str, results_root: Any = None, notebook: str = "") -> pd.DataFrame:
-    """`scorecard` followed by `extensions`, of one profile."""
-    source = Source(profile, results_root or None)
+def verdict_table(source: Source, notebook: str = "") -> pd.DataFrame:
+    """`scorecard` followed by `extensions`."""
     tables = [scorecard(source, notebook), extensions(source, notebook)]
     return pd.concat([table for table in tables if len(table)], ignore_index=True)
 
@@ -329,17 +328,17 @@ def _paper_texts(claim: Claim, papers: Mapping[str, PaperValue]) -> str:
     return f"{', '.join(texts)} {claim.unit}"
 
 
-def scales(profile: str, results_root: Any, table: pd.DataFrame) -> list[str]:
+def scales(source: Source, table: pd.DataFrame) -> list[str]:
     """One line per experiment that the claims of a verdict table rest on: its scale."""
     names = dict.fromkeys(table["experiment"])
-    return [f"{name}: {load(name, profile, results_root or None).scale()}" for name in names]
+    return [f"{name}: {load(name, source).scale()}" for name in names]
 
 
-def sentences(profile: str, results_root: Any = None, notebook: str = "") -> list[str]:
+def sentences(source: Source, notebook: str = "") -> list[str]:
     """Each claim as one Markdown sentence with its numbers, for a notebook's conclusion; what this
     reproduction adds is called so.
     """
-    source, said = Source(profile, results_root or None), []
+    said = []
     for table, kind in ((scorecard(source, notebook), ""), (extensions(source, notebook), "ours")):
         for row in table.to_dict("records"):
             text = f"**{row['verdict']}**: {row['claim']}."
@@ -351,15 +350,16 @@ def sentences(profile: str, results_root: Any = None, notebook: str = "") -> lis
     return said
 
 
-def verdict_text(profile: str, results_root: Any = None, width: int = 120) -> str:
+def verdict_text(source: Source, width: int = 120) -> str:
     """For a terminal: the authors' scorecard on one page, then the published values, then what this
     reproduction adds, each counted for itself; the scale of the runs and the rule below.
     """
-    source = Source(profile, results_root or None)
     ours = "ours [95 % interval]"
     wide = {"claim": width - 75, "paper": 18, ours: 32, "n": 3, "verdict": 14}
     table = scorecard(source)
-    lines = [] if profile == "paper" else [f"Profile {profile}: reduced scale, not the paper's\n"]
+    lines = []
+    if source.reduced:
+        lines.append(f"Profile {source.profile}: reduced scale, not the paper's\n")
     lines += _section("The authors' claims", table.rename(columns={"ours": ours}), wide)
     values = published_values(source)
     known = values[values["verdict"] != NO_RUNS]
@@ -368,7 +368,7 @@ def verdict_text(profile: str, results_root: Any = None, width: int = 120) -> st
     more = extensions(source)
     known = more[more["verdict"] != NO_RUNS].rename(columns={"ours": ours})
     lines += _section("Added by this reproduction (those with rows)", known, wide, more)
-    for scale in scales(profile, results_root, pd.concat([table, more])):
+    for scale in scales(source, pd.concat([table, more])):
         lines += textwrap.wrap(scale, width)
     lines += textwrap.wrap(_unbroken(RULE), width)
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def trainability(source: Source) -> pd.DataFrame:
 
     NoRuns without any row.
     """
-    every = load(EXPERIMENT, source.profile, source.root).needed()
+    every = load(EXPERIMENT, source).needed()
     lines = []
     for density in sorted({run.density for run in every.planned}):
         start = learned_share(every.where(density=density, **START))
@@ -141,4 +141,4 @@ class MoreLearn(Measure):
             parts.append(Part(name, scaled, scaled, note))
         if not parts:
             raise NoRuns(f"{EXPERIMENT} ({source.profile}): {self.variant} has no runs to compare")
-        return Found(tuple(parts), load(EXPERIMENT, source.profile, source.root), tuple(missing))
+        return Found(tuple(parts), load(EXPERIMENT, source), tuple(missing))

@@ -38,7 +38,7 @@ class Specialisation(Measure):
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The paired differences, and the two means."""
         planned = {run.model for run in planned_runs(self.experiment, source.profile)}
-        every = load(self.experiment, source.profile, source.root, method=_SIDES)
+        every = load(self.experiment, source, method=_SIDES)
         parts, missing = [], []
         for name, models in NETWORKS.items():
             model = next((one for one in models if one in planned), models[0])
@@ -100,7 +100,7 @@ class Estimate(Measure):
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """Ours minus the paper's, and ours; the dense networks' own estimates in the note."""
         only = {"model": list(self.models)} if self.models else {}
-        runs = load(self.experiment, source.profile, source.root, method=_SIDES, **only)
+        runs = load(self.experiment, source, method=_SIDES, **only)
         found = measured.speedups(runs)
         ours = found[found["method"] == "sparse_momentum"]
         wide = ours.pivot(index="seed", columns=["model", "density"], values=self.kind)
@@ -135,7 +135,7 @@ class OnTheClock(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The mean over networks, and how many channels could be taken out."""
-        runs = load(self.experiment, source.profile, source.root, method="sparse_momentum")
+        runs = load(self.experiment, source, method="sparse_momentum")
         found = measured.speedups(runs)
         more = pd.Series(100 * (1 / found["removed"] - 1)).groupby(found["seed"])
         shown = t_interval(more.mean()[more.size() == more.size().max()])
@@ -181,6 +181,6 @@ class SparseKernels(Measure):
             f"whole training steps at {100 * self.density:g} % of the weights: {each}; range of "
             f"{count} repeats on one machine, not an interval over seeds"
         )
-        runs = load(self.experiment, source.profile, source.root)
+        runs = load(self.experiment, source)
         scale = f"clock of {row['machine']}; range of {count} repeats"
         return Found((Part("", decides, shown, note),), runs, scale=scale)

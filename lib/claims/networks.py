@@ -37,7 +37,7 @@ def distances(source: Source, method: str) -> dict[str, pd.Series]:
     Over the shares of weights that every way planned for the method has rows of; a seed counts
     where it learned at all of them.
     """
-    every = load(EXPERIMENT, source.profile, source.root, method=method)
+    every = load(EXPERIMENT, source, method=method)
     curve = published_curve(method)
     sides = {name: side for name, where in WAYS.items() if (side := every.where(**where)).planned}
     tables = {name: _by_density(side) for name, side in sides.items()}
@@ -66,7 +66,7 @@ class Closer(Measure):
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The paired difference; each distance with its interval over seeds in the note."""
-        every = load(EXPERIMENT, source.profile, source.root, method=self.method).needed()
+        every = load(EXPERIMENT, source, method=self.method).needed()
         found = distances(source, self.method)
         first, *others = WAYS
         parts, missing = [], []

@@ -28,6 +28,7 @@ from lib.results.reading import (
     MODEL_NAMES,
     NoRuns,
     Runs,
+    Source,
     interval_text,
     load,
     published_rows,
@@ -198,21 +199,22 @@ Block = Heading | Text | Items | Picture | Numbers
 # --------------------------------------------------------------------------------------------------
 
 
-def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
-    """Write report.pdf and report.html on the runs at `profile`, at the paper's scale and at hours.
+def report(source: Source) -> list[Path]:
+    """Write report.pdf and report.html on the runs of `source`, at the paper's scale and at hours.
 
     They go to figures/, for smoke and for results elsewhere to figures/ beside or below the
     results (`figures.output_dir`). The files written. Raises ValueError for an unknown profile,
     ResultsError for a damaged CSV.
     """
-    if profile not in experiments.PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: {', '.join(experiments.PROFILES)}")
-    folder = figures.output_dir(profile, results_root)
-    if results_root is None and profile != "smoke":
+    if source.profile not in experiments.PROFILES:
+        known = ", ".join(experiments.PROFILES)
+        raise ValueError(f"unknown profile {source.profile!r}: {known}")
+    folder = figures.output_dir(source)
+    if source.root is None and source.profile != "smoke":
         folder = paths.figures_dir()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        blocks = compose(profile, results_root, Path(scratch))
+        blocks = compose(source, Path(scratch))
         contents = {"html": to_html(blocks).encode(), "pdf": to_pdf(blocks, Path(scratch))}
     written = []
     for kind, content in contents.items():
@@ -224,11 +226,11 @@ def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
     return written
 
 
-def compose(profile: str, results_root: str | Path | None, scratch: Path) -> list[Block]:
+def compose(source: Source, scratch: Path) -> list[Block]:
     """The blocks of the report; its figures are saved in the directory `scratch`."""
-    root = results_root or None
-    scales = [s for s in dict.fromkeys(("paper", "hours", profile)) if _done(s, root)]
-    judged = {scale: claims.verdict_table(scale, root) for scale in scales}
+    names = dict.fromkeys(("paper", "hours", source.profile))
+    scales = [name for name in names if _done(source.at(name))]
+    judged = {scale: claims.verdict_table(source.at(scale)) for scale in scales}
     blocks: list[Block] = [Heading(1, "What this is"), *map(Text, _WHAT)]
     for scale in scales:
         name = _scale_name(scale)
@@ -237,19 +239,19 @@ def compose(profile: str, results_root: str | Path | None, scratch: Path) -> lis
         blocks.append(Text("At the paper's scale nothing has been computed yet."))
     blocks.append(Heading(1, "Scope and scale"))
     if scales:
-        blocks += [Numbers(_scope(scale, root)) for scale in scales]
+        blocks += [Numbers(_scope(source.at(scale))) for scale in scales]
     else:
         blocks.append(
             Text(
-                f"No run is done at the profiles {profile} and paper; "
-                f"`python -m lib run all --profile {profile}` trains them."
+                f"No run is done at the profiles {source.profile} and paper; "
+                f"`python -m lib run all --profile {source.profile}` trains them."
             )
         )
     blocks += [Heading(1, "The rule from numbers to verdicts"), Text(_RULE), Text(claims.RULE)]
     for scale in scales:
-        blocks += _chapter(scale, root, scratch, judged[scale])
+        blocks += _chapter(source.at(scale), scratch, judged[scale])
     blocks += [Heading(1, "Guesses and departures from the paper"), Items(DEVIATIONS)]
-    blocks += [Heading(1, "What remains open"), *_open(judged, root)]
+    blocks += [Heading(1, "What remains open"), *_open(judged, source.at("paper"))]
     return blocks
 
 
@@ -257,15 +259,15 @@ def _scale_name(profile: str) -> str:
     return "the paper's scale" if profile == "paper" else f"reduced scale ({profile})"
 
 
-def _done(profile: str, root: str | Path | None) -> bool:
-    return any(len(load(name, profile, root).rows) for name in experiments.EXPERIMENTS)
+def _done(source: Source) -> bool:
+    return any(len(load(name, source).rows) for name in experiments.EXPERIMENTS)
 
 
-def _scope(profile: str, root: str | Path | None) -> Table:
+def _scope(source: Source) -> Table:
     """What was trained, how much, how long and where, one row per experiment."""
     lines, every = [], []
     for name in experiments.EXPERIMENTS:
-        runs = load(name, profile, root)
+        runs = load(name, source)
         rows = pd.concat([runs.rows, runs.diverged])
         line = {
             "experiment": name,
@@ -293,7 +295,7 @@ def _scope(profile: str, root: str | Path | None) -> Table:
         + f" Commits: {_list(rows['commit'].str[:10])}"
         + (f"; {changed} runs with changes that were not committed." if changed else ".")
     )
-    return Table(pd.DataFrame(lines), f"The runs at {_scale_name(profile)}", note)
+    return Table(pd.DataFrame(lines), f"The runs at {_scale_name(source.profile)}", note)
 
 
 def _spread(values: pd.Series, zero: str = "0") -> str:
@@ -308,12 +310,10 @@ def _list(values: pd.Series) -> str:
     return ", ".join(sorted({str(v) for v in values}))
 
 
-def _chapter(
-    profile: str, root: str | Path | None, scratch: Path, judged: pd.DataFrame
-) -> list[Block]:
+def _chapter(source: Source, scratch: Path, judged: pd.DataFrame) -> list[Block]:
     """Verdicts and experiments at one profile."""
-    blocks: list[Block] = [Heading(1, f"Verdicts at {_scale_name(profile)}")]
-    if profile != "paper":
+    blocks: list[Block] = [Heading(1, f"Verdicts at {_scale_name(source.profile)}")]
+    if source.reduced:
         blocks.append(Text(_REDUCED))
     counts = _counts(judged)
     blocks.append(Text(f"{counts[0].upper()}{counts[1:]}"))
@@ -321,16 +321,16 @@ def _chapter(
     columns["ours"] = "ours [95 % interval]"
     frame = judged.loc[judged["verdict"] != claims.NO_RUNS, list(columns)]
     frame = frame.rename(columns=columns).astype(str)
-    caption = f"The paper's claims and what the runs at {_scale_name(profile)} say"
+    caption = f"The paper's claims and what the runs at {_scale_name(source.profile)} say"
     if len(frame):
         blocks.append(Numbers(Table(frame, caption)))
-    blocks.append(Heading(1, f"Experiments at {_scale_name(profile)}"))
-    shown = {name: owner(name) for name in dict.fromkeys([*FIGURES, *TABLES])}
+    blocks.append(Heading(1, f"Experiments at {_scale_name(source.profile)}"))
+    shown = {name: entry.experiment for name, entry in {**FIGURES, **TABLES}.items()}
     for name in [*experiments.EXPERIMENTS, ""]:
         own = [item for item, belongs in shown.items() if belongs == name and item != "verdicts"]
         mine = judged[(judged["experiment"] == name) & (judged["verdict"] != claims.NO_RUNS)]
-        blocks += _section(name, profile, root, scratch, own, mine)
-    every = [load(name, profile, root) for name in experiments.EXPERIMENTS]
+        blocks += _section(name, source, scratch, own, mine)
+    every = [load(name, source) for name in experiments.EXPERIMENTS]
     for said, names in (
         ("Not complete at this scale", [r.experiment for r in every if r.missing]),
         ("Not run at this scale", [r.experiment for r in every if not r.planned]),
@@ -349,15 +349,9 @@ def _counts(judged: pd.DataFrame) -> str:
     return f"of {len(judged)} claims {', '.join(texts)}."
 
 
-def owner(name: str) -> str:
-    """The experiment a figure or table belongs to: the longest whose name it starts with, or ""."""
-    return max((e for e in experiments.EXPERIMENTS if name.startswith(e)), key=len, default="")
-
-
 def _section(
     name: str,
-    profile: str,
-    root: str | Path | None,
+    source: Source,
     scratch: Path,
     own: list[str],
     judged: pd.DataFrame,
@@ -365,25 +359,27 @@ def _section(
     """One experiment: question, figures, tables, and each claim with its numbers; nothing where it
     has no runs.
     """
-    if name and load(name, profile, root).rows.empty:
+    if name and load(name, source).rows.empty:
         return []
     found: list[Block] = []
     for item in own:
         if item in FIGURES:
             try:
-                plot = FIGURES[item](profile, root)
+                plot = FIGURES[item](source)
             except NoRuns:
                 continue
-            found.append(_picture(plot, FIGURES[item].__doc__, scratch / f"{profile}_{item}.svg"))
+            found.append(
+                _picture(plot, FIGURES[item].caption, scratch / f"{source.profile}_{item}.svg")
+            )
     for item in own:
         if item in TABLES:
             try:
-                found.append(Numbers(TABLES[item](profile, root)))
+                found.append(Numbers(TABLES[item](source)))
             except NoRuns:
                 continue
     if not name:
         return [Heading(2, "Further figures and tables"), *found] if found else []
-    runs: Runs = load(name, profile, root)
+    runs: Runs = load(name, source)
     this = experiments.experiment(name)
     head: list[Block] = [Heading(2, this.title), Text(QUESTIONS.get(name, f"{this.title}."))]
     scale = runs.scale()
@@ -402,8 +398,8 @@ def _errors(runs: Runs) -> Table:
     more = {"keep_dense": "left dense", "overrides": "other settings"}
     more = {name: title for name, title in more.items() if (cells[name].nunique() > 1).any()}
     theirs: dict[Any, str] = {}
-    for source in _PUBLISHED.get(runs.experiment, ()):
-        for row in published_rows(source, method=list(METHOD_NAMES)).to_dict("records"):
+    for table in _PUBLISHED.get(runs.experiment, ()):
+        for row in published_rows(table, method=list(METHOD_NAMES)).to_dict("records"):
             value, error = row["test_error_pct"], row["standard_error"]
             if value == value:
                 text = f"{value:.2f}" + (f" ± {error:.2f}" if error == error else "")
@@ -432,19 +428,19 @@ def _sentence_on(row: Any) -> str:
     return text
 
 
-def _picture(plot: Plot, doc: str | None, file: Path) -> Picture:
+def _picture(plot: Plot, caption: str, file: Path) -> Picture:
     """Save a figure as vectors that both outputs take; equal figures give equal bytes."""
     with mpl.rc_context({"svg.hashsalt": file.stem}, fname=STYLE):
         plot.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     width, height = plot.get_size_inches()
-    return Picture(file, (float(width), float(height)), " ".join((doc or "").split()))
+    return Picture(file, (float(width), float(height)), caption)
 
 
-def _open(judged: dict[str, pd.DataFrame], root: str | Path | None) -> list[Block]:
+def _open(judged: dict[str, pd.DataFrame], paper: Source) -> list[Block]:
     """What no row answers yet."""
     lines = []
     for name, this in experiments.EXPERIMENTS.items():
-        runs = load(name, "paper", root)
+        runs = load(name, paper)
         if runs.missing:
             state = "not yet computed" if runs.missing == len(runs.planned) else "partly computed"
             lines.append(
@@ -469,7 +465,7 @@ def _open(judged: dict[str, pd.DataFrame], root: str | Path | None) -> list[Bloc
             blocks.append(Text(f"Inconclusive at {_scale_name(scale)}, at this n:"))
             blocks.append(Items(tuple(f"{claim}." for claim in names)))
     every = [table.set_index("id") for table in judged.values()]
-    at_paper = judged["paper"] if "paper" in judged else claims.verdict_table("paper", root)
+    at_paper = judged["paper"] if "paper" in judged else claims.verdict_table(paper)
     without = [
         row
         for row in at_paper.to_dict("records")

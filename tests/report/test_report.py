@@ -13,6 +13,7 @@ from lib.__main__ import main
 from lib.figures import Table
 from lib.report import report
 from lib.report.report import Heading, Items, Numbers, Picture, Text
+from lib.results.reading import Source
 from tests.support.made_up_grid import write_grid
 
 
@@ -34,7 +35,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def blocks(both: Path, tmp_path_factory: pytest.TempPathFactory) -> list[report.Block]:
-    return report.compose("quick", both, tmp_path_factory.mktemp("scratch"))
+    return report.compose(Source("quick", both), tmp_path_factory.mktemp("scratch"))
 
 
 def test_scales_have_chapters_of_their_own(blocks: list[report.Block]) -> None:
@@ -78,7 +79,7 @@ def test_scope_counts_the_runs(blocks: list[report.Block]) -> None:
 def test_every_claim_with_runs_is_said_with_its_numbers(
     blocks: list[report.Block], both: Path
 ) -> None:
-    judged = claims.verdict_table("quick", both)
+    judged = claims.verdict_table(Source("quick", both))
     with_runs = judged[judged["verdict"] != claims.NO_RUNS]
     assert len(with_runs) > 5
     said = "\n".join(text for b in blocks if isinstance(b, Items) for text in b.texts)
@@ -102,7 +103,7 @@ def test_what_is_open_counts_the_missing_runs(blocks: list[report.Block]) -> Non
 def test_an_experiment_without_own_tables_shows_its_errors_beside_the_published(
     both: Path,
 ) -> None:
-    table = report._errors(report.load("cifar10_table", "quick", both))
+    table = report._errors(report.load("cifar10_table", Source("quick", both)))
     row = table.frame[(table.frame["network"] == "AlexNet-s") & (table.frame["method"] == "Dense")]
     assert row["published (%)"].tolist() == ["12.95 ± 0.06"]
     assert row["n"].tolist() == ["3"]
@@ -110,9 +111,9 @@ def test_an_experiment_without_own_tables_shows_its_errors_beside_the_published(
 
 
 def test_each_figure_belongs_to_an_experiment() -> None:
-    assert report.owner("main_results_lenet300-100") == "main_results"
-    assert report.owner("cifar10_table_errors") == "cifar10_table"
-    assert report.owner("verdicts") == ""
+    every = {**figures.FIGURES, **figures.TABLES}
+    assert {entry.experiment for entry in every.values()} <= {*experiments.EXPERIMENTS, ""}
+    assert [name for name, entry in every.items() if not entry.experiment] == ["verdicts"]
     assert set(report.QUESTIONS) == set(experiments.EXPERIMENTS)
 
 
@@ -148,7 +149,7 @@ def test_both_files_through_the_command_line(
     write_grid(tmp_path, "main_results", "smoke")
     assert main(["report", "--profile", "smoke", "--results", str(tmp_path)]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    folder = figures.output_dir("smoke", tmp_path)
+    folder = figures.output_dir(Source("smoke", tmp_path))
     assert written == [folder / "report.html", folder / "report.pdf"]
     page = _Tags()
     text = written[0].read_text(encoding="utf-8")
@@ -161,7 +162,7 @@ def test_both_files_through_the_command_line(
     pdf = written[1].read_bytes()
     assert pdf.startswith(b"%PDF-") and len(pdf) > 50_000
     before = [path.read_bytes() for path in written]
-    report.report("smoke", tmp_path)
+    report.report(Source("smoke", tmp_path))
     assert [path.read_bytes() for path in written] == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -183,7 +184,7 @@ def test_texts_are_no_markup(tmp_path: Path) -> None:
 
 
 def test_without_runs_it_says_so(tmp_path: Path) -> None:
-    blocks = report.compose("smoke", tmp_path, tmp_path)
+    blocks = report.compose(Source("smoke", tmp_path), tmp_path)
     said = " ".join(b.text for b in blocks if isinstance(b, Text))
     assert "python -m lib run all --profile smoke" in said
     assert not [b for b in blocks if isinstance(b, Picture)]
@@ -191,4 +192,4 @@ def test_without_runs_it_says_so(tmp_path: Path) -> None:
 
 def test_an_unknown_profile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown profile 'fast': smoke, quick, hours, paper"):
-        report.report("fast", tmp_path)
+        report.report(Source("fast", tmp_path))
