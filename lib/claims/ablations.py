@@ -30,14 +30,14 @@ class Growing(Measure):
     """How the difference full minus without `part` changes per doubling of depth or width: the
     mean of the slopes of the seeds that learned. Below zero the benefit of the part grows.
 
-    `axes`: how the axes of the families begin (`effects.families`). Each family gives three parts:
-    all its networks, and without each end, so that no trend rests on one network.
+    `families`: how their names begin (`effects.families`). Each family gives three parts: all its
+    networks, and without each end, so that no trend rests on one network.
     """
 
     experiment: str
     part: str
     dataset: str
-    axes: Sequence[str]
+    families: tuple[str, ...]
     start: str = "uniform"  # initial densities of the layers
 
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
@@ -49,7 +49,7 @@ class Growing(Measure):
         found = [
             family
             for family in effects.families(run.model for run in every.planned)
-            if family.axis.startswith(tuple(self.axes)) and len(family.sizes) > 1
+            if family.name.startswith(self.families) and len(family.sizes) > 1
         ]
         if not found:
             raise NoRuns(

@@ -187,7 +187,8 @@ class Level(Measure):
         planned: list[Run] = []
         parts, missing = [], []
         for name, where in self.sides.items():
-            runs, failed = every.where(**where), learning(every.where(**where))
+            runs = every.where(**where)
+            failed = learning(runs)
             planned += runs.planned
             errors = runs.learned().by_seed()
             if errors.empty:

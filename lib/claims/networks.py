@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from lib.claims.claim import Found, Measure, PaperValue, Part, corrected
 from lib.claims.learning import learning
-from lib.claims.values import NORMED, RAW
+from lib.claims.values import NORMED, PLAIN, RAW
 from lib.results.reading import NoRuns, Runs, Source, Where, interval_text, load
 from lib.stats import paired_difference, t_interval
 
@@ -17,9 +17,10 @@ EXPERIMENT = "baseline_network"
 
 # How each is trained: as the paper does, or as the code of DSR's authors trains SET and DSR.
 WAYS: dict[str, Where] = {
-    "LeNet-300-100": {"model": "lenet300-100", "schedule": "cosine"},
-    "with batch norm": {"model": NORMED, "schedule": "cosine"},
+    "LeNet-300-100": {"model": "lenet300-100", **PLAIN},
+    "with batch norm": {"model": NORMED, **PLAIN},
     "with batch norm, as their code trains": {"model": NORMED, "schedule": "constant"},
+    "with batch norm, output layer half dense": {"model": NORMED, **PLAIN, "init": "half_output"},
 }
 
 
@@ -31,23 +32,24 @@ def published_curve(method: str) -> pd.Series:
     return rows.set_index("density")["test_error_pct"]
 
 
-def distances(source: Source, method: str) -> dict[str, pd.Series]:
-    """Way -> mean absolute difference to the published curve in points, by seed.
+def distances(source: Source, method: str, ways: Sequence[str]) -> pd.DataFrame:
+    """Mean absolute difference to the published curve in points, [seeds, ways].
 
-    Over the shares of weights that every way planned for the method has rows of; a seed counts
-    where it learned at all of them.
+    Over the shares of weights of which each of the ways has rows (`attrs["shares"]`); a seed has a
+    value where it learned at all of them. Empty where there is no such share.
     """
     every = load(EXPERIMENT, source, method=method)
     curve = published_curve(method)
-    sides = {name: side for name, where in WAYS.items() if (side := every.where(**where)).planned}
-    tables = {name: _by_density(side) for name, side in sides.items()}
-    tables = {name: table for name, table in tables.items() if not table.empty}
-    shared = [at for at in curve.index if tables and all(at in t for t in tables.values())]
-    return {
-        name: table[shared].sub(curve[shared]).abs().mean(axis=1, skipna=False).dropna()
+    tables = {name: _by_density(every.where(**WAYS[name])) for name in ways}
+    shares = [at for at in curve.index if all(at in table for table in tables.values())]
+    off = {
+        name: table[shared].sub(curve[shared]).abs().mean(axis=1, skipna=False)
         for name, table in tables.items()
-        if shared
+        if (shared := shares)
     }
+    found = pd.DataFrame(off)
+    found.attrs["shares"] = shares
+    return found
 
 
 def _by_density(runs: Runs) -> pd.DataFrame:
@@ -67,24 +69,22 @@ class Closer(Measure):
     def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The paired difference; each distance with its interval over seeds in the note."""
         every = load(EXPERIMENT, source, method=self.method).needed()
-        found = distances(source, self.method)
         first, *others = WAYS
         parts, missing = [], []
         for name in others:
             if not every.where(**WAYS[name]).planned:
                 continue
-            if not (name in found and first in found):
+            found = distances(source, self.method, (first, name))
+            pair = paired_difference(found[name], found[first]) if len(found) else None
+            if pair is None or not pair.n:
                 missing.append(name)
                 continue
-            pair = paired_difference(found[name], found[first])
-            if not pair.n:
-                missing.append(name)
-                continue
-            each = "; ".join(
-                f"{way} {interval_text(*t_interval(found[way])[:3])} points off"
-                for way in (first, name)
+            shares = ", ".join(f"{100 * at:g}" for at in found.attrs["shares"])
+            each = " and ".join(
+                interval_text(*t_interval(found[way].dropna())[:3]) for way in (name, first)
             )
-            parts.append(Part(name, pair.interval, pair.interval, each))
+            note = f"{each} points off, over {shares} %"
+            parts.append(Part(name, pair.interval, pair.interval, note))
         if not parts:
             raise NoRuns(f"{EXPERIMENT} ({source.profile}): no seed has finished both networks")
         return Found(tuple(parts), every, tuple(missing), learning(every))

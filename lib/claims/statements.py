@@ -385,7 +385,7 @@ _ABLATIONS = (
             source="abstract, version 2; no numbers are public",
             kind="lower",
             margin=round(EFFECT_MARGIN["cifar10"] / 3, 3),  # three doublings are covered
-            ours=Growing("depth_scaling", part, "cifar10", ("depth", "width")),
+            ours=Growing("depth_scaling", part, "cifar10", ("WRN-",)),
         )
         for part in WITHOUT
     ),
