@@ -165,22 +165,30 @@ def corrected(
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One claim: its words, its place in the paper, how ours and the paper's value come.
+class Rule:
+    """How a claim is judged: its kind (`lib.stats.verdict`), what counts as no difference in
+    practice (in `unit`), and whether that margin was set before there were rows.
+    """
 
-    `margin`: what counts as no difference in practice, in `unit`; `when`: whether it was set before
-    there were rows. `paper`: one value, one for each part by name, or None.
+    kind: Kind
+    margin: float
+    unit: str = "points"
+    when: str = BEFORE
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: its words, its place in the paper, its rule, how ours and the paper's value come.
+
+    `paper`: one value, one for each part by name, or None where none is published.
     """
 
     id: str
     statement: str
     source: str
-    kind: Kind
-    margin: float
+    rule: Rule
     ours: Measure
     paper: PaperSource | Mapping[str, PaperSource] | None = None
-    unit: str = "points"
-    when: str = BEFORE
 
     @property
     def notebook(self) -> str:

@@ -20,6 +20,7 @@ from lib.claims.claim import (
     TEN_IMAGES,
     Claim,
     Published,
+    Rule,
 )
 from lib.claims.compare import Level, NotTrained, Pairs, against
 from lib.claims.computing import MARGINS, SameError
@@ -60,10 +61,8 @@ _MAIN = (
             statement=f"{METHOD_NAMES[method]}: the published MNIST curve is that of the network "
             "with batch norm (mean distance to it, minus that of LeNet-300-100)",
             source="code of DSR's authors, mnist_mlp; its flags are not recorded",
-            kind="lower",
-            margin=TEN_IMAGES,
+            rule=Rule("lower", TEN_IMAGES, when=_NEW),
             ours=Closer(method),
-            when=_NEW,
         )
         for method in _BASELINES
     ),
@@ -73,8 +72,7 @@ _MAIN = (
             statement=f"Batch norm for all{words}: lower error than each of {names}, mean over the "
             "weights",
             source=_OURS,
-            kind="lower",
-            margin=TEN_IMAGES,
+            rule=Rule("lower", TEN_IMAGES, when=_NEW),
             ours=Pairs(
                 "baseline_network",
                 against(
@@ -83,7 +81,6 @@ _MAIN = (
                 ),
                 "density",
             ),
-            when=_NEW,
         )
         for ident, words, names, methods, ours, theirs in (
             ("lower_than_others", "", "DSR, SET, DeepR, a static mask", _BASELINES, {}, {}),
@@ -109,8 +106,7 @@ _MAIN = (
         id="mnist_lower_than_static",
         statement="LeNet-300-100: lower error than a static mask, mean over the weights",
         source="raw runs of DSR's authors, not plotted",
-        kind="lower",
-        margin=TEN_IMAGES,
+        rule=Rule("lower", TEN_IMAGES),
         ours=Pairs(
             "main_results",
             [("", mnist("sparse_momentum"), mnist("static"))],
@@ -130,8 +126,7 @@ _MAIN = (
         statement="LeNet-300-100 at 1 %: DSR has lower error than sparse momentum (raw runs; the "
         "figure's file has a slip)",
         source="official code, results/dynamic_sparse/results.zip",
-        kind="lower",
-        margin=TEN_IMAGES,
+        rule=Rule("lower", TEN_IMAGES),
         ours=Pairs(
             "main_results",
             [("", mnist("dsr", density=0.01), mnist("sparse_momentum", density=0.01))],
@@ -148,8 +143,11 @@ _MAIN = (
         statement="LeNet-300-100, all from ERK densities of the layers: lower error than each of "
         "DSR, SET, DeepR and a static mask, mean over the weights",
         source=_OURS,
-        kind="lower",
-        margin=TEN_IMAGES,
+        rule=Rule(
+            "lower",
+            TEN_IMAGES,
+            when="before the rows from ERK densities, after those from uniform ones (2026-11-22)",
+        ),
         ours=Pairs(
             "initial_densities",
             against(
@@ -158,7 +156,6 @@ _MAIN = (
             ),
             "density",
         ),
-        when="before the rows from ERK densities, after those from uniform ones (2026-11-22)",
     ),
     *(
         Claim(
@@ -166,11 +163,9 @@ _MAIN = (
             statement=f"LeNet-5: more seeds learn with {variant} than as the paper starts it "
             "(share at the paper's start minus with it; ten epochs)",
             source=f"{_OURS}; issues 6 and 15 of the official code: 90 % accuracy falls to 10 %",
-            kind="lower",
-            margin=20.0,  # points: four of twenty seeds
+            # points: four of twenty seeds
+            rule=Rule("lower", 20.0, "points of the share", _NEW),
             ours=MoreLearn(variant),
-            unit="points of the share",
-            when=_NEW,
         )
         for variant in list(VARIANTS)[1:]
     ),
@@ -186,8 +181,12 @@ _READING_NAMES = {
     "half": "prune rate 0.5 (the official command line's default)",
 }
 _PUBLISHED_BY = {
-    "mnist_sparse_summary": ("MNIST_sparse_summary.csv", values.JULY_9, {}),
-    "mnist_lenet300-100": ("the compression figure", values.JULY_29, {"setting": ""}),
+    "mnist_sparse_summary": ("MNIST_sparse_summary.csv", "19dcdff of 9 July 2019", {}),
+    "mnist_lenet300-100": (
+        "the compression figure",
+        "fb2eb00 of 29 July 2019, without the reset of momentum",
+        {"setting": ""},
+    ),
 }
 
 _READINGS = (
@@ -196,8 +195,12 @@ _READINGS = (
             id=f"readings_{reading}_{table}",
             statement=f"LeNet-300-100 at 1, 2, 5 %, {words}: error of {name}",
             source=f"official code, {version}",
-            kind="value",
-            margin=BETWEEN_MNIST_FILES,
+            rule=Rule(
+                "value",
+                BETWEEN_MNIST_FILES,
+                "%",
+                BEFORE if (reading, table) == ("official", "mnist_sparse_summary") else AFTER,
+            ),
             ours=Level(
                 "official_readings",
                 {share: {**READINGS[reading], "density": at} for share, at in _SHARES.items()},
@@ -206,8 +209,6 @@ _READINGS = (
                 share: Published(table, mnist("sparse_momentum", density=at, **more))
                 for share, at in _SHARES.items()
             },
-            unit="%",
-            when=BEFORE if (reading, table) == ("official", "mnist_sparse_summary") else AFTER,
         )
         for reading, words in _READING_NAMES.items()
         for table, (name, version, more) in _PUBLISHED_BY.items()
@@ -217,8 +218,7 @@ _READINGS = (
         statement="Resetting the momentum of inactive weights after an update changes no error: "
         "when it is next read, after 540 steps, 0.9^540 = 2e-25 of what it set is left",
         source="official code of 9 July 2019, reset_momentum",
-        kind="same",
-        margin=BETWEEN_MNIST_FILES,
+        rule=Rule("same", BETWEEN_MNIST_FILES, when=_NEW),
         ours=Pairs(
             "official_readings",
             [
@@ -230,7 +230,6 @@ _READINGS = (
                 for share, at in _SHARES.items()
             ],
         ),
-        when=_NEW,
     ),
 )
 
@@ -249,8 +248,7 @@ _ABLATIONS = (
             id=f"ablation_{ident}",
             statement=words,
             source=_OURS,
-            kind="lower",
-            margin=EFFECT_MARGIN["mnist" if networks is _LENET else "cifar10"],
+            rule=Rule("lower", EFFECT_MARGIN["mnist" if networks is _LENET else "cifar10"]),
             ours=Pairs("ablations", part_pairs(networks, FULL, without), "density"),
         )
         for ident, words, networks, without in (
@@ -287,8 +285,8 @@ _ABLATIONS = (
             statement=f"{words}{' from ERK densities' if start == 'erk' else ''}: the benefit of "
             f"momentum {part} grows with depth (change of full minus without, per doubling)",
             source=_OURS + "; at depth 1 without redistribution the output layer keeps its share",
-            kind="lower",
-            margin=round(EFFECT_MARGIN["mnist"] / 3, 3),  # three doublings are covered
+            # three doublings are covered
+            rule=Rule("lower", round(EFFECT_MARGIN["mnist"] / 3, 3)),
             ours=Growing("depth_scaling", part, "mnist", (axis,), start),
         )
         for part in WITHOUT
@@ -301,10 +299,8 @@ _ABLATIONS = (
         "dense, last 3x3 convolutions 2 to 10 %) and helps from uniform densities",
         source="official logs of the tuned runs; RigL reproducibility report, table 5: 71.8 to "
         "72.6 % accuracy on CIFAR-100 at 10 %",
-        kind="lower",
-        margin=TABLE_MARGIN,
+        rule=Rule("lower", TABLE_MARGIN, when=AFTER),
         ours=NotTrained("imagenet", "no run without redistribution is planned on ResNet-50"),
-        when=AFTER,
     ),
 )
 
@@ -317,10 +313,8 @@ _SENSITIVITY = (
             statement=f"{model_name(model)}: {over.replace('_', ' ')} {low:g} to {high:g} moves "
             f"the error by less than {SETTING_MARGIN[dataset]:g} points",
             source=_OURS,
-            kind="same",
-            margin=SETTING_MARGIN[dataset],
+            rule=Rule("same", SETTING_MARGIN[dataset], when=AFTER if width == "narrow" else BEFORE),
             ours=settings(over, (model,), low, high),
-            when=AFTER if width == "narrow" else BEFORE,
         )
         for model, dataset, widths in (
             ("lenet300-100", "mnist", ("narrow", "whole")),
@@ -334,8 +328,7 @@ _SENSITIVITY = (
         id="momentum_no_more_than_dense_lenet300-100",
         statement="LeNet-300-100: no more sensitive to momentum than dense training",
         source=_OURS,
-        kind="match",
-        margin=SETTING_MARGIN["mnist"],
+        rule=Rule("match", SETTING_MARGIN["mnist"]),
         ours=MoreSensitive("mnist", ("lenet300-100",)),
     ),
 )
@@ -348,61 +341,49 @@ _LAST = (
         id="speedup_estimate_dense_convolution",
         statement="CIFAR-10: with dense convolutions the largest estimate is above 1 ×",
         source="the paper's table; its numbers are not public",
-        kind="at_least",
-        margin=0.0,
+        rule=Rule("at_least", 0.0, "×", AFTER),
         ours=Estimate("max", "channel", above=1.0),
-        unit="×",
-        when=AFTER,
     ),
     Claim(
         id="speedup_measured",
         statement="CIFAR-10: a forward pass without the empty channels takes less time than dense",
         source=_FASTER,
-        kind="lower",
-        margin=5.0,  # per cent of the time; two clocks of one network differ by as much
+        # per cent of the time; two clocks of one network differ by as much
+        rule=Rule("lower", 5.0, "%"),
         ours=OnTheClock(),
         paper=headline(
             "speedup_max_x",
             "up to {value:g} × faster (estimate)",
             setting="version 2",
         ),
-        unit="%",
     ),
     Claim(
         id="speedup_clock",
         statement="CIFAR-10: whole training steps with sparse kernels on the CPU take less time "
         "than dense, 5 % of the weights, the network that gains least",
         source=_FASTER,
-        kind="lower",
-        margin=5.0,
+        rule=Rule("lower", 5.0, "%", "after first timings existed (2026-11-22)"),
         ours=SparseKernels("least"),
         paper=headline(
             "speedup_min_x", "{value:g} × faster (estimate)", setting="version 2 (table)"
         ),
-        unit="%",
-        when="after first timings existed (2026-11-22)",
     ),
     Claim(
         id="speedup_clock_up_to",
         statement="CIFAR-10: training is up to 5.61 × faster by the clock too (sparse kernels on "
         "the CPU, 5 % of the weights, the network that gains most)",
         source=_FASTER,
-        kind="match",
-        margin=0.5,
+        rule=Rule("match", 0.5, "×", "after first timings existed (2026-11-22)"),
         ours=SparseKernels("largest"),
         paper=headline("speedup_max_x", "{value:g} × (estimate)", setting="version 2"),
-        unit="×",
-        when="after first timings existed (2026-11-22)",
     ),
     *(
         Claim(
             id=f"computing_{way}_{dataset}",
             statement=f"{name}: {words}, seed by seed",
             source=_OURS,
-            kind="same",
-            margin=MARGINS[dataset],
+            rule=Rule("same", MARGINS[dataset], when="before rows of this experiment (2026-11-22)"),
             ours=SameError(dataset, way),
-            when="before rows of this experiment (2026-11-22)",
         )
         for dataset, name in (("mnist", "MNIST"), ("cifar10", "CIFAR-10"))
         for way, words in (
@@ -415,8 +396,7 @@ _LAST = (
         statement="AlexNet-s, VGG16-D, WRN-28-2: sparse features are more general when every layer "
         "weighs the same",
         source="official code, feature_data.tar.gz, weighted here",
-        kind="lower",
-        margin=0.5,
+        rule=Rule("lower", 0.5),
         ours=Specialisation(EQUAL),
         paper={name: PublishedSpecialisation(m[0], EQUAL) for name, m in NETWORKS.items()},
     ),

@@ -151,10 +151,10 @@ def _judged(claim: Claim, source: Source) -> _Judged:
         "size": NAN,
         "detail": "",
         "scale": "",
-        "kind": claim.kind,
-        "margin": claim.margin,
-        "unit": claim.unit,
-        "when": claim.when,
+        "kind": claim.rule.kind,
+        "margin": claim.rule.margin,
+        "unit": claim.rule.unit,
+        "when": claim.rule.when,
         "experiment": claim.ours.experiment,
         "notebook": claim.notebook,
         "paper_value": next(iter(papers.values())).value if papers else NAN,
@@ -164,7 +164,7 @@ def _judged(claim: Claim, source: Source) -> _Judged:
         "difference_text": "–",
     }
     try:
-        found = claim.ours.measure(source, papers, claim.margin)
+        found = claim.ours.measure(source, papers, claim.rule.margin)
     except NoRuns as reason:
         return _Judged({**row, "detail": str(reason)}, [])
     parts = _parts(claim, found, source, papers)
@@ -189,10 +189,10 @@ def _judged(claim: Claim, source: Source) -> _Judged:
         needed = [item["needed"] for item in undecided]
         if all(needed):
             notes.append(f"would need n = {max(needed)}")
-    unit = part.unit or claim.unit
-    limit = claim.margin if part.margin is None else part.margin
+    unit = part.unit or claim.rule.unit
+    limit = claim.rule.margin if part.margin is None else part.margin
     size = abs(part.decides.mean) / limit if limit else NAN
-    if claim.kind == "lower" and not math.isnan(size):
+    if claim.rule.kind == "lower" and not math.isnan(size):
         notes.append(f"{size:.1f} times the margin")
     row |= {
         "ours": f"{part.name + ': ' if several else ''}{_number(claim, part.shown, unit)} {unit}",
@@ -214,9 +214,9 @@ def _parts(
 ) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for part in found.parts:
-        limit = claim.margin if part.margin is None else part.margin
-        unit = part.unit or claim.unit
-        said = verdict(claim.kind, part.decides, limit, source.profile)
+        limit = claim.rule.margin if part.margin is None else part.margin
+        unit = part.unit or claim.rule.unit
+        said = verdict(claim.rule.kind, part.decides, limit, source.profile)
         if source.profile == "smoke":
             said = Verdict.NOT_COMPARABLE
         lines.append(
@@ -227,12 +227,12 @@ def _parts(
                 "paper": _paper_text(claim, part.name, papers.get(part.name)),
                 "ours": f"{_number(claim, part.shown, unit)} {unit}",
                 "n": part.shown.n,
-                "p": p_reproduced(claim.kind, part.decides, limit),
+                "p": p_reproduced(claim.rule.kind, part.decides, limit),
                 "p_holm": NAN,
                 "verdict": str(said),
                 "decides": part.counts,
                 "note": part.note,
-                "needed": n_needed(claim.kind, part.decides, limit),
+                "needed": n_needed(claim.rule.kind, part.decides, limit),
                 "mean": part.decides.mean,
             }
         )
@@ -253,11 +253,11 @@ def _conjunction(
     if verdicts == {Verdict.NOT_COMPARABLE}:
         return Verdict.NOT_COMPARABLE
     for part, item in deciding:
-        limit = claim.margin if part.margin is None else part.margin
+        limit = claim.rule.margin if part.margin is None else part.margin
         wide = widened(part.decides, len(deciding))
         if (
             item["verdict"] == Verdict.NOT_REPRODUCED
-            and verdict(claim.kind, wide, limit, source.profile) == Verdict.NOT_REPRODUCED
+            and verdict(claim.rule.kind, wide, limit, source.profile) == Verdict.NOT_REPRODUCED
         ):
             return Verdict.NOT_REPRODUCED
     if verdicts == {Verdict.REPRODUCED} and not found.missing:
@@ -295,8 +295,10 @@ def _singles(parts: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _number(claim: Claim, one: Sequence[float], unit: str) -> str:
-    whole = claim.unit == "%" and claim.margin >= 1
-    sign = claim.kind not in ("value", "at_least") and unit != "×"  # times faster: no difference
+    whole = claim.rule.unit == "%" and claim.rule.margin >= 1
+    sign = (
+        claim.rule.kind not in ("value", "at_least") and unit != "×"
+    )  # times faster: no difference
     mean, low, high = one[:3]
     return interval_text(mean, low, high, 1 if whole else 2, sign=sign)
 
@@ -308,10 +310,10 @@ def _paper_text(claim: Claim, name: str, paper: PaperValue | None, unit: bool = 
         return "–"
     if says := claim.by_part()[name].says:
         return says.format(value=paper.value)
-    text = _number(claim, (paper.value, NAN, NAN), claim.unit)
+    text = _number(claim, (paper.value, NAN, NAN), claim.rule.unit)
     if not math.isnan(paper.standard_error):
         text += f" ± {paper.standard_error:.2f}"
-    return f"{text} {claim.unit}" if unit else text
+    return f"{text} {claim.rule.unit}" if unit else text
 
 
 def _paper_texts(claim: Claim, papers: Mapping[str, PaperValue]) -> str:
@@ -323,9 +325,9 @@ def _paper_texts(claim: Claim, papers: Mapping[str, PaperValue]) -> str:
     if len(papers) > 3:
         by_value = sorted(papers, key=lambda name: papers[name].value)
         low, high = (_paper_text(claim, n, papers[n], False) for n in (by_value[0], by_value[-1]))
-        return f"{low} to {high} {claim.unit}"
+        return f"{low} to {high} {claim.rule.unit}"
     texts = [f"{n} {_paper_text(claim, n, paper, False)}" for n, paper in papers.items()]
-    return f"{', '.join(texts)} {claim.unit}"
+    return f"{', '.join(texts)} {claim.rule.unit}"
 
 
 def scales(source: Source, table: pd.DataFrame) -> list[str]:

@@ -177,10 +177,8 @@ class SparseKernels(Measure):
             theirs = papers[""].value if papers else NAN
             decides = Interval(theirs - value, theirs - high, theirs - low, count, NAN)
         each = ", ".join(f"{model_name(r['model'])} {r['training']:.2f} ×" for r in rows)
-        note = (
-            f"whole training steps at {100 * self.density:g} % of the weights: {each}; range of "
-            f"{count} repeats on one machine, not an interval over seeds"
-        )
+        note = f"whole training steps at {100 * self.density:g} % of the weights: {each}"
         runs = load(self.experiment, source)
         scale = f"clock of {row['machine']}; range of {count} repeats"
-        return Found((Part("", decides, shown, note),), runs, scale=scale)
+        unit = f"{'%' if self.which == 'least' else '×'} (range of {count} repeats)"
+        return Found((Part("", decides, shown, note, unit=unit),), runs, scale=scale)

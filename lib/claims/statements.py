@@ -18,6 +18,7 @@ from lib.claims.claim import (
     TEN_IMAGES,
     Claim,
     Published,
+    Rule,
 )
 from lib.claims.compare import Level, NotTrained, Pairs, Reduction, against
 from lib.claims.effects import FULL, NARROW, WITHOUT, rules
@@ -81,8 +82,7 @@ _MAIN = (
         id="mnist_relative_reduction",
         statement="MNIST: error at least 8 % lower than other sparse algorithms (DSR, SET, DeepR)",
         source=f"{_ABSTRACT}; which algorithms is not said: those of the MNIST figure",
-        kind="at_least",
-        margin=ROUNDING,
+        rule=Rule("at_least", ROUNDING, "%", AFTER),
         ours=Reduction(
             "main_results",
             mnist("sparse_momentum"),
@@ -93,15 +93,12 @@ _MAIN = (
             "lenet300-100",
         ),
         paper=headline("relative_error_decrease_pct", "{value:g} %", dataset="mnist"),
-        unit="%",
-        when=AFTER,
     ),
     Claim(
         id="mnist_lower_than_others",
         statement="LeNet-300-100: lower error than each of DSR, SET, DeepR, mean over the weights",
         source="MNIST figure (official code, results/MNIST_sparse_summary.csv)",
-        kind="lower",
-        margin=TEN_IMAGES,
+        rule=Rule("lower", TEN_IMAGES),
         ours=Pairs("main_results", against(mnist("sparse_momentum"), _by_name(mnist)), "density"),
         paper=_minus("mnist_sparse_summary", mnist("sparse_momentum"), _by_name(mnist), raw=RAW),
     ),
@@ -110,8 +107,7 @@ _MAIN = (
             id=f"mnist_matches_dense_at_{share:g}",
             statement=f"LeNet-300-100: as good as dense with {100 * share:g} % of the weights",
             source=source,
-            kind="match",
-            margin=TEN_IMAGES,
+            rule=Rule("match", TEN_IMAGES),
             ours=Pairs(
                 "mnist_compression",
                 [("", mnist("sparse_momentum", density=share), mnist("dense"))],
@@ -132,8 +128,7 @@ _MAIN = (
         id="mnist_lower_than_snip",
         statement="LeNet-300-100 and LeNet-5: lower error than SNIP, mean over the weights",
         source="figure of the compression results (official code)",
-        kind="lower",
-        margin=TEN_IMAGES,
+        rule=Rule("lower", TEN_IMAGES),
         ours=Pairs(
             "mnist_compression",
             [
@@ -157,8 +152,7 @@ _MAIN = (
         statement="Variational dropout (published) has lower error than sparse momentum: "
         "LeNet-300-100 at 1.5 %, LeNet-5 at 0.4 %",
         source="figure of the compression results; a reader's notes on the paper say 1 to 2 %",
-        kind="lower",
-        margin=TEN_IMAGES,
+        rule=Rule("lower", TEN_IMAGES),
         ours=Level(
             "mnist_compression",
             {name: mnist("sparse_momentum", m, density=at) for name, (m, at) in _DROPOUT.items()},
@@ -178,8 +172,7 @@ _MAIN = (
         statement="CIFAR-10: error at least 15 % lower than other sparse algorithms (DSR, SET, "
         "DeepR; WRN-28-2)",
         source=f"{_ABSTRACT}; which algorithms is not said: those of the WRN-28-2 figure",
-        kind="at_least",
-        margin=ROUNDING,
+        rule=Rule("at_least", ROUNDING, "%", AFTER),
         ours=Reduction(
             "wrn28_2_curve",
             cifar10("sparse_momentum"),
@@ -190,15 +183,12 @@ _MAIN = (
             "wrn-28-2",
         ),
         paper=headline("relative_error_decrease_pct", "{value:g} %", dataset="cifar10"),
-        unit="%",
-        when=AFTER,
     ),
     Claim(
         id="wrn28_2_lower_than_others",
         statement="WRN-28-2: lower error than each of DSR, SET, DeepR, mean over the weights",
         source="WRN-28-2 figure (official code, results/WRN-28-2_results_summary.csv)",
-        kind="lower",
-        margin=TEN_IMAGES,
+        rule=Rule("lower", TEN_IMAGES),
         ours=Pairs(
             "wrn28_2_curve",
             against(cifar10("sparse_momentum"), _by_name(cifar10)),
@@ -215,8 +205,7 @@ _MAIN = (
         id="cifar10_lower_than_snip",
         statement="CIFAR-10: lower error than SNIP on each of the eight networks",
         source="paper, table 1; SNIP quoted there",
-        kind="lower",
-        margin=TABLE_MARGIN,
+        rule=Rule("lower", TABLE_MARGIN),
         ours=Pairs("cifar10_table", _TABLE_PAIRS),
         paper={name: Published("cifar10_table", a, b) for name, a, b in _TABLE_PAIRS},
     ),
@@ -224,8 +213,7 @@ _MAIN = (
         id="cifar10_matches_dense",
         statement="VGG16-D and WRN-16-10: dense level with 5 % of the weights",
         source="the author's blog, quoted elsewhere; numbers: paper, table 1",
-        kind="match",
-        margin=TABLE_MARGIN,
+        rule=Rule("match", TABLE_MARGIN),
         ours=Pairs(
             "cifar10_table",
             [
@@ -242,12 +230,9 @@ _MAIN = (
         id="imagenet_relative_reduction",
         statement="ImageNet: error at least 6 % lower than other sparse algorithms (ResNet-50)",
         source=f"{_ABSTRACT}; against DSR the published errors give 2.8 and 3.4 %",
-        kind="at_least",
-        margin=ROUNDING,
+        rule=Rule("at_least", ROUNDING, "%", AFTER),
         ours=NotTrained("imagenet", "no other sparse method is planned on ImageNet"),
         paper=headline("relative_error_decrease_pct", "{value:g} %", dataset="imagenet"),
-        unit="%",
-        when=AFTER,
     ),
 )
 
@@ -259,12 +244,10 @@ def _speedup(ident: str, words: str, source: str, which: Any, setting: str, quan
         id=f"speedup_estimate_{ident}",
         statement=f"CIFAR-10: {words} (estimate, sparse convolution)",
         source=source,
-        kind="value",
-        margin=0.5,  # times faster: a tenth to a fifth of the published values
+        # times faster: a tenth to a fifth of the published values
+        rule=Rule("value", 0.5, "×", BEFORE if ident != "version_1" else AFTER),
         ours=Estimate(which),
         paper=headline(quantity, "{value:g} ×", dataset="cifar10", setting=setting, model=""),
-        unit="×",
-        when=BEFORE if ident != "version_1" else AFTER,
     )
 
 
@@ -284,8 +267,7 @@ _SPEEDUPS = (
         id="speedup_estimate_version_1",
         statement="CIFAR-10: up to 11.85 × faster (estimate, sparse convolution)",
         source="abstract, version 1 only",
-        kind="value",
-        margin=0.5,
+        rule=Rule("value", 0.5, "×", AFTER),
         ours=Estimate("max"),
         paper=headline(
             "speedup_max_x",
@@ -294,8 +276,6 @@ _SPEEDUPS = (
             setting="version 1",
             source="abstract, arXiv version 1 (as at deeplearn.org)",
         ),
-        unit="×",
-        when=AFTER,
     ),
 )
 
@@ -324,8 +304,7 @@ def _ablation(
         id=f"ablation_{ident}",
         statement=words,
         source=_NOTES,
-        kind=kind,
-        margin=EFFECT_MARGIN[dataset],
+        rule=Rule(kind, EFFECT_MARGIN[dataset]),
         ours=Pairs("ablations", part_pairs(networks, a, b), "density"),
     )
 
@@ -360,8 +339,7 @@ _ABLATIONS = (
         id="ablation_worst",
         statement="Random growth without redistribution is the worst of the four variants",
         source=_NOTES,
-        kind="lower",
-        margin=EFFECT_MARGIN["mnist"],
+        rule=Rule("lower", EFFECT_MARGIN["mnist"], when=AFTER),
         ours=Pairs(
             "ablations",
             tuple(
@@ -375,7 +353,6 @@ _ABLATIONS = (
             ),
             "density",
         ),
-        when=AFTER,
     ),
     *(
         Claim(
@@ -383,8 +360,8 @@ _ABLATIONS = (
             statement=f"The benefit of momentum {part} grows with depth and width (WRNs on "
             "CIFAR-10; change of full minus without, per doubling)",
             source="abstract, version 2; no numbers are public",
-            kind="lower",
-            margin=round(EFFECT_MARGIN["cifar10"] / 3, 3),  # three doublings are covered
+            # three doublings are covered
+            rule=Rule("lower", round(EFFECT_MARGIN["cifar10"] / 3, 3)),
             ours=Growing("depth_scaling", part, "cifar10", ("WRN-",)),
         )
         for part in WITHOUT
@@ -403,13 +380,12 @@ _SENSITIVITY = (
             statement=f"AlexNet-s, VGG16-D: {over.replace('_', ' ')} {words} moves the error by "
             f"less than {SETTING_MARGIN['cifar10']:g} points",
             source=f"abstract, version 2 (insensitive to hyper-parameters); {_CODE}",
-            kind="same",
-            margin=SETTING_MARGIN["cifar10"],
+            # the range; the margin before rows
+            rule=Rule("same", SETTING_MARGIN["cifar10"], when=AFTER),
             ours=settings(over, _SENSITIVE, *NARROW[over]),
             paper=PublishedShift(
                 over, _SENSITIVE, *NARROW[over], says="at most {value:.2f} points"
             ),
-            when=AFTER,  # the range; the margin before rows
         )
         for over, words in (("prune_rate", "0.2 to 0.5"), ("momentum", "0.7 to 0.9"))
     ),
@@ -417,8 +393,7 @@ _SENSITIVITY = (
         id="momentum_no_more_than_dense",
         statement="AlexNet-s, VGG16-D: no more sensitive to momentum than dense training",
         source=f"{_CODE}, plot_graphs.py: Levene p = 0.92, Wilcoxon p = 1.0",
-        kind="match",
-        margin=SETTING_MARGIN["cifar10"],
+        rule=Rule("match", SETTING_MARGIN["cifar10"]),
         ours=MoreSensitive("cifar10", _SENSITIVE),
         paper={
             model_name(m): PublishedShift("momentum", (m,), 0.5, 0.95, minus_dense=True)
@@ -435,8 +410,8 @@ _LAST = (
         statement="AlexNet-s, VGG16-D, WRN-28-2: sparse features are more general (class "
         "specialisation, channels pooled)",
         source="abstract, version 1 (not in version 2); official code, feature_data.tar.gz",
-        kind="lower",
-        margin=0.5,  # a third of what the official data show where it is clear (AlexNet-s)
+        # a third of what the official data show where it is clear (AlexNet-s)
+        rule=Rule("lower", 0.5),
         ours=Specialisation(POOLED),
         paper={name: PublishedSpecialisation(m[0], POOLED) for name, m in NETWORKS.items()},
     ),
@@ -444,8 +419,7 @@ _LAST = (
         id="dense_layers_lower_error",
         statement="Layers left dense by mistake (July 2019) lowered the error, at a nominal 10 %",
         source='official code, change log of version 1.0: without them "slightly degraded"',
-        kind="lower",
-        margin=EFFECT_MARGIN["cifar10"],
+        rule=Rule("lower", EFFECT_MARGIN["cifar10"]),
         ours=Pairs(
             "dense_layers",
             tuple(

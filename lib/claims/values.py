@@ -19,6 +19,7 @@ from lib.claims.claim import (
     Claim,
     PaperValue,
     Published,
+    Rule,
     corrected,
 )
 from lib.claims.compare import Level
@@ -27,28 +28,42 @@ from lib.results.reading import METHOD_NAMES, Where, model_name
 
 RAW = "dsr_authors_raw_runs_wrn28-2_and_mnist"
 NORMED = "lenet300-100-bn"
-JULY_9 = "9 July 2019 (19dcdff): resets the momentum of inactive weights"
-JULY_29 = "29 July 2019 (fb2eb00): the reset is commented out"
 _THEIRS = "code of DSR's authors, network with batch norm likely"
+
+
+# Margins in points, and the tables whose margins were set before there were rows.
+_MARGINS = {
+    "mnist_lenet5": 0.1,  # ten images: the errors themselves are below 1.5 %
+    "wrn28-2_cifar10_summary": BETWEEN_CIFAR10_FILES,
+    "cifar10_table": BETWEEN_CIFAR10_FILES,
+    "imagenet_resnet50_paper_and_logs": BETWEEN_CIFAR10_FILES,
+}
+_SET_BEFORE = ("mnist_sparse_summary", "cifar10_table", "imagenet_resnet50_paper_and_logs")
 
 
 @dataclass(frozen=True)
 class File:
     """A published table, which of its rows are meant, and the runs they are held against.
 
-    `ours`: fields of the runs beyond data set, method and density; `model`: our network where it is
-    not the published one; `code`: the version of the code behind the table.
+    `ours`: fields of the runs beyond method, network and density; `model`: our network where it is
+    not the published one; `way`: what is said of the training where it is not the paper's; `code`:
+    what is known of the code behind rows that do not say it themselves.
     """
 
     table: str
     experiment: str
-    margin: float
     rows: Where
-    ours: Where = field(default_factory=dict)
+    code: str = "not recorded"
     model: str = ""
-    way: str = ""  # what is said of the training, where it is not the paper's
-    code: str = ""
-    when: str = BEFORE
+    ours: Where = field(default_factory=dict)
+    way: str = ""
+
+    def rule(self, method: str, cifar10: bool) -> Rule:
+        """A value of this table: its margin, and when it was set."""
+        default = BETWEEN_CIFAR10_FILES if cifar10 else BETWEEN_MNIST_FILES
+        known = self.table in _SET_BEFORE and method in ("dense", "sparse_momentum")
+        when = BEFORE if known else AFTER
+        return Rule("value", _MARGINS.get(self.table, default), "%", when)
 
 
 @dataclass(frozen=True)
@@ -63,139 +78,60 @@ class Row:
         return self.value
 
 
-_MNIST: Where = {"dataset": "mnist", "method": ["dense", "sparse_momentum"]}
+_OWN = ["dense", "sparse_momentum"]
 _BASELINES: Where = {"dataset": "mnist", "method": ["dsr", "set", "deepr"]}
 _STATIC: Where = {"dataset": "mnist", "method": "static"}
+_FIGURE, _IMAGENET = "mnist_sparse_summary", "imagenet_resnet50_paper_and_logs"
 _USUAL: Where = {"label_smoothing": 0.0}
 _TUNED: Where = {"label_smoothing": 0.1}
 PLAIN: Where = {"schedule": "cosine", "init": "uniform"}  # as the paper, not as their code
+_THEIR_WAY: Where = {"schedule": "constant"}
+_HALF: Where = {**PLAIN, "init": "half_output"}
+_QUOTED, _ISSUE = "quoted by the paper", "official code, issue 7"
+_PARTIAL = "partially dense (first conv + downsample convs dense)"
+_LOGS = "tuned fully sparse, final epoch of log"
+
+
+def _resnet50(setting: str, ours: Where, way: str, code: str = _ISSUE) -> File:
+    rows = {"setting": setting, "quantity": "top1_accuracy_pct"}
+    return File(_IMAGENET, "imagenet", rows, code, ours=ours, way=way)
+
 
 FILES: tuple[File, ...] = (
-    File("mnist_sparse_summary", "main_results", BETWEEN_MNIST_FILES, _MNIST, code=JULY_9),
-    File(
-        "mnist_lenet300-100",
-        "mnist_compression",
-        BETWEEN_MNIST_FILES,
-        {**_MNIST, "setting": ""},
-        code=JULY_29,
-    ),
-    File(
-        "mnist_lenet300-100",
-        "mnist_compression",
-        BETWEEN_MNIST_FILES,
-        {"method": "snip"},
-        code="quoted by the paper",
-        when=AFTER,
-    ),
+    File(_FIGURE, "main_results", {"method": _OWN}),
+    File("mnist_lenet300-100", "mnist_compression", {"method": _OWN, "setting": ""}),
+    File("mnist_lenet300-100", "mnist_compression", {"method": "snip"}, _QUOTED),
+    File(_FIGURE, "main_results", _BASELINES),
+    File(RAW, "main_results", _STATIC, _THEIRS),
+    File(_FIGURE, "baseline_network", _BASELINES, _THEIRS, NORMED, PLAIN),
+    File(RAW, "baseline_network", _STATIC, _THEIRS, NORMED, PLAIN),
     *(
-        File(table, "main_results", BETWEEN_MNIST_FILES, rows, code=_THEIRS, when=AFTER)
-        for table, rows in (("mnist_sparse_summary", _BASELINES), (RAW, _STATIC))
-    ),
-    *(
-        File(
-            table,
-            "baseline_network",
-            BETWEEN_MNIST_FILES,
-            rows,
-            PLAIN,
-            NORMED,
-            code=_THEIRS,
-            when=AFTER,
-        )
-        for table, rows in (("mnist_sparse_summary", _BASELINES), (RAW, _STATIC))
-    ),
-    *(
-        File(
-            "mnist_sparse_summary",
-            "baseline_network",
-            BETWEEN_MNIST_FILES,
-            {"method": ["dsr", "set"], **shares},
-            ours,
-            NORMED,
-            way,
-            _THEIRS,
-            AFTER,
-        )
-        for way, ours, shares in (
-            ("trained as their code does", {"schedule": "constant"}, {}),
+        File(_FIGURE, "baseline_network", rows, _THEIRS, NORMED, ours, way)
+        for rows, ours, way in (
+            ({"method": ["dsr", "set"]}, _THEIR_WAY, "trained as their code does"),
             (
+                {"method": ["dsr", "set"], "density": [0.01, 0.02, 0.05]},
+                _HALF,
                 "output layer half dense",
-                {**PLAIN, "init": "half_output"},
-                {"density": [0.01, 0.02, 0.05]},
             ),
         )
     ),
-    File(
-        "mnist_lenet5",
-        "mnist_compression",
-        0.1,  # ten images: the errors themselves are below 1.5 %
-        {"method": ["dense", "sparse_momentum"]},
-        code=JULY_29,
-        when=AFTER,
-    ),
-    File(
-        "mnist_lenet5",
-        "mnist_compression",
-        0.1,
-        {"method": "snip"},
-        code="quoted by the paper",
-        when=AFTER,
-    ),
+    File("mnist_lenet5", "mnist_compression", {"method": _OWN}),
+    File("mnist_lenet5", "mnist_compression", {"method": "snip"}, _QUOTED),
+    File("wrn28-2_cifar10_summary", "wrn28_2_curve", {"method": _OWN}, "official code"),
     File(
         "wrn28-2_cifar10_summary",
         "wrn28_2_curve",
-        BETWEEN_CIFAR10_FILES,
-        {"method": ["dense", "sparse_momentum", "dsr", "set", "deepr"]},
-        code="sparse momentum and dense: official code; others: code of DSR's authors",
-        when=AFTER,
+        {"method": ["dsr", "set", "deepr"]},
+        "code of DSR's authors",
     ),
-    File(
-        RAW,
-        "wrn28_2_curve",
-        BETWEEN_CIFAR10_FILES,
-        {"dataset": "cifar10", "method": "static"},
-        code="code of DSR's authors",
-        when=AFTER,
-    ),
-    File(
-        "cifar10_table",
-        "cifar10_table",
-        BETWEEN_CIFAR10_FILES,
-        {"method": ["dense", "sparse_momentum", "snip"]},
-        code="paper, table 1 (SNIP quoted there)",
-    ),
-    *(
-        File(
-            "imagenet_resnet50_paper_and_logs",
-            "imagenet",
-            BETWEEN_CIFAR10_FILES,
-            {"setting": setting, "quantity": "top1_accuracy_pct"},
-            ours,
-            way=way,
-            code=code,
-        )
-        for setting, ours, way, code in (
-            ("DSR-codebase baseline", _USUAL, "usual training", "official code, issue 7"),
-            (
-                "partially dense (first conv + downsample convs dense)",
-                _USUAL,
-                "partially dense",
-                "official code, issue 7",
-            ),
-            (
-                "tuned: warmup + label smoothing",
-                _TUNED,
-                "tuned training",
-                "official code, issue 7",
-            ),
-            (
-                "tuned fully sparse, final epoch of log",
-                _TUNED,
-                "tuned, fully sparse",
-                "official code, logs of the tuned runs",
-            ),
-        )
-    ),
+    File(RAW, "wrn28_2_curve", {**_STATIC, "dataset": "cifar10"}, "code of DSR's authors"),
+    File("cifar10_table", "cifar10_table", {"method": _OWN}),
+    File("cifar10_table", "cifar10_table", {"method": "snip"}, _QUOTED),
+    _resnet50("DSR-codebase baseline", _USUAL, "usual training"),
+    _resnet50(_PARTIAL, _USUAL, "partially dense"),
+    _resnet50("tuned: warmup + label smoothing", _TUNED, "tuned training"),
+    _resnet50(_LOGS, _TUNED, "tuned, fully sparse", "official code, logs of the tuned runs"),
 )
 
 
@@ -216,14 +152,15 @@ def value_claims(file: File) -> Iterator[tuple[Claim, dict[str, Any]]]:
             id="_".join(filter(None, (file.table, method, model, f"{density:g}", file.way))),
             statement=f"{model_name(model)}: error of {METHOD_NAMES[method]}{weights}{way}",
             source=str(row["source"]),
-            kind="value",
-            margin=file.margin,
+            rule=file.rule(method, row["dataset"] != "mnist"),
             ours=Level(file.experiment, {"": where}),
             paper=Row(paper),
-            unit="%",
-            when=file.when,
         )
-        about = {"file": file.table, "code": file.code, "network": model_name(model)}
+        about = {
+            "file": file.table,
+            "code": row.get("code") or file.code,
+            "network": model_name(model),
+        }
         yield claim, {**about, "method": METHOD_NAMES[method], "density": density}
 
 
@@ -236,8 +173,7 @@ def speedup_claims() -> Iterator[tuple[Claim, dict[str, Any]]]:
             id=f"speedup_blog_{model}",
             statement=f"{name}: estimated speed-up (sparse convolution)",
             source="author's blog of July 2019",
-            kind="value",
-            margin=0.5,
+            rule=Rule("value", 0.5, "×", AFTER),
             ours=Estimate("max", models=(model,)),
             paper=Published(
                 table,
@@ -245,8 +181,6 @@ def speedup_claims() -> Iterator[tuple[Claim, dict[str, Any]]]:
                 column="value",
                 says="{value:g} ×",
             ),
-            unit="×",
-            when=AFTER,
         )
         about = {"file": table, "code": says, "network": name}
         yield claim, {**about, "method": METHOD_NAMES["sparse_momentum"], "density": float("nan")}

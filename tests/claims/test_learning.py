@@ -147,7 +147,7 @@ def test_readings_are_judged_against_both_files_beside_their_code(tmp_path: Path
     rows = claims.extensions(Source("paper", tmp_path), "02_ablations").set_index("id")
     first = rows.loc["readings_reset_mnist_sparse_summary"]
     second = rows.loc["readings_reset_mnist_lenet300-100"]
-    assert "9 July 2019 (19dcdff)" in first["source"] and "fb2eb00" in second["source"]
+    assert "19dcdff of 9 July" in first["source"] and "fb2eb00" in second["source"]
     assert first["verdict"] == "reproduced"
     assert "2 %: 1.80" in second["detail"] and second["paper"].startswith("1 % 2.36")
     same = rows.loc["readings_reset_changes_nothing"]
