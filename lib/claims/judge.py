@@ -38,8 +38,8 @@ RULE = (
     "widened by Bonferroni for their number). The p-values of the authors' claims on one "
     "experiment are adjusted by Holm, and 'reproduced' needs p < 0.05. Seeds that end at chance "
     "(error above 80 %) are in no mean; where some did, logarithms of the errors are compared "
-    "among seeds that learned in both, and the detail says how many learned (a rule of "
-    "2026-11-24, after rows existed)."
+    "among seeds that learned in both, and the detail says how many learned. Parts, Holm and what "
+    "failed seeds do are rules of 2026-11-24, after rows existed."
 )
 
 _ORDER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_COMPARABLE, Verdict.REPRODUCED)
@@ -296,8 +296,8 @@ def _singles(parts: Iterable[Mapping[str, Any]]) -> str:
 
 def _number(claim: Claim, one: Sequence[float], unit: str) -> str:
     whole = claim.rule.unit == "%" and claim.rule.margin >= 1
-    sign = (
-        claim.rule.kind not in ("value", "at_least") and unit != "×"
+    sign = claim.rule.kind not in ("value", "at_least") and not unit.startswith(
+        "×"
     )  # times faster: no difference
     mean, low, high = one[:3]
     return interval_text(mean, low, high, 1 if whole else 2, sign=sign)
