@@ -139,13 +139,10 @@ def test_runs_without_measures_are_told_apart_from_no_runs(tmp_path: Path) -> No
 def test_claims_follow_the_rule(root: Path) -> None:
     judged = claims.verdict_table(Source("quick", root)).set_index("id")
     # -1.0, -1.1, -1.2 points by seed: below zero.
-    lower = judged.loc["features_more_general_alexnet-s_equal"]
-    assert lower["verdict"] == "reproduced" and lower["n"] == 3
-    assert lower["ours_mean"] == pytest.approx(-1.1)
-    assert lower["paper_value"] == pytest.approx(16.83 - 19.10, abs=0.02)
-    # Exactly nothing: inside the margin, hence not lower.
-    same = judged.loc["features_more_general_wrn-28-2_pooled"]
-    assert same["verdict"] == "not reproduced" and "WRN-10-1" in same["detail"]
+    equal = judged.loc["features_more_general_equal"]  # one seed at quick: no verdict
+    assert "AlexNet-s: −1.00" in equal["detail"] and equal["verdict"] == "inconclusive"
+    assert equal["paper_value"] == pytest.approx(16.83 - 19.10, abs=0.02)
+    assert "WRN-10-1" in judged.loc["features_more_general", "detail"]
     # 10 % of the weights: 1 / (0.8 * 0.1); 30 %: 1 / (0.8 * 0.3).
     largest = judged.loc["speedup_estimate_largest"]
     assert largest["ours_mean"] == pytest.approx(12.5)
@@ -155,7 +152,7 @@ def test_claims_follow_the_rule(root: Path) -> None:
     for row in (largest, least):
         assert row["verdict"] == "not comparable" and "1.25 to 1.25" in row["detail"]
     clock = judged.loc["speedup_measured"]
-    assert clock["ours_mean"] == pytest.approx(-20) and clock["verdict"] == "reproduced"
+    assert clock["ours_mean"] == pytest.approx(-20)
 
 
 def test_drawing_imports_no_torch() -> None:
