@@ -342,6 +342,30 @@ def verdict(
     return Verdict.NOT_REPRODUCED if bad else Verdict.INCONCLUSIVE
 
 
+class Share(NamedTuple):
+    """k of n with Wilson's interval; share, low and high from 0 to 1 (NaN at n = 0)."""
+
+    k: int
+    n: int
+    share: float
+    low: float
+    high: float
+
+
+def wilson(k: int, n: int, level: float = 0.95) -> Share:
+    """The share k / n with Wilson's score interval (Wilson 1927), without continuity correction.
+
+    Raises ValueError unless 0 <= k <= n.
+    """
+    _check_level(level)
+    if not 0 <= k <= n:
+        raise ValueError(f"a share needs 0 <= k <= n, got {k} of {n}.")
+    if n == 0:
+        return Share(0, 0, NAN, NAN, NAN)
+    found = stats.binomtest(k, n).proportion_ci(level, method="wilson")
+    return Share(k, n, k / n, float(found.low), float(found.high))
+
+
 def _t_quantile(level: float, df: float) -> float:
     return float(stats.t.ppf((1 + level) / 2, df))
 
