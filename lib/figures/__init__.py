@@ -3,7 +3,17 @@
 `plots` is the vocabulary, `gallery` the registry; the other files have the figures of one topic.
 """
 
-from lib.figures import ablations, cifar10, mnist, readings, sensitivity, trainability  # noqa: F401
+from lib.figures import (  # noqa: F401
+    ablations,
+    cifar10,
+    computing,
+    features,
+    mnist,
+    readings,
+    sensitivity,
+    speed,
+    trainability,
+)
 from lib.figures.gallery import FIGURES, TABLES, Absent, Entry, draw_all, output_dir, show
 from lib.figures.plots import LOOKS, MARKERS, PALETTE, STYLE, Plot
 from lib.figures.tables import Table

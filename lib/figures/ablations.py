@@ -10,7 +10,7 @@ import pandas as pd
 from lib.claims.effects import FULL, WITHOUT, Scaling, families, rules, scaling
 from lib.figures.gallery import figure, table
 from lib.figures.plots import LOOKS, Plot, effect, finish, heat_map, panels
-from lib.figures.tables import INITS, Table, difference
+from lib.figures.tables import INITS, Table, difference, groups, records
 from lib.results.reading import (
     NoRuns,
     Runs,
@@ -87,7 +87,7 @@ def variants(source: Source) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _cell_text(row: dict[str, Any]) -> str:
+def _cell_text(row: Any) -> str:
     """Two lines: the difference and half its interval; of full its error."""
     if not row["n"]:
         return f"0 of {row['done']}\nlearned" if row["done"] else "no runs"
@@ -106,8 +106,8 @@ def ablations(source: Source) -> Plot:
     full sparse momentum, in percentage points; red is worse.
     """
     runs, cells = load("ablations", source), variants(source)
-    networks = list(cells.groupby(["model", "density"], sort=False))
-    titles = [f"{model_name(str(model))}, {100 * share:g} %" for (model, share), _ in networks]
+    networks = groups(cells, ["model", "density"])
+    titles = [f"{model_name(model)}, {100 * share:g} %" for (model, share), _ in networks]
     plot, axes = panels(titles, across=2, height=3.0)
     beyond = []
     for ax, title, (_, part) in zip(axes, titles, networks, strict=True):
@@ -189,9 +189,9 @@ def benefits(source: Source) -> pd.DataFrame:
     """
     parts = []
     for part, family, _, init, one in _scalings(source):
-        long = one.by_seed.rename_axis(index="seed", columns="model").stack().rename("benefit")
+        by_seed: Any = one.by_seed.rename_axis(index="seed", columns="model").stack()
         sizes = dict(zip(one.cells["model"], one.cells["size"], strict=True))
-        rows = long.reset_index().assign(part=part, family=family, init=init)
+        rows = by_seed.rename("benefit").reset_index().assign(part=part, family=family, init=init)
         parts.append(rows.assign(size=rows["model"].map(sizes)))
     return pd.concat(parts, ignore_index=True)
 
@@ -202,8 +202,9 @@ def depth_scaling(source: Source) -> Plot:
     network? Test error without the part minus with it, in points: above zero it helps.
     """
     runs, found, rows = load("depth_scaling", source), _scalings(source), benefits(source)
-    shown = dict.fromkeys((part, family, axis) for part, family, axis, _, _ in found)
-    shown = sorted(shown, key=lambda one: list(dict.fromkeys(s[1] for s in shown)).index(one[1]))
+    order = list(dict.fromkeys(family for _, family, *_ in found))
+    shown = sorted({(part, family, axis) for part, family, axis, *_ in found},
+                   key=lambda one: (order.index(one[1]), list(WITHOUT).index(one[0])))  # fmt: skip
     plot, axes = panels([f"{family}: {part}" for part, family, _ in shown], across=2, height=2.1)
     unlearned = []
     for ax, (part, family, axis) in zip(axes, shown, strict=True):
@@ -231,7 +232,7 @@ def depth_scaling_table(source: Source) -> Table:
     runs = load("depth_scaling", source).needed()
     lines = []
     for part, family, _, init, one in _scalings(source):
-        for row in one.cells.itertuples():
+        for row in records(one.cells):
             sides = [
                 runs.where(model=row.model, init=init, **side) for side in (FULL, WITHOUT[part])
             ]
@@ -253,14 +254,14 @@ def depth_scaling_table(source: Source) -> Table:
                 }
             )
         for model in one.unlearned:
-            dense = _mean(runs.where(model=model, method="dense"))
+            control = _mean(runs.where(model=model, method="dense"))
             lines.append(
                 {
                     "benefit of": f"momentum {part}",
                     "family": family,
                     "start": INITS[init],
                     "network": f"{model_name(model)}: no seed learned in both",
-                    "dense: error (%)": dense,
+                    "dense: error (%)": control,
                 }
             )
     note = (

@@ -9,7 +9,7 @@ import pandas as pd
 from lib.claims import differences
 from lib.figures.gallery import figure, table
 from lib.figures.plots import Plot, curves, finish, panels, weights_axis, zero_line
-from lib.figures.tables import Table, difference, error_lines, failures
+from lib.figures.tables import Table, difference, error_lines, failures, records
 from lib.results.reading import (
     METHOD_NAMES,
     NoRuns,
@@ -85,7 +85,7 @@ def wrn28_2_curve(source: Source) -> Plot:
     theirs = theirs[theirs["model"] == model]  # none for the narrower network of a reduced run
     plot, (left, right) = panels([model_name(model), "Minus sparse momentum"], height=3.0)
     how: dict[str, Any] = {"level": "dense", "spread": 0.02}
-    curves(left, rows, "weights", theirs=theirs if len(theirs) else None, **how)
+    curves(left, rows, "weights", theirs=theirs, **how)
     paired = minus_sparse_momentum(source)
     zero_line(right, vertical=False)
     if len(paired):
@@ -112,7 +112,7 @@ def wrn28_2_curve_table(source: Source) -> Table:
         (METHOD_NAMES[method], f"{100 * row.density:g}"): row
         for method in runs.methods
         if method not in ("dense", "sparse_momentum")
-        for row in differences(ours, runs.where(method=method).learned(), "density").itertuples()
+        for row in records(differences(ours, runs.where(method=method).learned(), "density"))
     }
     for line in lines:
         pair = pairs.get((line["method"], line["weights (%)"]))

@@ -20,7 +20,7 @@ from lib.figures.plots import (
     panels,
     weights_axis,
 )
-from lib.figures.tables import Table, difference, error_lines, failures
+from lib.figures.tables import Table, difference, error_lines, failures, groups, records
 from lib.results.reading import (
     METHOD_NAMES,
     NoRuns,
@@ -123,7 +123,7 @@ def main_results_differences(source: Source) -> Table:
     lines = []
     for method in [m for m in runs.methods if m not in ("dense", "sparse_momentum")]:
         ours, other = (runs.where(method=m).learned() for m in ("sparse_momentum", method))
-        for row in differences(ours, other, "density").itertuples():
+        for row in records(differences(ours, other, "density")):
             lines.append(
                 {
                     "sparse momentum −": METHOD_NAMES[method],
@@ -198,7 +198,7 @@ def baseline_network_table(source: Source) -> Table:
     theirs = published_curves().set_index(["method", "density"])
     shares = sorted(set(theirs.index.get_level_values("density")))
     lines = []
-    for (curve, network), mine in rows.groupby(["curve", "network"], sort=False):
+    for (curve, network), mine in groups(rows, ["curve", "network"]):
         method = mine["method"].iloc[0]
         line = {
             "method": METHOD_NAMES[method] + (", as in its code" if curve != method else ""),
@@ -210,8 +210,10 @@ def baseline_network_table(source: Source) -> Table:
             errors = at.loc[at["learned"], "test_error_pct"]
             text = "–"
             if len(errors) and (method, density) in theirs.index:
-                error, spread = theirs.loc[(method, density), ["test_error_pct", "standard_error"]]
-                text = difference(value_difference(errors, error, spread))
+                known = theirs.loc[(method, density)].to_dict()
+                text = difference(
+                    value_difference(errors, known["test_error_pct"], known["standard_error"])
+                )
             if len(errors) < len(at):
                 text += f" ({len(errors)} of {len(at)} learned)"
             line[f"{100 * density:g} %"] = text
@@ -275,7 +277,7 @@ def initial_densities_table(source: Source) -> Table:
         erk, uniform = (
             runs.where(method=method, init=init).learned() for init in ("erk", "uniform")
         )
-        for row in differences(erk, uniform, "density").itertuples():
+        for row in records(differences(erk, uniform, "density")):
             pairs[METHOD_NAMES[method], f"{100 * row.density:g}"] = row
     for line in lines:
         pair = pairs.get((line["method"], line["weights (%)"]))

@@ -139,8 +139,7 @@ def finish(plot: Plot, runs: Runs | str, *caption: str) -> Plot:
     handles = {label: handle for label, handle in handles.items() if handle}
     width, height = plot.get_size_inches()
     lines = textwrap.wrap(scale, int(width * 17))
-    widest = max(map(len, handles), default=1)
-    columns = max(1, min(len(handles), int(width * 72 / (4.7 * widest + 38))))
+    columns = _columns(list(handles), width)
     legend = 0.19 * -(-len(handles) // columns) + 0.08 if handles else 0.0
     room = _LINE * len(lines) + 0.05
     plot.set_size_inches(width, height + legend + room)
@@ -166,6 +165,15 @@ def finish(plot: Plot, runs: Runs | str, *caption: str) -> Plot:
     engine: Any = plot.get_layout_engine()
     engine.set(rect=(0, below, 1, 1 - below))
     return plot
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    """The most columns of a legend (filled downwards) that fit into the width in inches."""
+    for columns in range(len(labels), 1, -1):
+        parts = np.array_split(np.char.str_len(labels), columns)  # as matplotlib fills them
+        if sum(4.9 * part.max() + 38 for part in parts) < 72 * width:
+            return columns
+    return 1
 
 
 def log_axis(ax: Axes, which: str = "y", unit: str = "") -> None:
@@ -194,9 +202,10 @@ def value_axis(ax: Axes, values: Iterable[float], log: bool = False, base: int =
 def weights_axis(ax: Axes, shares: Iterable[float]) -> None:
     """The horizontal axis of shares of weights (0 to 1) in per cent, logarithmic."""
     shown = sorted(100 * share for share in set(shares))
+    apart = (shown[-1] / shown[0]) ** 0.085
     kept: list[float] = []
     for share in shown:  # a tick each, as far as their numbers don't run into each other
-        if not kept or share > 1.3 * kept[-1]:
+        if not kept or share > apart * kept[-1]:
             kept.append(share)
     value_axis(ax, shown, log=True)
     ax.xaxis.set_major_locator(FixedLocator(kept))
@@ -238,15 +247,17 @@ def curves(
     inside = cells["mean"].between(*limits) if limits else cells["mean"].notna()
     names = [LOOKS[key].label for key in keys]
     colours = {LOOKS[key].label: LOOKS[key].colour for key in keys}
-    sns.lineplot(
-        own.merge(cells.loc[inside, [by, x]]), x="x", y=y, hue="look", hue_order=names,
-        palette=colours, style="look", style_order=names, dashes=False,
-        markers={LOOKS[key].label: LOOKS[key].marker for key in keys}, markeredgewidth=0,
-        linestyle="-" if line else "none", errorbar=lambda v: t_interval(v)[1:3], err_style="bars",
-        err_kws={"elinewidth": 1.1}, ax=ax, zorder=3,
-    )  # fmt: skip
-    sns.scatterplot(own, x="x", y=y, hue="look", hue_order=names, palette=colours, s=9, alpha=0.45,
-                    linewidth=0, legend=False, ax=ax, zorder=2.4)  # fmt: skip
+    if len(own):
+        shown = own.merge(cells.loc[inside, [by, x]])
+        style: dict[str, Any] = {"hue": "look", "hue_order": names, "palette": colours, "ax": ax}
+        sns.lineplot(
+            shown, x="x", y=y, style="look", style_order=names, dashes=False, markeredgewidth=0,
+            markers={LOOKS[key].label: LOOKS[key].marker for key in keys}, err_style="bars",
+            errorbar=lambda values: t_interval(values)[1:3], err_kws={"elinewidth": 1.1},
+            linestyle="-" if line else "none", zorder=3, **style,
+        )  # fmt: skip
+        sns.scatterplot(own, x="x", y=y, s=9, alpha=0.45, linewidth=0, legend=False, zorder=2.4,
+                        **style)  # fmt: skip
     if legend := ax.get_legend():
         legend.remove()
     ax.set(xlabel="", ylabel="")
@@ -255,8 +266,11 @@ def curves(
         look, (mean, low, high, *_) = LOOKS[level], t_interval(flat)
         ax.axhspan(low, high, color=look.colour, alpha=0.13, lw=0, zorder=1.2)
         ax.axhline(mean, color=look.colour, lw=1.1, label=look.label, zorder=1.8)
-    if theirs is not None:
+    if theirs is not None and len(theirs):
         _published(ax, theirs, x, y, by, level, limits)
+        for key in [key for key in LOOKS if key in set(theirs[by]) - set(rows[by])]:
+            ax.plot([], [], ls=_DASHED, lw=0.9, marker=LOOKS[key].marker, mfc="white",
+                    color=LOOKS[key].colour, label=f"{LOOKS[key].label}, published")  # fmt: skip
     outside = list(cells.loc[~inside, [by, x, "mean"]].itertuples(index=False, name=None))
     if limits:
         ax.set_ylim(*limits)

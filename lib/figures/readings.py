@@ -10,7 +10,7 @@ import pandas as pd
 from lib.experiments import READINGS
 from lib.figures.gallery import figure, table
 from lib.figures.plots import Plot, dots, finish, limits_of, panels, zero_line
-from lib.figures.tables import Table, difference, failures
+from lib.figures.tables import Table, difference, failures, groups, records
 from lib.results.reading import (
     NoRuns,
     Source,
@@ -71,7 +71,8 @@ def readings(source: Source) -> pd.DataFrame:
                 continue
             errors = cell.learned().by_seed()
             pair = paired_difference(errors, ours)
-            off = pair.interval if name != "ours" else Interval(*[math.nan] * 3, len(errors), 0.0)
+            unknown = Interval(math.nan, math.nan, math.nan, len(errors), math.nan)
+            off = pair.interval if name != "ours" else unknown
             held = curves.loc[curves["run_id"].isin(cell.rows["run_id"]), "density"] / density
             here.append(
                 {
@@ -140,9 +141,8 @@ def official_readings(source: Source) -> Plot:
         ours = here.loc[here["reading"] == "ours", "error"]
         here = here[here["reading"] != "ours"]
         mine = seeds[seeds["density"] == share]
-        reach = [
-            here.loc[here["reading"] != "layer_size", side] for side in ("mean", "low", "high")
-        ]
+        near, close = (part[part["reading"] != "layer_size"] for part in (here, mine))
+        reach = [near["low"], near["high"], close["difference"]]
         zero_line(ax)
         marks = []
         if not runs.reduced() and len(ours):
@@ -158,8 +158,8 @@ def official_readings(source: Source) -> Plot:
         outside += [f"{text} at {100 * share:g} %" for text in found]
         ax.set_xlabel("points")
     how = (
-        "Mean with paired Student-t 95 % interval over the seeds (dots) that learned in both; filled: "
-        "p < 0.05 after Holm over the readings at that share."
+        "Mean with paired Student-t 95 % interval over the seeds (dots) that learned in both; "
+        "filled: p < 0.05 after Holm over the readings at that share."
     )
     cut = f"Beyond the axis: {'; '.join(outside)}." if outside else ""
     return finish(plot, runs, how, WHAT, cut, failures(runs))
@@ -170,8 +170,10 @@ def official_readings_table(source: Source) -> Table:
     """Each reading's error, its difference to ours paired by seed, and the weights it had."""
     runs = load("official_readings", source).needed()
     lines = []
-    for row in readings(source).itertuples():
-        low, high = (f"{100 * share:.1f}" for share in (row.least, row.most))
+    for row in records(readings(source)):
+        low, high = (
+            "–" if math.isnan(share) else f"{100 * share:.1f}" for share in (row.least, row.most)
+        )
         lines.append(
             {
                 "reading": NAMES[row.reading],
@@ -192,9 +194,9 @@ def official_readings_table(source: Source) -> Table:
         for both in [published_errors(density)]
     )
     note = (
-        "Paired t-test over shared seeds that learned in both, p adjusted by Holm over the readings "
-        "at one share of weights. Active weights: least and most after any epoch of any seed. "
-        "Published error of sparse momentum, 100 epochs (two files of the official code): "
+        "Paired t-test over shared seeds that learned in both, p adjusted by Holm over the "
+        "readings at one share of weights. Active weights: least and most after any epoch of any "
+        "seed. Published error of sparse momentum, 100 epochs (two files of the official code): "
         f"{printed}."
     )
     said = " ".join(conclusions(source))
@@ -213,14 +215,14 @@ def conclusions(source: Source) -> list[str]:
     """
     runs = load("official_readings", source).needed()
     said = []
-    for density, here in readings(source).groupby("density"):
-        text = f"{100 * float(str(density)):g} % of the weights: {_moved(here)}"
+    for density, here in groups(readings(source), "density"):
+        text = f"{100 * density:g} % of the weights: {_moved(here)}"
         if source.profile == "paper":
             errors = {
                 name: runs.where(density=density, **READINGS[name]).learned().by_seed()
                 for name in here["reading"]
             }
-            text += f"; {_explained(here, errors, published_errors(float(str(density))))}"
+            text += f"; {_explained(here, errors, published_errors(density))}"
         said.append(text + ".")
     return said
 
@@ -233,7 +235,7 @@ def _moved(here: pd.DataFrame) -> str:
     start = f"of {len(NAMES) - 1} readings {tested} are tested, and"
     if moves.empty:
         return f"{start} none is shown to move the error"
-    listed = ", ".join(f"“{NAMES[row.reading]}” by {difference(row)}" for row in moves.itertuples())
+    listed = ", ".join(f"“{NAMES[row.reading]}” by {difference(row)}" for row in records(moves))
     return f"{start} these move the error (points): {listed}"
 
 
@@ -254,7 +256,7 @@ def _explained(
     if mine.low <= 0 <= mine.high:
         return f"{start}, so that no difference is shown that would have to be explained"
     explaining = []
-    for row in here[here["moves"]].itertuples():
+    for row in records(here[here["moves"]]):
         if row.mean * mine.mean > 0:
             continue
         left = value_difference(errors[row.reading], *published[JUDGED])

@@ -30,7 +30,7 @@ from lib.figures.plots import (
     value_axis,
     weights_axis,
 )
-from lib.figures.tables import Table, difference, failures
+from lib.figures.tables import Table, difference, failures, groups
 from lib.results.reading import (
     NoRuns,
     Runs,
@@ -101,7 +101,8 @@ def sensitivity_figure(source: Source) -> Plot:
     """
     runs, rows, theirs = load("sensitivity", source), sensitivity(source), published_sensitivity()
     shown = []
-    for model in dict.fromkeys((*rows["model"], *_PUBLISHED_NETS)):
+    planned = [run.model for run in runs.planned]
+    for model in dict.fromkeys((*planned, *_PUBLISHED_NETS)):
         mine = rows[rows["model"] == model]
         known = theirs[theirs["model"] == model]
         # A reduced run is far from the published errors, which then have panels of their own.
@@ -117,7 +118,7 @@ def sensitivity_figure(source: Source) -> Plot:
         mine, known = mine[mine["over"] == over], known[known["over"] == over]
         outside += [f"{title}: {text}" for text in _panel(ax, over, mine, known)]
     how = (
-        "Mean of the seeds (dots) with Student-t 95 % interval; open and dashed: published, computed "
+        "Mean of the seeds (dots) with Student-t 95 % interval; open and dashed: published, from "
         "before the correction of the masks of these networks. Band: what counts as no difference, "
         "around the error at prune rate 0.2 or momentum 0.9."
     )
@@ -129,6 +130,7 @@ def _panel(ax: Any, over: str, mine: pd.DataFrame, known: pd.DataFrame) -> list[
     """One hyper-parameter of one network; what lies above the window of the paper's test."""
     if mine.empty and known.empty:
         ax.text(0.5, 0.5, "no runs", transform=ax.transAxes, ha="center", color="0.4")
+        ax.set_axis_off()
         return []
     means = pd.concat([summarise(mine, ["variant", "setting"]).rename(
         columns={"mean": "test_error_pct"}), known])  # fmt: skip
@@ -136,7 +138,7 @@ def _panel(ax: Any, over: str, mine: pd.DataFrame, known: pd.DataFrame) -> list[
     inside = tested if over == "momentum" and len(tested) else means
     far = means["test_error_pct"].max() > 1.5 * inside["test_error_pct"].max()
     ends = [inside["test_error_pct"], inside["low"].dropna(), inside["high"].dropna()]
-    outside = curves(ax, mine, "setting", by="variant", theirs=known if len(known) else None,
+    outside = curves(ax, mine, "setting", by="variant", theirs=known,
                      limits=limits_of(*ends, margin=0.15) if far else None)  # fmt: skip
     value_axis(ax, means["setting"])
     at = means[means["setting"].eq(REFERENCE[over]) & means["variant"].ne("dense")]
@@ -168,9 +170,9 @@ def sensitivity_table(source: Source) -> Table:
                     moved = _moved(_in_range(curves_by_seed(mine, over), over), over, model)
                     lines.append({**start, "network": model_name(model), **moved})
             for model in _PUBLISHED_NETS:
-                known = theirs[(theirs["over"] == over) & (theirs["variant"] == variant)]
-                known = known[known["model"] == model].set_index("setting")["test_error_pct"]
-                moved = _published_shift(known.sort_index(), over)
+                known = theirs[theirs["over"].eq(over) & theirs["variant"].eq(variant)]
+                known = known[known["model"] == model].set_index("setting").sort_index()
+                moved = _published_shift(known["test_error_pct"], over)
                 lines.append({**start, "network": f"{model_name(model)} (published)", **moved})
     lines.sort(key=lambda line: line["network"])
     note = (
@@ -233,14 +235,14 @@ def sensitivity_tests(source: Source) -> Table:
         for data, rows in (("ours", sensitivity(source)), ("published", published_sensitivity())):
             low, high = MOMENTA if over == "momentum" else (0.0, 1.0)
             rows = rows[rows["over"].eq(over) & rows["setting"].between(low, high)]
-            sides = [
+            a, b = (
                 {
-                    str(model): part.groupby("setting")["test_error_pct"].mean()
-                    for model, part in rows[rows["variant"] == variant].groupby("model", sort=False)
+                    model: part.groupby("setting")["test_error_pct"].mean()
+                    for model, part in groups(rows[rows["variant"] == variant], "model")
                 }
                 for variant in variants
-            ]
-            if (compared := compare_curves(*sides, REFERENCE[over])) is None:
+            )
+            if (compared := compare_curves(a, b, REFERENCE[over])) is None:
                 continue
             tested, networks = compared
             first, second = (LOOKS[variant].label for variant in variants)
@@ -263,10 +265,10 @@ def sensitivity_tests(source: Source) -> Table:
     if not lines:
         raise NoRuns(f"sensitivity ({source.profile}): no two curves to compare")
     note = (
-        "Mean errors centred at momentum 0.9 (prune rate 0.2), networks pooled, in points; momentum "
-        "0.99 left out. Levene's test about the median compares the spread of the two groups of "
-        "points, Wilcoxon's signed-rank test their level. With so few points a large p is weak "
-        "evidence: look at the spread."
+        "Mean errors centred at momentum 0.9 (prune rate 0.2), networks pooled, in points; "
+        "momentum 0.99 left out. Levene's test about the median compares the spread of the two "
+        "groups of points, Wilcoxon's signed-rank test their level. With so few points a large p "
+        "is weak evidence: look at the spread."
     )
     caption = "The paper's tests of sensitivity to hyper-parameters"
     return Table.of(lines, caption, note, _scale(runs))
@@ -312,8 +314,8 @@ def dense_layers_figure(source: Source) -> Plot:
         look = LOOKS["layers_left_dense"]
         for (nominal,), part in at[july].groupby(["nominal"]):
             mean, share = part["test_error_pct"].mean(), part["x"].iloc[0]
-            ax.annotate("", (share, mean), (nominal, mean), zorder=2.2,
-                        arrowprops={"arrowstyle": "->", "color": look.colour, "shrinkB": 4})  # fmt: skip
+            arrow = {"arrowstyle": "->", "color": look.colour, "shrinkB": 4}
+            ax.annotate("", (share, mean), (nominal, mean), arrowprops=arrow, zorder=2.2)
         weights_axis(ax, (at.loc[at["variant"] != "dense", "x"].round(1) / 100).tolist())
         ax.set_ylabel("test error (%)")
     how = "Mean of the seeds (dots) with Student-t 95 % interval."
@@ -327,7 +329,7 @@ def dense_layers_table(source: Source) -> Table:
     rows, lines = rows[rows["learned"]], []
     errors = {
         key: part.set_index("seed")["test_error_pct"]
-        for key, part in rows.groupby(["model", "variant", "density"], sort=False)
+        for key, part in groups(rows, ["model", "variant", "density"])
     }
     for (model, variant, nominal), mine in errors.items():
         if variant != "layers_left_dense":

@@ -91,6 +91,16 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
+def records(rows: pd.DataFrame) -> list[Any]:
+    """The rows as named tuples, for a table's lines."""
+    return list(rows.itertuples(index=False))
+
+
+def groups(rows: pd.DataFrame, by: str | list[str]) -> list[tuple[Any, pd.DataFrame]]:
+    """The groups of the rows with their keys, in the order in which they come."""
+    return list(rows.groupby(by, sort=False))
+
+
 INITS = {"uniform": "uniform", "erk": "ERK", "half_output": "output half dense"}
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from lib.figures.gallery import figure, table
 from lib.figures.mnist import ERK
 from lib.figures.plots import Plot, dots, finish, log_axis, panels
-from lib.figures.tables import Table, share_text
+from lib.figures.tables import Table, groups, share_text
 from lib.results.reading import Runs, Source, interval_text, load, sentence
 from lib.stats import t_interval, wilson
 
@@ -103,9 +103,7 @@ def trainability_table(source: Source) -> Table:
     """The share of seeds that learn by variant and share of weights, and the error of those."""
     runs = load("trainability", source).needed()
     lines = []
-    for (weights, variant), rows in trainability(source).groupby(
-        ["weights", "variant"], sort=False
-    ):
+    for (weights, variant), rows in groups(trainability(source), ["weights", "variant"]):
         learned = rows.loc[rows["learned"], "test_error_pct"]
         lines.append(
             {
