@@ -124,7 +124,8 @@ def ablations(source: Source) -> Plot:
             grid.index = [REDISTRIBUTIONS[name] for name in grid.index]
         limit = _LIMIT[part["dataset"].iloc[0]]
         found = heat_map(ax, grids[0], texts, limit, "points")
-        ax.set(xlabel="growth", ylabel="redistribution")
+        ax.set_xlabel("growth")
+        ax.tick_params(labelsize=8)
         beyond += [f"{title}: {', '.join(found)}"] if found else []
     how = (
         "Mean difference ± half the paired Student-t 95 % interval over shared seeds that learned "
@@ -191,7 +192,12 @@ def benefits(source: Source) -> pd.DataFrame:
     for part, family, _, init, one in _scalings(source):
         by_seed: Any = one.by_seed.rename_axis(index="seed", columns="model").stack()
         sizes = dict(zip(one.cells["model"], one.cells["size"], strict=True))
-        rows = by_seed.rename("benefit").reset_index().assign(part=part, family=family, init=init)
+        rows = (
+            by_seed.dropna()
+            .rename("benefit")
+            .reset_index()
+            .assign(part=part, family=family, init=init)
+        )
         parts.append(rows.assign(size=rows["model"].map(sizes)))
     return pd.concat(parts, ignore_index=True)
 

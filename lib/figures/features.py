@@ -150,8 +150,8 @@ def features_table(source: Source) -> Table:
 
 @figure("features_layer_densities", "features")
 def features_layer_densities(source: Source) -> Plot:
-    """Where sparse momentum moves the weights: the density of each layer over the training, layers
-    in the order of the forward pass; all start at the same density.
+    """Where sparse momentum moves the weights: the density of each layer in per cent over the
+    training, layers in the order of the forward pass; all start at the same density.
     """
     runs = load("features", source, method="sparse_momentum").needed()
     found = measured.layer_densities(runs)
@@ -175,7 +175,7 @@ def features_layer_densities(source: Source) -> Plot:
         if bar is not None:
             bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
             bar.ax.yaxis.set_minor_locator(NullLocator())
-            bar.ax.set_title("% active", fontsize=8, fontweight="normal", loc="left")
+            bar.ax.set_title("%", fontsize=8, fontweight="normal", loc="left")
         ax.tick_params(rotation=0, length=0)
         ax.set(xlabel="after epoch", ylabel="")
     return finish(plot, runs, "Sparse momentum, mean over the seeds.")

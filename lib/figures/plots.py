@@ -115,7 +115,7 @@ def panels(
     """
     across = min(across, len(titles))
     down = -(-len(titles) // across)
-    plot = Plot(figsize=(width, height * down))
+    plot = Plot(figsize=(width, height * down), layout="constrained")
     FigureCanvasAgg(plot)
     axes = list(plot.subplots(down, across, squeeze=False, **grid).flat)
     for ax, title in zip(axes, titles, strict=False):
@@ -400,6 +400,8 @@ def heat_map(
         vmax=limit, linewidths=1.5, annot_kws={"fontsize": 8, "linespacing": 1.15}, ax=ax,
         cbar_kws={"extend": "both" if beyond.any(axis=None) else "neither", "pad": 0.02},
     )  # fmt: skip
+    for i, j in np.argwhere(values.isna().to_numpy()):  # where seaborn writes nothing
+        ax.text(j + 0.5, i + 0.5, texts.iloc[i, j], ha="center", va="center", fontsize=8)
     bar = ax.collections[0].colorbar
     if bar is not None:
         bar.ax.set_title(unit, fontsize=8, fontweight="normal", loc="left")

@@ -104,7 +104,7 @@ def speedups_table(source: Source) -> Table:
     wide = measured.speedups(runs)
     lines = []
     for key, cell in groups(wide, ["model", "method", "density"]):
-        mine = rows[(rows[["model", "method", "density"]] == key).all(axis=1)]
+        mine = rows.merge(cell[["model", "method", "density"]].drop_duplicates())
         line = {
             "network": model_name(key[0]),
             "method": METHOD_NAMES[key[1]],
@@ -341,4 +341,5 @@ def window_table(source: Source) -> Table:
         f"steps that compute it. Mini-batches between updates: {between}. Networks, batches and "
         f"weights: {', '.join(dict.fromkeys(rows['setting']))}."
     )
-    return Table.of(lines, "The dense window against full tracking", note)
+    caption = "The dense window against full tracking"
+    return Table.of(lines, caption, note, _repeats(rows))
