@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from lib.claims.learning import share_text
 from lib.results.reading import METHOD_NAMES, Runs, interval_text, model_name, published_text
-from lib.stats import t_interval, value_difference
+from lib.stats import t_interval, value_difference, wilson
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -117,20 +118,15 @@ def failures(runs: Runs, by: Sequence[str] = ("method", "density")) -> str:
     for row in cells[cells["k"] < cells["n"]].to_dict("records"):
         texts = {name: _COLUMNS[name][1](row[name]) for name in telling}
         at = f"at {texts.pop('density')} %" if "density" in texts else ""
-        said.append(" ".join(filter(None, (*texts.values(), at, share_text(row)))))
+        said.append(
+            " ".join(filter(None, (*texts.values(), at, share_text(wilson(row["k"], row["n"])))))
+        )
     if not said:
         return ""
     return (
         "Errors are those of the seeds that learned; not all did (Wilson's 95 % interval): "
         f"{', '.join(said)}."
     )
-
-
-def share_text(row: Mapping[Any, Any]) -> str:
-    """ "7 of 10 [40, 89 %]": k of n with Wilson's interval."""
-    if not row["n"]:
-        return "no runs"
-    return f"{row['k']} of {row['n']} [{100 * row['low']:.0f}, {100 * row['high']:.0f} %]"
 
 
 def error_lines(
