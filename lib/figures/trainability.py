@@ -108,9 +108,7 @@ def trainability_table(source: Source) -> Table:
             "more than as in the paper (points)": "–"
             if math.isnan(row.p)
             else interval_text(
-                *(100 * end for end in (row.difference, row.difference_low, row.difference_high)),
-                digits=0,
-                sign=True,
+                100 * row.difference, 100 * row.difference_low, 100 * row.difference_high, 0, True
             ),
             "p (Holm)": p_text(row.p_holm),
             "error of those (%)": row.error,
