@@ -92,13 +92,16 @@ def main_results(source: Source) -> Plot:
     limits = (min(inside) - 0.1, max(inside) + 0.4)
     how: dict[str, Any] = {"theirs": theirs, "level": "dense", "spread": 0.015}
     outside = curves(near, rows, "weights", limits=limits, **how)
-    curves(whole, rows, "weights", **how)
-    log_axis(whole)
+    wide = curves(whole, rows, "weights", log=True, **how)
     for ax in (near, whole):
         weights_axis(ax, {*rows["density"], *theirs["density"]} - {1.0})
     near.set_ylabel("test error (%)")
     beyond = f"Arrows: above the left panel, {'; '.join(outside)}." if outside else ""
-    return finish(plot, runs, _MARKS, beyond, _slips(), failures(runs))
+    return finish(plot, runs, _MARKS, beyond, _wide(wide), _slips(), failures(runs))
+
+
+def _wide(intervals: list[str]) -> str:
+    return f"Intervals wider than the panel: {'; '.join(intervals)}." if intervals else ""
 
 
 @table("main_results_lenet300-100", "main_results")
@@ -178,16 +181,18 @@ def baseline_network_figure(source: Source) -> Plot:
     theirs = published_curves().rename(columns={"method": "curve"})
     names = [name for name in _NETWORKS.values() if name in set(rows["network"])]
     plot, axes = panels(names, height=3.0, sharey=True)
+    how: dict[str, Any] = {"by": "curve", "theirs": theirs, "level": "dense", "spread": 0.015}
+    wide = []
     for ax, name in zip(axes, names, strict=True):
         mine = rows[rows["network"] == name]
-        curves(ax, mine, "weights", by="curve", theirs=theirs, level="dense", spread=0.015)
+        wide += [f"{name}, {text}" for text in curves(ax, mine, "weights", log=True, **how)]
         weights_axis(ax, {*mine["density"], *theirs["density"]} - {1.0})
         ax.set_ylabel("test error (%, log scale)")
-    log_axis(axes[0])
+    errors = [*rows["test_error_pct"], *theirs["test_error_pct"]]
+    axes[0].set_ylim(min(errors) / 1.15, max(errors) * 1.15)
     note = "The published curves are the same in each panel."
-    return finish(
-        plot, runs, _MARKS, note, _slips(), failures(runs, ("model", "method", "density"))
-    )
+    shown = failures(runs, ("model", "method", "density"))
+    return finish(plot, runs, _MARKS, note, _wide(wide), _slips(), shown)
 
 
 @table("baseline_network", "baseline_network")
@@ -329,19 +334,23 @@ def mnist_compression(source: Source) -> Plot:
         for name in literature(model).query("method == 'other'")["authors"]
     )
     shapes = dict(zip(names, _SHAPES, strict=False))
+    wide: list[str] = []
     for ax, model in zip(axes, models, strict=True):
         rows, theirs = every.where(model=model).errors(), literature(model)
         if len(rows):
             own = theirs[theirs["method"] != "other"]
-            curves(ax, rows, "weights", theirs=own, level="dense", spread=0.02)
+            wide += curves(ax, rows, "weights", theirs=own, level="dense", spread=0.02, log=True)
         for authors, points in theirs[theirs["method"] == "other"].groupby("authors", sort=False):
             ax.plot(points["weights"], points["test_error_pct"], shapes[authors], color=GREY,
                     mfc="white", mew=1.0, label=authors, zorder=2.3)  # fmt: skip
+        errors = [*rows["test_error_pct"], *theirs["test_error_pct"]]
+        ax.set_ylim(min(errors) / 1.1, max(errors) * 1.1)
         log_axis(ax)
         weights_axis(ax, {*rows["density"], *theirs["density"]} - {1.0})
     axes[0].set_ylabel("test error (%, log scale)")
     shown = failures(every, ("model", "method", "density"))
-    return finish(plot, every, _MARKS, "Grey: the literature, by first author.", shown)
+    grey = "Grey: the literature, by first author."
+    return finish(plot, every, _MARKS, grey, _wide(wide), shown)
 
 
 def _images(runs: Runs) -> str:

@@ -136,6 +136,9 @@ def finish(plot: Plot, runs: Runs | str, *caption: str) -> Plot:
     for ax in plot.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles[label] = handles.get(label) or handle
+    seen = {label for label, handle in handles.items() if handle}
+    for label in seen:  # a curve that another panel has of ours explains the published one too
+        handles.pop(f"{label}, published", None)
     handles = {label: handle for label, handle in handles.items() if handle}
     width, height = plot.get_size_inches()
     lines = textwrap.wrap(scale, int(width * 17))
@@ -231,35 +234,36 @@ def curves(
     limits: tuple[float, float] | None = None,
     line: bool = True,
     spread: float = 0.0,
+    log: bool = False,
 ) -> list[str]:
     """The mean of the seeds at each x, joined; their interval as a bar; each seed a dot.
 
     `by`: the column with keys of LOOKS. `theirs`: published values, columns `by`, x, y and
     standard_error. `level`: the key that is a horizontal line. `spread`: curves are moved apart by
     this share of x. Means of ours outside `limits` are arrows at the edge; what they are is
-    returned, for the caption.
+    returned, for the caption. `log`: a logarithmic scale of what was observed; an interval that is
+    wider than that is not drawn, and returned.
     """
     keys = [key for key in LOOKS if key in set(rows[by]) and key != level]
     shift = {key: 1 + spread * (i - (len(keys) - 1) / 2) for i, key in enumerate(keys)}
     own = rows[rows[by].isin(keys)]
-    own = own.assign(x=own[x] * own[by].map(shift), look=[LOOKS[key].label for key in own[by]])
-    cells = summarise(own, [by, x], y)
+    own = own.assign(x=own[x] * own[by].map(shift))
+    cells = summarise(own, [by, x, "x"], y)
     inside = cells["mean"].between(*limits) if limits else cells["mean"].notna()
-    names = [LOOKS[key].label for key in keys]
-    colours = {LOOKS[key].label: LOOKS[key].colour for key in keys}
+    every = [*own[y], *rows.loc[rows[by] == level, y], *(theirs[y] if theirs is not None else ())]
+    ends = (min(every), max(every)) if log and every else (-math.inf, math.inf)
+    wide = (cells["low"] < ends[0]) & (cells["high"] > ends[1])
+    for key in keys:  # not by seaborn's lineplot: on a logarithmic axis its mean is the geometric
+        look, mine = LOOKS[key], cells[(cells[by] == key) & inside].sort_values("x")
+        ax.plot(mine["x"], mine["mean"], ls="-" if line else "none", color=look.colour,
+                marker=look.marker, label=look.label, zorder=3)  # fmt: skip
+        bars = mine[mine["n"].gt(1) & ~wide[mine.index]]
+        half = [bars["mean"] - bars["low"], bars["high"] - bars["mean"]]
+        ax.errorbar(bars["x"], bars["mean"], half, fmt="none", ecolor=look.colour, elinewidth=1.1)
     if len(own):
-        shown = own.merge(cells.loc[inside, [by, x]])
-        style: dict[str, Any] = {"hue": "look", "hue_order": names, "palette": colours, "ax": ax}
-        sns.lineplot(
-            shown, x="x", y=y, style="look", style_order=names, dashes=False, markeredgewidth=0,
-            markers={LOOKS[key].label: LOOKS[key].marker for key in keys}, err_style="bars",
-            errorbar=lambda values: t_interval(values)[1:3], err_kws={"elinewidth": 1.1},
-            linestyle="-" if line else "none", zorder=3, **style,
-        )  # fmt: skip
-        sns.scatterplot(own, x="x", y=y, s=9, alpha=0.45, linewidth=0, legend=False, zorder=2.4,
-                        **style)  # fmt: skip
-    if legend := ax.get_legend():
-        legend.remove()
+        palette = {key: LOOKS[key].colour for key in keys}
+        sns.scatterplot(own, x="x", y=y, hue=by, hue_order=keys, palette=palette, s=9, alpha=0.45,
+                        linewidth=0, legend=False, ax=ax, zorder=2.4)  # fmt: skip
     ax.set(xlabel="", ylabel="")
     flat = rows.loc[rows[by] == level, y]
     if len(flat):
@@ -275,7 +279,16 @@ def curves(
     if limits:
         ax.set_ylim(*limits)
         _arrows(ax, outside)
-    return [f"{LOOKS[key].label} at {at:g}: {value:.3g}" for key, at, value in outside]
+    if log and every:
+        ax.set_ylim(ends[0] / 1.15, ends[1] * 1.15)
+        log_axis(ax)
+    return [
+        *(f"{LOOKS[key].label} at {at:g}: {value:.3g}" for key, at, value in outside),
+        *(
+            f"{LOOKS[r[by]].label} at {r[x]:g}: {r['low']:.3g} to {r['high']:.3g}"
+            for r in cells[wide].to_dict("records")
+        ),
+    ]
 
 
 def _published(

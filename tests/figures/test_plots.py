@@ -82,6 +82,18 @@ def test_a_mean_outside_the_limits_is_an_arrow_and_named_without_its_bar(ax: Axe
     assert not any(low < 1 and high > 4 for low, high in bars_of(ax))
 
 
+def test_an_interval_wider_than_what_was_observed_is_named_and_not_drawn(ax: Axes) -> None:
+    rows = rows_of(set={1.0: [8.0, 11.0, 79.0], 2.0: [2.0, 2.1, 2.2]})
+    low, high = t_interval([8.0, 11.0, 79.0])[1:3]
+    assert curves(ax, rows, "weights", log=True) == [f"SET at 1: {low:.3g} to {high:.3g}"]
+    assert all(bar[1] < 79 for bar in bars_of(ax)) and ax.get_ylim()[0] > 1
+    assert line_of(ax, "set")[0] == [1.0, 2.0] and 79.0 in seeds_of(ax)
+    curves(
+        ax, rows.assign(method="dsr"), "weights", log=True
+    )  # on the axis that is logarithmic now
+    assert line_of(ax, "dsr")[1] == pytest.approx([98 / 3, 2.1])  # arithmetic means
+
+
 def test_published_values_are_open_and_dashed_and_dense_is_a_level(ax: Axes) -> None:
     theirs = pd.DataFrame(
         {
