@@ -123,7 +123,7 @@ def sensitivity_figure(source: Source) -> Plot:
         "around the error at prune rate 0.2 or momentum 0.9."
     )
     cut = f"Above a panel: {'; '.join(outside)}." if outside else ""
-    return finish(plot, runs, how, cut)
+    return finish(plot, runs, how, cut, failures(runs, ("model", "method", "momentum")))
 
 
 def _panel(ax: Any, over: str, mine: pd.DataFrame, known: pd.DataFrame) -> list[str]:
@@ -181,7 +181,9 @@ def sensitivity_table(source: Source) -> Table:
         "published curves have no paired seeds. Momentum 0.99 is left out, as in the paper's test."
     )
     caption = "How far prune rate and momentum move the test error"
-    return Table.of(lines, caption, note, failures(runs, ("model", "method")), _scale(runs))
+    return Table.of(
+        lines, caption, note, failures(runs, ("model", "method", "momentum")), _scale(runs)
+    )
 
 
 def _scale(runs: Runs) -> str:

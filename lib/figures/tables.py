@@ -167,5 +167,6 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("network", model_name),
     "method": ("method", METHOD_NAMES.__getitem__),
     "density": ("weights (%)", lambda share: f"{100 * share:g}"),
+    "momentum": ("momentum", lambda value: f"(momentum {value:g})"),
     "init": ("initial densities", lambda init: INITS.get(init, init)),
 }

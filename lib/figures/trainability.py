@@ -62,19 +62,22 @@ def _draw(rows: pd.DataFrame, runs: Runs) -> Plot:
     left.set_xlim(-3, 103)
     left.set_xlabel("share of the seeds (%)")
     learned = rows[rows["learned"]]
-    cells = [
-        {"cell": cell, **t_interval(part)._asdict()}
-        for cell, part in learned.groupby("cell", sort=False)["test_error_pct"]
-    ]
-    dots(right, pd.DataFrame(cells), learned, "cell", order, value="test_error_pct")
-    low, high = learned["test_error_pct"].min(), learned["test_error_pct"].max()
-    right.set_xlim(low / 1.15, high * 1.15)
-    log_axis(right, "x")
+    if len(learned):
+        cells = pd.DataFrame(
+            {"cell": cell, **t_interval(part)._asdict()}
+            for cell, part in learned.groupby("cell", sort=False)["test_error_pct"]
+        )
+        low, high = learned["test_error_pct"].min(), learned["test_error_pct"].max()
+        wide = (cells["low"] < low) & (cells["high"] > high)
+        cells.loc[wide, ["low", "high"]] = math.nan
+        dots(right, cells, learned, "cell", order, value="test_error_pct")
+        right.set_xlim(low / 1.15, high * 1.15)
+        log_axis(right, "x")
     right.set_xlabel("test error (%, log scale)")
     how = (
         "Left: share of the seeds that learn, with Wilson's 95 % interval, and how many; a seed "
         "learned that neither diverged nor ended above 80 % error. Right: the errors of those "
-        "(dots) and their mean with Student-t 95 % interval."
+        "(dots) and their mean with Student-t 95 % interval, where it is not wider than the panel."
     )
     return finish(plot, runs, how, ERK)
 

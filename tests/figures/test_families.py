@@ -136,7 +136,9 @@ def test_the_literature_is_drawn_with_a_marker_each(root: Path) -> None:
     assert frame.loc[("LeNet-5", "Sparse momentum", "1"), "learned"] == "1 of 3"
 
 
-def test_trainability_is_a_share_beside_the_error_of_those_that_learned(root: Path) -> None:
+def test_trainability_is_a_share_beside_the_error_of_those_that_learned(
+    root: Path, tmp_path: Path
+) -> None:
     source = Source("paper", root)
     rows = trainability.trainability(source)
     assert list(dict.fromkeys(rows["variant"])) == list(trainability.VARIANTS)
@@ -150,6 +152,9 @@ def test_trainability_is_a_share_beside_the_error_of_those_that_learned(root: Pa
     assert set(frame["error of those (%)"]) == {"1.40"}
     plot = figures.FIGURES["trainability"](source)
     assert "1 %, ERK densities: 1 of 3" in [t.get_text() for t in plot.axes[0].get_yticklabels()]
+    write_grid(tmp_path, "trainability", "quick", lambda run: 88.65)  # none learns: no error
+    none = figures.FIGURES["trainability"](Source("quick", tmp_path))
+    assert "1 %, ERK densities: 0 of 3" in [t.get_text() for t in none.axes[0].get_yticklabels()]
     lenet = figures.FIGURES["initial_densities_lenet5"](source)
     texts = [t.get_text() for t in lenet.axes[0].get_yticklabels()]
     assert "1 %, uniform: 1 of 3" in texts and "5 %, ERK: 3 of 3" in texts
