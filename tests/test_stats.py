@@ -349,6 +349,7 @@ def test_a_narrower_interval_never_turns_a_verdict_round(
 
 def test_at_least_and_same_by_hand() -> None:
     assert verdict("at_least", interval(-0.1, 9), 0.2) is Verdict.REPRODUCED
+    assert verdict("at_least", interval(-0.1, 9), 0.2, "quick") is Verdict.NOT_COMPARABLE
     assert verdict("at_least", interval(-9, -0.3), 0.2) is Verdict.NOT_REPRODUCED
     assert verdict("at_least", interval(-0.3, 9), 0.2) is Verdict.INCONCLUSIVE
     assert verdict("same", interval(-0.1, 0.1), 0.2, "quick") is Verdict.REPRODUCED

@@ -5,7 +5,7 @@
 the measures that they use.
 """
 
-from lib.claims.claim import Claim, Part, Published
+from lib.claims.claim import Claim, Published
 from lib.claims.compare import differences
 from lib.claims.extensions import EXTENSIONS
 from lib.claims.judge import (
@@ -33,7 +33,6 @@ __all__ = [
     "RULE",
     "STATEMENTS",
     "Claim",
-    "Part",
     "Published",
     "counts",
     "details",

@@ -96,11 +96,11 @@ class Pairs(Measure):
         """The differences, and with `over` what each of its values says alone."""
         every = load(self.experiment, source)
         planned: dict[Run, None] = {}
-        parts, missing, unplanned = [], [], []
+        parts, missing = [], []
         for name, *wheres in self.pairs:
             a, b = (every.where(**where) for where in wheres)
             if not (a.planned and b.planned):
-                unplanned.append(name)
+                missing.append(f"{name} (not planned)".strip())
                 continue
             if self.over:
                 cells = self.cells(source.profile, name) or []
@@ -122,7 +122,7 @@ class Pairs(Measure):
             if one is None:
                 missing.append(name)
         runs = every.only(planned)
-        notes = [f"not planned at this profile: {', '.join(unplanned)}" if any(unplanned) else ""]
+        note = ""
         if not any(part.counts for part in parts):
             runs.needed()
             if not parts:
@@ -131,11 +131,9 @@ class Pairs(Measure):
                 )
         models = {run.model for run in planned}
         if self.paper_network and models - {self.paper_network}:
-            notes.append(
-                f"ours is {', '.join(map(model_name, models))}, the paper's "
-                f"{model_name(self.paper_network)}"
-            )
-        return Found(tuple(parts), runs, tuple(missing), "; ".join(filter(None, notes)))
+            names = ", ".join(map(model_name, models))
+            note = f"ours is {names}, the paper's {model_name(self.paper_network)}"
+        return Found(tuple(parts), runs, tuple(missing), note)
 
 
 def against(a: Where, others: Mapping[str, Where]) -> tuple[Pair, ...]:

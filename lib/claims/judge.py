@@ -32,14 +32,14 @@ RULE = (
     "'lower' is reproduced if the interval lies below 0 and not reproduced if it lies above 0 or "
     "inside the margin; 'match' is reproduced if nothing in it is worse than the margin and not "
     "reproduced if all of it is; 'at least' is reproduced if nothing in it falls short by more "
-    "than the margin; 'same' if it lies inside the margin, not if outside; 'value' likewise around "
-    "the paper's value, at the paper's scale only. Else: inconclusive at this n. A claim of "
-    "several parts is reproduced if every part is, and not reproduced if one is not (its interval "
-    "widened by Bonferroni for their number). The p-values of the authors' claims on one "
-    "experiment are adjusted by Holm, and 'reproduced' needs p < 0.05. Seeds that end at chance "
-    "(error above 80 %) are in no mean; where some did, logarithms of the errors are compared "
-    "among seeds that learned in both, and the detail says how many learned. Parts, Holm and what "
-    "failed seeds do are rules of 2026-11-24, after rows existed."
+    "than the margin; 'same' if it lies inside the margin, not if outside; 'value' likewise "
+    "around the paper's value; it and 'at least' at the paper's scale only. Else: inconclusive at"
+    " this n. A claim of several parts is reproduced if every part is, and not reproduced if one "
+    "is not (its interval widened by Bonferroni for their number). The p-values of the authors' "
+    "claims on one experiment are adjusted by Holm, and 'reproduced' needs p < 0.05. Seeds that "
+    "end at chance (error above 80 %) are in no mean; where some did, logarithms of the errors "
+    "are compared among seeds that learned in both, and the detail says how many learned. Parts, "
+    "Holm and what failed seeds do are rules of 2026-11-24, after rows existed."
 )
 
 _ORDER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_COMPARABLE, Verdict.REPRODUCED)
@@ -57,7 +57,7 @@ def scorecard(source: Source, notebook: str = "") -> pd.DataFrame:
     """The authors' own claims (of one notebook), one row each, also where there are no rows yet.
 
     Columns: id, claim, source (its place), paper, ours (texts, with unit and interval), n, verdict,
-    p_holm (adjusted over the authors' claims of the same experiment), size (the difference in
+    p and p_holm (adjusted over the authors' claims of the same experiment), size (the difference in
     margins), detail, scale, kind, margin, unit, when (the margin was set), experiment, notebook,
     and as numbers paper_value, ours_mean, ours_low, ours_high.
     """
@@ -128,7 +128,8 @@ def _adjust(rows: list[dict[str, Any]]) -> None:
     """Holm over the claims of one experiment; what does not hold then is inconclusive."""
     for name in dict.fromkeys(row["experiment"] for row in rows):
         mine = [row for row in rows if row["experiment"] == name]
-        for row, p in zip(mine, holm([row["p"] for row in mine]), strict=True):
+        tested = [NAN if row["verdict"] == Verdict.NOT_COMPARABLE else row["p"] for row in mine]
+        for row, p in zip(mine, holm(tested), strict=True):
             row["p_holm"] = p
             if row["verdict"] == Verdict.REPRODUCED and not p < LEVEL and not math.isnan(p):
                 row["verdict"] = str(Verdict.INCONCLUSIVE)
@@ -195,7 +196,7 @@ def _judged(claim: Claim, source: Source) -> _Judged:
     if claim.rule.kind == "lower" and not math.isnan(size):
         notes.append(f"{size:.1f} times the margin")
     row |= {
-        "ours": f"{part.name + ': ' if several else ''}{_number(claim, part.shown, unit)} {unit}",
+        "ours": f"{part.name and part.name + ': '}{_number(claim, part.shown, unit)} {unit}",
         "n": part.shown.n,
         "verdict": str(said),
         "p": max((item["p"] for _, item in deciding), default=NAN),

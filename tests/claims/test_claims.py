@@ -126,7 +126,7 @@ def test_the_authors_claims_of_one_experiment_are_adjusted_by_holm(judge: Judge)
         own = dict(OWN, dsr=2.0 + (0.06, 0.12, 0.13)[run.seed], set=2.1, deepr=2.1)
         return own[run.method]
 
-    row = judge(error)["mnist_lower_than_others"]
+    row = judge(error, "paper")["mnist_lower_than_others"]
     assert 0.025 < row["p"] < 0.05 < row["p_holm"]
     assert row["verdict"] == "inconclusive" and "by Holm over 2 claims" in row["detail"]
 
@@ -365,7 +365,7 @@ def test_text_for_the_terminal(judge: Judge, tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
     flat = " ".join(text.replace("\xa0", " ").split())
     assert "10 epochs" in flat and "Rule: the verdict rests on" in flat
-    assert "The authors' claims: 25, of them 2 reproduced, 23 no rows yet" in flat
+    assert "The authors' claims: 25, of them 1 reproduced, 1 not comparable, 23 no rows yet" in flat
     assert "Added by this reproduction" in flat and "Published values" in flat
 
 

@@ -45,9 +45,12 @@ def judge(tmp_path: Path) -> Judge:
 
 def test_effects_as_reported_reproduce_every_claim(judge: Judge) -> None:
     rows = judge(Effects().error)
-    assert {row["verdict"] for row in rows.values()} == {"reproduced"}, rows
-    assert len(rows) >= 12
-    assert {row["n"] for row in rows.values()} == {3}
+    whole = {name: row for name, row in rows.items() if "(not planned)" not in row["detail"]}
+    assert {row["verdict"] for row in whole.values()} == {"reproduced"}, whole
+    assert len(whole) >= 8 and {row["n"] for row in whole.values()} == {3}
+    # what holds of the networks planned at this scale does not hold of all
+    partly = {row["verdict"] for name, row in rows.items() if name not in whole}
+    assert partly == {"inconclusive"}
 
 
 def test_effects_the_other_way_reproduce_none(judge: Judge) -> None:
@@ -73,7 +76,6 @@ def test_no_effect_is_not_reproduced(judge: Judge) -> None:
         "scaling_growth_depth",
     ):
         assert rows[name]["verdict"] == "not reproduced", name
-    assert rows["insensitive_prune_rate_lenet300-100_whole"]["verdict"] == "reproduced"
 
 
 def test_noise_is_inconclusive(judge: Judge) -> None:
@@ -218,7 +220,7 @@ def test_one_setting_beyond_the_margin_is_enough(tmp_path: Path) -> None:
     found = whole.measure(Source("quick", tmp_path), {}, 0.2)
     by_name = {part.name: part.decides.mean for part in found.parts}
     assert by_name == pytest.approx({"LeNet-300-100 at 0.5": 0.4, "LeNet-300-100 at 0.7": 0.0})
-    assert "not planned at this profile: LeNet-300-100 at 0.3" in found.note
+    assert "LeNet-300-100 at 0.3 (not planned)" in found.missing
 
 
 def test_the_worst_is_decided_by_the_least_clear(judge: Judge) -> None:

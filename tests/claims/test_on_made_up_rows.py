@@ -59,7 +59,7 @@ def test_every_network_of_the_table_has_its_claims(judged: dict) -> None:
 def test_a_reduced_profile_compares_methods_and_no_values(judged: dict) -> None:
     rows = judged["quick"]
     snip = rows["cifar10_lower_than_snip"]
-    assert "not planned at this profile: AlexNet-b" in snip["detail"]
+    assert "AlexNet-b (not planned)" in snip["detail"]
     dropout = rows["mnist_variational_dropout_lower"]
     assert dropout["verdict"] == claims.NO_RUNS and "the paper's scale only" in dropout["detail"]
     wrn = rows["wrn28_2_lower_than_others"]
