@@ -1,0 +1,152 @@
+"""Sections, figures and tables of the report, in order: the texts of lib/report/text, composed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from lib import experiments
+from lib.figures import FIGURES, STYLE, TABLES, Plot, Table
+from lib.report import facts, tables
+from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
+from lib.report.facts import Cells, Clock
+from lib.report.prose import TEXTS, Author
+from lib.results.reading import NoRuns
+
+# ![caption](figure:NAME), or figure:NAME@DATASET for the scale that has rows of that data set.
+_SHOWN = re.compile(r"!\[(.*)\]\((figure|table):([\w-]+)(?:@(\w+))?\)", re.DOTALL)
+
+
+def compose(
+    profile: str, root: Path | None, scratch: Path, folder: Path = TEXTS
+) -> list[Block]:
+    """The blocks of the report; its figures are saved in the directory `scratch`."""
+    return _Composer(profile, root, scratch, folder).blocks()
+
+
+def findings(profile: str, root: Path | None) -> str:
+    """The main findings in Markdown: the same in the report's first section and in README."""
+    author = Author(names(profile, root))
+    return "\n\n".join(author.paragraphs("findings.md"))
+
+
+def names(profile: str, root: Path | None) -> dict[str, Any]:
+    """What the texts may use."""
+    scales = facts.scales(profile)
+    cells = {name: Cells(name, scales, root) for name in experiments.EXPERIMENTS}
+    return {
+        **cells,
+        "clock": Clock(root),
+        "depth": facts.Depth(cells["depth_scaling"]),
+        "readings": experiments.READINGS,
+        "really": tables.really_dense(),
+        "window": tables.Window(root),
+        "gap": facts.gap,
+        "paper": facts.paper,
+        "percents": facts.percents,
+        "numbers": facts.NUMBERS,
+        "todo": lambda *wanted: tables.todo(wanted, root),
+        "verdicts": tables.Verdicts(scales, root),
+        "cost": tables.Cost(root),
+    }
+
+
+class _Composer:
+    """Numbers what it adds, and shows no figure twice."""
+
+    def __init__(self, profile: str, root: Path | None, scratch: Path, folder: Path) -> None:
+        self.scales, self.root, self.scratch = facts.scales(profile), root, scratch
+        self.names = names(profile, root)
+        self.author = Author(self.names, folder)
+        self.author.names["findings"] = self.author._jinja.globals["findings"] = (
+            lambda: "\n\n".join(self.author.paragraphs("findings.md"))
+        )
+        self.folder = folder
+        self.found: list[Block] = []
+        self.count = {"Figure": 0, "Table": 0}
+        self.shown: set[tuple[str, str, str]] = set()
+
+    def blocks(self) -> list[Block]:
+        """All sections, then the appendix with the full tables."""
+        for number, file in enumerate(sorted(self.folder.glob("[0-9]*.md")), 1):
+            for text in self.author.paragraphs(file.name):
+                self._add(text, str(number))
+        self._appendix()
+        return self.found
+
+    def _add(self, text: str, number: str) -> None:
+        if text.startswith("# "):
+            self.found.append(Heading(1, text[2:], number))
+        elif text.startswith("## "):
+            self.found.append(Heading(2, text[3:]))
+        elif match := _SHOWN.fullmatch(text):
+            caption, kind, name, dataset = match.groups()
+            self._show(kind, name, " ".join(caption.split()), dataset)
+        elif "](figure:" in text or "](table:" in text:
+            raise ValueError(f"a figure or table is a paragraph of its own, not part of {text!r}")
+        else:
+            self.found.append(Prose(text))
+
+    def _show(self, kind: str, name: str, caption: str, dataset: str | None = None) -> None:
+        """Add a figure or table at the largest scale of its experiment, unless it has no rows."""
+        if kind == "table" and name in tables.TABLES:
+            try:
+                made = tables.TABLES[name](self.names)
+            except NoRuns:
+                return
+            self._number(made, caption)
+            return
+        registry = FIGURES if kind == "figure" else TABLES
+        if name not in registry:
+            raise ValueError(f"the report asks for a {kind} {name!r} that lib/figures doesn't have")
+        cells = self.names.get(owner(name))
+        if cells is not None and dataset:
+            cells = cells.of(dataset=dataset)
+        profile = cells.profile if cells is not None else self.scales[-1]
+        if not profile or (kind, name, profile) in self.shown:
+            return
+        self.shown.add((kind, name, profile))
+        try:
+            made = registry[name](profile, self.root)
+        except NoRuns:
+            return
+        if isinstance(made, Table):
+            self._number(made, caption or made.caption)
+        else:
+            self._picture(made, caption, f"{profile}_{name}")
+
+    def _number(self, table: Table, caption: str) -> None:
+        self.count["Table"] += 1
+        self.found.append(Numbers(table, caption, f"Table {self.count['Table']}"))
+
+    def _picture(self, plot: Plot, caption: str, stem: str) -> None:
+        """Save a figure as vectors that both outputs take; equal figures give equal bytes."""
+        self.count["Figure"] += 1
+        file = self.scratch / f"{stem}.svg"
+        with mpl.rc_context({"svg.hashsalt": stem}, fname=STYLE):
+            plot.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        width, height = plot.get_size_inches()
+        size = float(width), float(height)
+        self.found.append(Picture(file, size, caption, f"Figure {self.count['Figure']}"))
+
+    def _appendix(self) -> None:
+        """Every table of every experiment, once, at its largest scale."""
+        self.found.append(Heading(1, "Appendix: all tables", "A"))
+        self._show("table", "extensions", "What we add to the paper's claims, and what came of it.")
+        self._show("table", "experiments", "Every experiment: its runs, and where they were made.")
+        for name, experiment in experiments.EXPERIMENTS.items():
+            at = len(self.found)
+            for table in TABLES:
+                if owner(table) == name:
+                    self._show("table", table, "")
+            if len(self.found) > at:
+                where = f"{experiment.title} ({facts.scale_name(self.names[name].profile)})"
+                self.found.insert(at, Heading(2, where))
+
+
+def owner(name: str) -> str:
+    """The experiment a figure or table belongs to: the longest whose name it starts with, or ""."""
+    return max((e for e in experiments.EXPERIMENTS if name.startswith(e)), key=len, default="")

@@ -1,0 +1,278 @@
+"""The tables that only the report has, and what is not computed yet and what it costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lib import claims, experiments
+from lib.figures import Table
+from lib.report.facts import Cells, Value, scale_name
+from lib.results.clock import window_flops
+from lib.results.reading import METHOD_NAMES, NoRuns, load, published_rows
+
+Names = dict[str, Any]
+TABLES: dict[str, Callable[[Names], Table]] = {}
+
+_SPARSE = ("sparse_momentum", "dsr", "set", "deepr", "static")
+
+
+def table(name: str) -> Callable[[Callable[[Names], Table]], Callable[[Names], Table]]:
+    """Register a table by the name that the texts call it."""
+
+    def register(tell: Callable[[Names], Table]) -> Callable[[Names], Table]:
+        TABLES[name] = tell
+        return tell
+
+    return register
+
+
+# ------------------------------------------------------------------------------------ verdicts
+
+
+class Verdicts:
+    """The verdict on each claim, at the largest scale at which its runs are."""
+
+    def __init__(self, scales: Sequence[str], root: Path | None) -> None:
+        self.scales, self.root = scales, root
+
+    @functools.cached_property
+    def all(self) -> pd.DataFrame:
+        """One row per claim, with its `profile`; where no scale has runs, the first one's row."""
+        frames = [
+            claims.verdict_table(scale, self.root).assign(profile=scale) for scale in self.scales
+        ]
+        chosen = frames[0].copy()
+        for frame in frames[1:]:
+            without = (chosen["verdict"] == claims.NO_RUNS) & (frame["verdict"] != claims.NO_RUNS)
+            chosen[without] = frame[without]
+        return chosen
+
+    def count(self, verdict: str) -> int:
+        """How many claims have this verdict."""
+        return int((self.all["verdict"] == verdict).sum())
+
+
+@table("scorecard")
+def scorecard(names: Names) -> Table:
+    """The authors' claims, each with the paper's value, ours and the verdict."""
+    found = names["verdicts"].all
+    lines = [
+        {
+            "claim": row["claim"],
+            "paper": row["paper"],
+            "ours": row["ours"],
+            "n": str(row["n"] or "–"),
+            "verdict": row["verdict"] + _at(row),
+        }
+        for row in found.to_dict("records")
+    ]
+    return Table(pd.DataFrame(lines), "")
+
+
+def _at(row: Any) -> str:
+    small = row["profile"] != "paper" and row["verdict"] != claims.NO_RUNS
+    return f" ({row['profile']})" * small
+
+
+# --------------------------------------------------------------------------------------- MNIST
+
+
+@table("curve")
+def curve(names: Names) -> Table:
+    """LeNet-300-100 by share of weights: five methods here, and both published files."""
+    cells: Cells = names["main_results"]
+    shares = sorted({run.density for run in cells.runs.planned} - {1.0})
+    lines = [
+        {
+            "weights (%)": f"{100 * share:g}",
+            **{METHOD_NAMES[m]: _said(cells, m, share) for m in _SPARSE},
+            "published, July 9": _published("mnist_sparse_summary", share),
+            "published, July 29": _published("mnist_lenet300-100", share),
+        }
+        for share in shares
+    ]
+    note = (
+        "Test error in %, mean [95 % interval] over the seeds that learned. Published: sparse "
+        "momentum in MNIST_sparse_summary.csv and in MNIST_compression_comparison of the official "
+        "code, named by the days of 2019 when they entered."
+    )
+    return Table(pd.DataFrame(lines), "", note)
+
+
+@table("networks")
+def networks(names: Names) -> Table:
+    """Both networks and the published values of each baseline."""
+    cells: Cells = names["baseline_network"]
+    ours = dict(update_every_steps=0)
+    lines = []
+    for method in _SPARSE:
+        for share in (0.01, 0.02, 0.05, 0.1):
+            line = {"method": METHOD_NAMES[method], "weights (%)": f"{100 * share:g}"}
+            line["published"] = _published("mnist_sparse_summary", share, method)
+            for title, more in (
+                ("paper's network", {"model": "lenet300-100", **ours}),
+                ("DSR authors' network", {"model": "lenet300-100-bn", **ours}),
+                ("and their training", {"model": "lenet300-100-bn", "update_every_steps": 300}),
+            ):
+                line[title] = _said(cells, method, share, **more)
+            lines.append(line)
+    return Table(pd.DataFrame(lines), "", "Test error in %, mean [95 % interval].")
+
+
+def _said(cells: Cells, method: str, share: float, **more: Any) -> str:
+    try:
+        value: Value = cells.error(method, share, **more)
+        learned = cells.learned(method, share, **more)
+    except NoRuns:
+        return "–"
+    return value.ci + (f" ({learned} learned)" if learned.k < learned.n else "")
+
+
+def _published(name: str, share: float, method: str = "sparse_momentum") -> str:
+    try:
+        row = published_rows(name, method=method, density=share, model="lenet300-100").iloc[0]
+    except ValueError:
+        return "–"
+    return f"{row['test_error_pct']:.2f}"
+
+
+# --------------------------------------------------------------------------------------- speed
+
+
+@table("speed")
+def speed(names: Names) -> Table:
+    """Whole training steps and inference by share of weights, dense over sparse."""
+    steps = names["clock"].steps
+    lines = []
+    for model, group in steps.groupby("model", sort=False):
+        for what, column in (("training", "training"), ("inference", "inference")):
+            line = {"network": experiments_name(str(model)), "step": what}
+            for row in group.to_dict("records"):
+                line[f"{100 * row['density']:g} %"] = f"{row[column]:.1f}"
+            lines.append(line)
+    note = f"Dense float32 over sparse float32, medians. Machine: {names['clock'].machine}."
+    return Table(pd.DataFrame(lines), "", note)
+
+
+def experiments_name(model: str) -> str:
+    """Display name of a network."""
+    from lib.results.reading import model_name
+
+    return model_name(model)
+
+
+# ------------------------------------------------------------------------- what there is, and not
+
+
+@table("cost")
+def cost(names: Names) -> Table:
+    """What is missing at the paper's scale, and the hours it would take."""
+    lines = []
+    for name, this in experiments.EXPERIMENTS.items():
+        cells: Cells = names[name]
+        runs = load(name, cells.profiles[0], cells.root)
+        if runs.missing:
+            lines.append(
+                {
+                    "experiment": name,
+                    "question": this.title,
+                    "runs missing": f"{runs.missing:,} of {len(runs.planned):,}",
+                    "shown here": scale_name(cells.profile) if cells.profile else "not at all",
+                    "hours": names["cost"].hours(runs),
+                }
+            )
+    if not lines:
+        raise NoRuns("nothing is missing")
+    return Table(pd.DataFrame(lines), "", names["cost"].note)
+
+
+@table("experiments")
+def scope(names: Names) -> Table:
+    """Every experiment: notebook, runs planned and done at each scale, and where they were made."""
+    lines, done = [], []
+    root = names["clock"].root
+    for name, this in experiments.EXPERIMENTS.items():
+        line = {"experiment": name, "notebook": this.notebook.split("_")[0]}
+        for profile in ("quick", "hours", "paper"):
+            runs = load(name, profile, root)
+            rows = pd.concat([runs.rows, runs.diverged])
+            done.append(rows)
+            line[f"{profile}: runs"] = f"{len(rows)} of {len(runs.planned)}" if runs.planned else "–"
+            line[f"{profile}: hours"] = (
+                f"{rows['train_seconds'].sum() / 3600:.2g}" if len(rows) else "–"
+            )
+        lines.append(line)
+    rows = pd.concat(done).drop_duplicates("run_id")
+    if rows.empty:
+        raise NoRuns("no runs at any scale")
+    where = {
+        "processors": rows["device"],
+        "torch": rows["torch"],
+        "Python": rows["python"],
+        "commits": rows["commit"].str[:10],
+    }
+    changed = int(rows["dirty"].fillna(False).astype(bool).sum())
+    note = (
+        f"{len(rows):,} different runs, {rows['train_seconds'].sum() / 3600:.2g} hours of training "
+        "(a run of several experiments is trained once). "
+        + ". ".join(f"{what[0].upper()}{what[1:]}: {_list(said)}" for what, said in where.items())
+        + (f"; {changed} runs with changes that were not committed." if changed else ".")
+    )
+    return Table(pd.DataFrame(lines), "", note)
+
+
+def _list(values: pd.Series) -> str:
+    return ", ".join(sorted({str(v) for v in values}))
+
+
+def todo(wanted: Iterable[Cells], root: Path | None) -> str:
+    """What of these experiments is not computed at the paper's scale, in one paragraph; or ""."""
+    parts = []
+    for cells in wanted:
+        runs = load(cells.experiment, cells.profiles[0], root, **dict(cells.wanted))
+        if not runs.missing:
+            continue
+        done = len(runs.planned) - runs.missing
+        state = f"{runs.missing:,} of its {len(runs.planned):,}" if done else f"{runs.missing:,}"
+        parts.append(f"`{cells.experiment}`, {state} runs{Cost(root).text(runs)}")
+    if not parts:
+        return ""
+    return f"*Not yet computed at {scale_name(cells.profiles[0])}:* {'; '.join(parts)}."
+
+
+class Cost:
+    """Hours that missing runs would take on the machine of the rows."""
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+
+    note = ""
+
+    def hours(self, runs: Any) -> str:
+        """Of the missing runs, side by side on all cores."""
+        return "–"
+
+    def text(self, runs: Any) -> str:
+        """ " (about 12 h)"."""
+        return ""
+
+
+def really_dense() -> str:
+    """ "15.9 to 26.5": what a nominal 5 % of the weights was, with the layers left dense."""
+    found = [100 * kept.real_density(0.05) for kept in experiments.KEPT_DENSE.values()]
+    return f"{min(found):.1f} to {max(found):.1f}"
+
+
+class Window:
+    """Training FLOPs in % of dense, by network and K mini-batches of dense gradients (0: all)."""
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+
+    def __getitem__(self, at: tuple[str, int]) -> float:
+        return window_flops(self.root)[at]
