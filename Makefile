@@ -34,6 +34,9 @@ endif
 # Prints the pip section of environment.yml, one requirement per line.
 REQUIREMENTS := awk '/^  - pip:/ {pip = 1; next} pip && /^      - / {print $$2}'
 
+# `from lib import Masking` in any folder: the package as it stands here.
+EDITABLE := $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+
 PHONY := help env requirements runs notebooks figures report verdict reproduce status test lint \
 	format bench lab clean check-python build-venv build-conda
 .PHONY: $(PHONY)
@@ -127,6 +130,7 @@ build-venv:
 	@$(PYTHON) -m pip install --quiet --requirement $(PREFIX)/requirements.txt || { \
 		echo 'The installation into $(PREFIX) is not complete (message above); "make env" continues it.' >&2; \
 		exit 1; }
+	@$(EDITABLE)
 	@mv $(READY).part $(READY)
 	@echo 'Environment ready: $(PREFIX)'
 
@@ -139,5 +143,6 @@ build-conda:
 		'$(CONDA)' $$verb --prefix '$(CURDIR)/$(PREFIX)' --file environment.yml || { \
 		echo 'The environment $(PREFIX) is not complete (message above); "make env" tries again, "make env CONDA=" uses pip instead.' >&2; \
 		exit 1; }
+	@$(EDITABLE)
 	@cp environment.yml $(READY).part && mv $(READY).part $(READY)
 	@echo 'Environment ready: $(PREFIX)'

@@ -168,7 +168,9 @@ _LENET300_100_WEIGHTS = 266_200
 
 
 def _baseline_network(scale: Block, seeds: int, densities: list[float]) -> tuple[Block, ...]:
-    """The curve on both networks; on the second also SET and DSR as their authors' code does."""
+    """The curve on both networks; on the second also SET and DSR as their authors' code does, and
+    where a layer of 10 or 20 weights could decide, from an output layer that is half dense.
+    """
     here: Block = {**scale, "seeds": seeds}
     return (
         *(
@@ -177,6 +179,13 @@ def _baseline_network(scale: Block, seeds: int, densities: list[float]) -> tuple
             for block in _curve({**scale, "model": model}, seeds, densities)
         ),
         {**here, **_THEIR_SET, "density": densities},
+        {
+            **here,
+            "model": _NORMED,
+            "method": ["sparse_momentum", *_OTHERS],
+            "init": "half_output",
+            "density": [d for d in densities if d in (0.01, 0.02, 0.05)],
+        },
         *(
             {
                 **here,

@@ -583,7 +583,8 @@ class Masking:
         schedule: "cosine" or "linear", to zero at `total_steps`, evaluated per mini-batch;
             "cosine_floor": to 0.005, as the official code.
         method: a key of METHODS; `prune`, `redistribution`, `growth` override its rules by name.
-        init: densities of the layers at the start: "uniform" (the paper's) or "erk"; with
+        init: densities of the layers at the start: "uniform" (the paper's), "erk" or
+            "half_output" (see `initial_counts`); with
             "uniform_drawn" and "erk_drawn" each weight is drawn by itself, as in the official code,
             so that the number of active weights is the density's only in expectation.
         keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
@@ -937,7 +938,7 @@ def maskable_parameters(
     return {n: p for n, p in weights.items() if n not in kept}
 
 
-INITS = ("uniform", "erk", "uniform_drawn", "erk_drawn")
+INITS = ("uniform", "erk", "half_output", "uniform_drawn", "erk_drawn")
 
 
 def initial_counts(
@@ -947,16 +948,22 @@ def initial_counts(
 
     "uniform": the same density in every layer (paper). "erk": Erdos-Renyi-kernel, density
     proportional to (sum of the dimensions) / (their product), full where that exceeds one (RigL,
-    section 3). Raises ValueError where a layer would be empty.
+    section 3). "half_output": half of the last layer's weights, the same density in the others (a
+    line that is commented out in the code of DSR's authors, PAPER.md 12a). Raises ValueError where
+    a layer would be empty.
     """
     sizes = {name: p.numel() for name, p in parameters.items()}
+    total = round(density * sum(sizes.values()))
     if init == "uniform":
         shares = [float(size) for size in sizes.values()]
+    elif init == "half_output":
+        *others, last = sizes.values()
+        shares = [float(size) for size in others]
+        shares.append(sum(others) * (last / 2) / max(total - last / 2, 1))
     elif init == "erk":
         shares = [float(sum(p.shape)) for p in parameters.values()]
     else:
-        raise ValueError(unknown("init", init, ["uniform", "erk"]))
-    total = round(density * sum(sizes.values()))
+        raise ValueError(unknown("init", init, ["uniform", "erk", "half_output"]))
     counts = dict(zip(sizes, allocate(total, shares, list(sizes.values())), strict=True))
     if empty := [name for name, count in counts.items() if count == 0]:
         raise ValueError(

@@ -65,7 +65,7 @@ def test_every_dependency_is_pinned_exactly() -> None:
 def test_environment_is_the_only_list_of_dependencies() -> None:
     others = ("requirements*.txt", "setup.py", "setup.cfg", "Pipfile", "poetry.lock", "uv.lock")
     assert [path.name for pattern in others for path in ROOT.glob(pattern)] == []
-    assert "[project]" not in (ROOT / "pyproject.toml").read_text()
+    assert "dependencies = " not in (ROOT / "pyproject.toml").read_text()
 
 
 def test_makefile_reads_the_pip_section_as_yaml_does() -> None:
@@ -122,10 +122,12 @@ fi
     script(
         tmp_path / "bin/venv-python",
         """
-if [ "$3" = install ]; then
+for last; do :; done
+if [ "$3 $last" = "install ." ]; then echo editable >> log
+elif [ "$3" = install ]; then
     echo install >> log
     if [ -e bin/offline ]; then echo 'no network' >&2; exit 1; fi
-    for last; do :; done; cp "$last" installed.txt
+    cp "$last" installed.txt
 fi
 """,
     )
@@ -137,15 +139,15 @@ def test_env_installs_once_and_again_only_after_a_change(clone: Path) -> None:
     for _ in range(3):
         result = make(clone, "env", "CONDA=")
         assert result.returncode == 0, result.stderr
-        assert log.read_text().split() == ["venv", "install"]
+        assert log.read_text().split() == ["venv", "install", "editable"]
     assert (clone / "installed.txt").read_text().split() == dependencies()[1]
     (clone / "environment.yml").touch()  # as a git checkout does: same content, newer time
     make(clone, "env", "CONDA=")
-    assert log.read_text().split() == ["venv", "install"]
+    assert log.read_text().split() == ["venv", "install", "editable"]
     with (clone / "environment.yml").open("a") as file:
         file.write("      - one-more==1.0\n")
     make(clone, "env", "CONDA=")
-    assert log.read_text().split() == ["venv", "install", "install"]
+    assert log.read_text().split() == ["venv", *2 * ["install", "editable"]]
     assert (clone / "installed.txt").read_text().split()[-1] == "one-more==1.0"
 
 
@@ -158,7 +160,7 @@ def test_a_failed_installation_is_never_taken_for_a_complete_one(clone: Path) ->
         assert "is not complete" in result.stderr
     (clone / "bin/offline").unlink()
     assert make(clone, "env", "CONDA=").returncode == 0
-    assert (clone / "log").read_text().split() == ["venv", "install", "install", "install"]
+    assert (clone / "log").read_text().split() == ["venv", *3 * ["install"], "editable"]
     # A change of environment.yml that cannot be installed makes the old environment invalid too.
     (clone / "bin/offline").touch()
     with (clone / "environment.yml").open("a") as file:
@@ -172,7 +174,7 @@ def test_a_broken_environment_is_built_anew(clone: Path) -> None:
     assert make(clone, "env", "CONDA=").returncode == 0
     script(clone / ".venv/bin/python", "exit 1\n")
     assert make(clone, "env", "CONDA=").returncode == 0
-    assert (clone / "log").read_text().split() == ["venv", "install", "venv", "install"]
+    assert (clone / "log").read_text().split() == 2 * ["venv", "install", "editable"]
 
 
 def test_an_old_python_is_named_with_what_to_do(clone: Path) -> None:
@@ -206,7 +208,7 @@ mkdir -p "$prefix/bin"; cp bin/venv-python "$prefix/bin/python"
     for _ in range(2):
         assert make(clone, *arguments).returncode == 0
     call = f"{command} --prefix {clone}/.venv-conda --file environment.yml"
-    assert (clone / "log").read_text().splitlines() == [call, call]
+    assert (clone / "log").read_text().splitlines() == [call, call, "editable"]
 
 
 def test_python_given_by_hand_creates_no_environment(clone: Path) -> None:

@@ -505,6 +505,15 @@ def test_uniform_and_erk_layer_densities():
     assert full and max(full) < min(open_layers) * 1.01  # only what the cap cuts off
 
 
+def test_an_output_layer_can_start_half_dense():
+    parameters = maskable_parameters(build_model("lenet300-100", generator=seeded(0)))
+    for density in (0.01, 0.02, 0.05):
+        *others, last = initial_counts(parameters, density, "half_output").values()
+        assert sum(others) + last == round(density * 266_200) and abs(last - 500) <= 1
+        first, second = (n / p.numel() for n, p in zip(others, parameters.values(), strict=False))
+        assert first == pytest.approx(second, rel=0.01)
+
+
 def test_start_masks_are_uniform_over_positions():
     counts = torch.zeros(20)
     for seed in range(400):
@@ -1154,7 +1163,7 @@ def test_a_new_rule_is_one_function_and_one_registration():
         ({"redistribution": "moment"}, "unknown redistribution rule 'moment'.*'momentum'"),
         ({"growth": "randon"}, "unknown growth rule 'randon': did you mean 'random'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin': did you mean 'cosine'"),
-        ({"init": "erdos"}, "unknown init 'erdos'.*erk, erk_drawn, uniform"),
+        ({"init": "erdos"}, "unknown init 'erdos'.*erk, erk_drawn, half_output, uniform"),
         ({"keep_dense": "layer9.*"}, "unknown keep_dense name 'layer9"),
         ({"keep_dense": "*"}, "no weight is left to mask"),
         ({"options": {"keep_regrow": 1.0}}, "unknown option 'keep_regrow'.*'keep_regrown'"),
