@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,7 @@ from lib.results.reading import NoRuns
 _SHOWN = re.compile(r"!\[(.*)\]\((figure|table):([\w-]+)(?:@(\w+))?\)", re.DOTALL)
 
 
-def compose(
-    profile: str, root: Path | None, scratch: Path, folder: Path = TEXTS
-) -> list[Block]:
+def compose(profile: str, root: Path | None, scratch: Path, folder: Path = TEXTS) -> list[Block]:
     """The blocks of the report; its figures are saved in the directory `scratch`."""
     return _Composer(profile, root, scratch, folder).blocks()
 
@@ -37,8 +36,16 @@ def names(profile: str, root: Path | None) -> dict[str, Any]:
     """What the texts may use."""
     scales = facts.scales(profile)
     cells = {name: Cells(name, scales, root) for name in experiments.EXPERIMENTS}
+    networks = cells["baseline_network"]
+    their_way = {"model": "lenet300-100-bn", "update_every_steps": 300}
     return {
         **cells,
+        "plain_network": networks.of(model="lenet300-100"),
+        "normed_network": networks.of(
+            model="lenet300-100-bn", init="uniform", update_every_steps=0
+        ),
+        "half_output": networks.of(model="lenet300-100-bn", init="half_output"),
+        "their_way": networks.of(**their_way),
         "clock": Clock(root),
         "depth": facts.Depth(cells["depth_scaling"]),
         "readings": experiments.READINGS,
@@ -60,9 +67,8 @@ class _Composer:
     def __init__(self, profile: str, root: Path | None, scratch: Path, folder: Path) -> None:
         self.scales, self.root, self.scratch = facts.scales(profile), root, scratch
         self.names = names(profile, root)
-        self.author = Author(self.names, folder)
-        self.author.names["findings"] = self.author._jinja.globals["findings"] = (
-            lambda: "\n\n".join(self.author.paragraphs("findings.md"))
+        self.author.names["findings"] = self.author._jinja.globals["findings"] = lambda: (
+            "\n\n".join(self.author.paragraphs("findings.md"))
         )
         self.folder = folder
         self.found: list[Block] = []
@@ -93,11 +99,8 @@ class _Composer:
     def _show(self, kind: str, name: str, caption: str, dataset: str | None = None) -> None:
         """Add a figure or table at the largest scale of its experiment, unless it has no rows."""
         if kind == "table" and name in tables.TABLES:
-            try:
-                made = tables.TABLES[name](self.names)
-            except NoRuns:
-                return
-            self._number(made, caption)
+            with contextlib.suppress(NoRuns):
+                self._number(tables.TABLES[name](self.names), caption)
             return
         registry = FIGURES if kind == "figure" else TABLES
         if name not in registry:
@@ -110,7 +113,7 @@ class _Composer:
             return
         self.shown.add((kind, name, profile))
         try:
-            made = registry[name](profile, self.root)
+            made: Plot | Table = registry[name](profile, self.root)
         except NoRuns:
             return
         if isinstance(made, Table):

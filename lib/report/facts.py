@@ -18,6 +18,7 @@ import pandas as pd
 
 from lib import claims, experiments, paths
 from lib.claims.effects import Family, families, scaling
+from lib.config import unknown
 from lib.results.clock import ALL, machine, whole_steps
 from lib.results.reading import (
     METHOD_NAMES,
@@ -36,14 +37,14 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def scales(profile: str) -> tuple[str, ...]:
-    """The profiles an experiment may be shown at, the largest first.
+    """The profiles that an experiment may be shown at, the largest first: all, whichever was asked
+    for, but smoke, which proves that the code runs and is never mixed in.
 
-    Raises ValueError for an unknown one. Smoke proves that the code runs and is never mixed in.
+    Raises ValueError for an unknown profile.
     """
     if profile not in experiments.PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: {', '.join(experiments.PROFILES)}")
-    order = experiments.PROFILES
-    return ("smoke",) if profile == "smoke" else tuple(reversed(order[order.index(profile) :]))
+        raise ValueError(unknown("profile", profile, experiments.PROFILES))
+    return ("smoke",) if profile == "smoke" else ("paper", "hours", "quick")
 
 
 def scale_name(profile: str) -> str:
@@ -66,7 +67,9 @@ class Value:
 
     @property
     def ci(self) -> str:
-        """ "1.47 [1.40, 1.54]"."""
+        """ "1.47 [1.40, 1.54]", "1.47 (one seed)"."""
+        if self.n == 1:
+            return f"{self} (one seed)"
         return interval_text(self.mean, self.low, self.high, sign=self.sign)
 
     @property
@@ -123,25 +126,29 @@ class Versus:
     unlearned: tuple[float, ...] = ()
 
     def __str__(self) -> str:
+        every = [*self.less, *self.more, *self.neither, *self.single, *self.unlearned]
         parts = [
-            f"{word} than {self.b} at {percents(found)} (by {_sizes(found)})"
+            f"{word} than {self.b} at {percents(found, every)} (by {_sizes(found)})"
             for word, found in (("less", self.less), ("more", self.more))
             if found
         ]
-        if not parts:
-            parts.append(f"neither less nor more than {self.b} where a test can be made")
-        if self.neither and (self.less or self.more):
-            parts.append(f"with no difference shown at {percents(self.neither)}")
+        if self.neither:
+            at = f"no difference shown at {percents(self.neither, every)}"
+            parts.append(at if parts else f"neither less nor more than {self.b}, as far as shown")
         if self.single:
-            parts.append(f"with one shared seed so far at {percents(self.single)}")
+            parts.append(f"one seed so far at {percents(self.single, every)}")
         if self.unlearned:
-            parts.append(f"with runs that did not learn at {percents(self.unlearned)}")
+            parts.append(f"runs that did not learn at {percents(self.unlearned, every)}")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The runs of one experiment at the largest scale that has some; `wanted` narrows them."""
+    """The runs of one experiment at the largest scale that has some; `wanted` narrows them.
+
+    All parts of an experiment are read at one scale, so that none is set against another's; only
+    data sets have scales of their own.
+    """
 
     experiment: str
     profiles: tuple[str, ...]
@@ -150,8 +157,8 @@ class Cells:
     seen: set[str] = field(default_factory=set, compare=False)
 
     def of(self, **wanted: Any) -> Cells:
-        """The part with these fields, at the largest scale that has rows of that part."""
-        more = tuple((*self.wanted, *wanted.items()))
+        """The part with these fields."""
+        more = (*self.wanted, *wanted.items())
         return Cells(self.experiment, self.profiles, self.root, more, self.seen)
 
     @functools.cached_property
@@ -161,8 +168,9 @@ class Cells:
         Runs of other methods alone say nothing about it. Images of the size of CIFAR-10 need
         networks that learn: quick has none there, so that it is no evidence.
         """
+        dataset = {k: v for k, v in self.wanted if k == "dataset"}
         for profile in self.profiles:
-            runs = self._at(profile)
+            runs = load(self.experiment, profile, self.root, **dataset)
             if profile == "quick" and {run.dataset for run in runs.planned} == {"cifar10"}:
                 continue
             if (runs.rows["method"] == "sparse_momentum").any():
@@ -202,7 +210,7 @@ class Cells:
         return int(self.runs.rows.groupby(_CELL, dropna=False)["seed"].nunique().max())
 
     def _of(self, side: Side, density: float | None, more: Mapping[str, Any]) -> Runs:
-        wanted = {"method": side} if isinstance(side, str) else dict(side)
+        wanted: dict[str, Any] = {"method": side} if isinstance(side, str) else dict(side)
         if density is not None and wanted.get("method") != "dense":
             wanted["density"] = density
         return self.runs.where(**{**more, **wanted})
@@ -248,8 +256,8 @@ class Cells:
             name = "less" if row["mean"] < 0 else "more"
             group = "single" if row["n"] < 2 else name if sure else "neither"
             groups[group][row["density"]] = row["mean"]
-        if not any(groups.values()):
-            raise NoRuns(f"{self.experiment}: {a} and {b} have nothing to compare")
+        if not (groups["less"] or groups["more"] or groups["neither"]):
+            raise NoRuns(f"{self.experiment}: {a} and {b} share no two seeds that learned")
         name = b if isinstance(b, str) else str(b["method"])
         return Versus(METHOD_NAMES[name], **groups, unlearned=bad)
 
@@ -354,9 +362,19 @@ def paper(table: str, column: str = "test_error_pct", **wanted: Any) -> float:
     return float(rows[column].iloc[0])
 
 
-def percents(shares: Iterable[float]) -> str:
-    """ "1, 2 and 5 %"."""
-    texts = [f"{100 * share:g}" for share in sorted(shares)]
+def percents(shares: Iterable[float], every: Iterable[float] = ()) -> str:
+    """ "1, 2 and 5 %"; neighbours among `every` share as a range, "1 to 4 and 10 %"."""
+    wanted, known = set(shares), sorted({*every, *shares})
+    groups: list[list[float]] = [[]]
+    for share in known:
+        if share in wanted:
+            groups[-1].append(share)
+        elif groups[-1]:
+            groups.append([])
+    texts = []
+    for group in groups:
+        ends = [f"{100 * share:g}" for share in group]
+        texts += [f"{ends[0]} to {ends[-1]}"] if every and len(ends) > 2 else ends
     return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1]))) + " %"
 
 

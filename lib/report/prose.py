@@ -122,6 +122,8 @@ class Author:
                 f"{' '.join(' '.join(line).split())[:300]!r}. The sides of its condition are now "
                 f"{failed.values}; change the sentence and its condition."
             ) from None
+        except Outdated:  # of a text within this one
+            raise
         except jinja2.TemplateError as error:
             line_of = getattr(error, "lineno", None) or 1
             raise ValueError(f"{place}, line {first + line_of - 1}: {error}") from error

@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 from lib import figures, paths
-from lib.report.compose import compose
+from lib.report.compose import compose, findings
 from lib.report.facts import scales
 from lib.report.page import to_html
+from lib.report.readme import with_findings
 from lib.report.typeset import to_pdf
 
 TITLE = "Sparse Networks from Scratch, reproduced"
@@ -21,16 +22,19 @@ SUBTITLE = (
 
 
 def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
-    """Write report.html and report.pdf, each experiment at its largest scale, `profile` the least.
+    """Write report.html and report.pdf, each experiment at its largest scale.
 
-    They go to figures/, for smoke and for results elsewhere to figures/ beside or below the
-    results (`figures.output_dir`). The files written. Raises ValueError for an unknown profile,
-    Outdated for a sentence that the rows no longer support, ResultsError for a damaged CSV.
+    They go to figures/, and the findings into README.md; for smoke and for results elsewhere to
+    figures/ beside or below the results (`figures.output_dir`). The files written.
+
+    Raises ValueError for an unknown profile, Outdated for a sentence that the rows no longer
+    support, ResultsError for a damaged CSV.
     """
     scales(profile)
     root = Path(results_root) if results_root else None
     folder = figures.output_dir(profile, root)
-    if root is None and profile != "smoke":
+    committed = root is None and profile != "smoke"
+    if committed:
         folder = paths.figures_dir()
     with tempfile.TemporaryDirectory() as scratch:
         blocks = compose(profile, root, Path(scratch))
@@ -39,11 +43,13 @@ def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
             "pdf": to_pdf(TITLE, SUBTITLE, blocks, Path(scratch)),
         }
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kind, content in contents.items():
-        path = folder / f"report.{kind}"
+    written = {folder / f"report.{kind}": content for kind, content in contents.items()}
+    if committed:
+        readme = paths.REPO / "README.md"
+        text = with_findings(readme.read_text(encoding="utf-8"), findings(profile, root))
+        written[readme] = text.encode()
+    for path, content in written.items():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(content)
         os.replace(temporary, path)
-        written.append(path)
-    return written
+    return list(written)

@@ -107,20 +107,22 @@ def curve(names: Names) -> Table:
 @table("networks")
 def networks(names: Names) -> Table:
     """Both networks and the published values of each baseline."""
-    cells: Cells = names["baseline_network"]
-    ours = dict(update_every_steps=0)
+    sides: dict[str, Cells] = {
+        "paper's network": names["plain_network"],
+        "DSR authors' network": names["normed_network"],
+        "trained their way": names["their_way"],
+        "half of the output layer": names["half_output"],
+    }
     lines = []
     for method in _SPARSE:
         for share in (0.01, 0.02, 0.05, 0.1):
             line = {"method": METHOD_NAMES[method], "weights (%)": f"{100 * share:g}"}
             line["published"] = _published("mnist_sparse_summary", share, method)
-            for title, more in (
-                ("paper's network", {"model": "lenet300-100", **ours}),
-                ("DSR authors' network", {"model": "lenet300-100-bn", **ours}),
-                ("and their training", {"model": "lenet300-100-bn", "update_every_steps": 300}),
-            ):
-                line[title] = _said(cells, method, share, **more)
-            lines.append(line)
+            lines.append(
+                line | {title: _said(side, method, share) for title, side in sides.items()}
+            )
+    if not any(side.profile for side in sides.values()):
+        raise NoRuns("baseline_network: no runs of sparse momentum")
     return Table(pd.DataFrame(lines), "", "Test error in %, mean [95 % interval].")
 
 
@@ -202,7 +204,9 @@ def scope(names: Names) -> Table:
             runs = load(name, profile, root)
             rows = pd.concat([runs.rows, runs.diverged])
             done.append(rows)
-            line[f"{profile}: runs"] = f"{len(rows)} of {len(runs.planned)}" if runs.planned else "–"
+            line[f"{profile}: runs"] = (
+                f"{len(rows)} of {len(runs.planned)}" if runs.planned else "–"
+            )
             line[f"{profile}: hours"] = (
                 f"{rows['train_seconds'].sum() / 3600:.2g}" if len(rows) else "–"
             )

@@ -94,7 +94,9 @@ def _blocks(tokens: Iterable[Mapping[str, Any]]) -> str:
             case "list":
                 kind = "enum" if token["attrs"]["ordered"] else "list"
                 items = ", ".join(
-                    "{" + "; ".join(_pieces(part.get("children", [])) for part in one["children"]) + "}"
+                    "{"
+                    + "; ".join(_pieces(part.get("children", [])) for part in one["children"])
+                    + "}"
                     for one in inside
                 )
                 found.append(f"{kind}({items})")
@@ -117,9 +119,7 @@ def _markdown_table(parts: list[dict[str, Any]]) -> str:
     ]
     columns = f"({', '.join(['auto'] * len(names))},)"
     align = f"({', '.join(['left'] * len(names))},)"
-    return (
-        f"small(8.2pt, rows({columns}, {align}, ({', '.join(names)},), {', '.join(cells)}))"
-    )
+    return f"small(8.2pt, rows({columns}, {align}, ({', '.join(names)},), {', '.join(cells)}))"
 
 
 def _pieces(tokens: Iterable[Mapping[str, Any]]) -> str:
