@@ -67,9 +67,8 @@ class _Composer:
     def __init__(self, profile: str, root: Path | None, scratch: Path, folder: Path) -> None:
         self.scales, self.root, self.scratch = facts.scales(profile), root, scratch
         self.names = names(profile, root)
-        self.author.names["findings"] = self.author._jinja.globals["findings"] = lambda: (
-            "\n\n".join(self.author.paragraphs("findings.md"))
-        )
+        self.names["findings"] = lambda: "\n\n".join(self.author.paragraphs("findings.md"))
+        self.author = Author(self.names, folder)
         self.folder = folder
         self.found: list[Block] = []
         self.count = {"Figure": 0, "Table": 0}
