@@ -68,7 +68,7 @@ class _Composer:
         self.scales, self.root, self.scratch = facts.scales(profile), root, scratch
         self.names = names(profile, root)
         self.names["findings"] = lambda: "\n\n".join(self.author.paragraphs("findings.md"))
-        self.author = Author(self.names, folder)
+        self.author: Author = Author(self.names, folder)
         self.folder = folder
         self.found: list[Block] = []
         self.count = {"Figure": 0, "Table": 0}
@@ -137,7 +137,6 @@ class _Composer:
     def _appendix(self) -> None:
         """Every table of every experiment, once, at its largest scale."""
         self.found.append(Heading(1, "Appendix: all tables", "A"))
-        self._show("table", "extensions", "What we add to the paper's claims, and what came of it.")
         self._show("table", "experiments", "Every experiment: its runs, and where they were made.")
         for name, experiment in experiments.EXPERIMENTS.items():
             at = len(self.found)

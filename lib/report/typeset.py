@@ -127,7 +127,7 @@ def _pieces(tokens: Iterable[Mapping[str, Any]]) -> str:
     for token in tokens:
         inside = token.get("children", [])
         match token["type"]:
-            case "text":
+            case "text" | "inline_html":
                 found.append(_quoted(token["raw"]))
             case "softbreak" | "linebreak":
                 found.append('" "')
