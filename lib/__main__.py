@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Collect the rows of run CSVs (of shards, say) in one; identical rows are kept once."""
-    from lib.results.store import merge as merge_csvs
+    from lib.results.merge import merge as merge_csvs
 
     added = merge_csvs(options.sources, options.target)
     print(f"{options.target}: {added} runs added from {len(options.sources)} files")
@@ -80,24 +80,27 @@ def notebooks(options: argparse.Namespace) -> None:
 def figures(options: argparse.Namespace) -> None:
     """Redraw every figure and table from the saved CSVs."""
     from lib.figures import draw_all
+    from lib.results.reading import Source
 
-    for path in draw_all(options.profile, options.results):
+    for path in draw_all(Source(options.profile, options.results)):
         print(path)
 
 
 def report(options: argparse.Namespace) -> None:
     """Write figures/report.pdf and report.html from the saved CSVs."""
     from lib.report.report import report as write
+    from lib.results.reading import Source
 
-    for path in write(options.profile, options.results):
+    for path in write(Source(options.profile, options.results)):
         print(path)
 
 
 def verdict(options: argparse.Namespace) -> None:
     """Print the table: claim, the paper's value, ours, verdict."""
     from lib.claims import verdict_text
+    from lib.results.reading import Source
 
-    print(verdict_text(options.profile, options.results))
+    print(verdict_text(Source(options.profile, options.results)))
 
 
 def bench(options: argparse.Namespace) -> None:

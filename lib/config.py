@@ -7,9 +7,22 @@ import hashlib
 import json
 import math
 import numbers
+import re
 from collections.abc import Iterable
-from dataclasses import Field, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+# Images for training and validation together, and for the test.
+IMAGES = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
+
+# Types with the values they may have, as text: intervals and single numbers. A bound of infinity is
+# never included, so that no field is infinite or NaN; 2**63 is where a column of 64 bits ends.
+Count = Annotated[int, "[0, 2**63)"]
+Positive = Annotated[int, "[1, 2**63)"]
+Share = Annotated[float, "[0, 1]"]
+BelowOne = Annotated[float, "[0, 1)"]
+AboveZero = Annotated[float, "(0, 1]"]
 
 
 @dataclass(frozen=True)
@@ -78,37 +91,37 @@ class Run:
     dataset: str = "mnist"
     model: str = "lenet300-100"
     method: str = "sparse_momentum"
-    method_version: int = 0
+    method_version: Count = 0
     prune: str = ""
     redistribution: str = ""
     growth: str = ""
     init: str = "uniform"
-    init_scale: str = "dense"
-    density: float = 0.05
+    init_scale: Literal["dense", "density"] = "dense"
+    density: AboveZero = 0.05
     keep_dense: tuple[str, ...] = ()
-    prune_rate: float = 0.2
+    prune_rate: Share = 0.2
     schedule: str = "cosine"
-    update_every_steps: int = 0
+    update_every_steps: Count = 0
     options: tuple[tuple[str, float], ...] = ()
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     nesterov: bool = True
-    lr: float = 0.1
-    lr_decay_every_steps: int = 25_000
-    lr_decay: float = 0.1
-    warmup_epochs: int = 0
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    dropout: float = -1.0
-    batch_size: int = 100
-    epochs: int = 100
-    train_samples: int = 0
-    val_fraction: float = 0.1
-    test_samples: int = 0
+    lr: Annotated[float, "(0, inf)"] = 0.1
+    lr_decay_every_steps: Positive = 25_000
+    lr_decay: AboveZero = 0.1
+    warmup_epochs: Count = 0
+    weight_decay: Annotated[float, "[0, inf)"] = 5e-4
+    label_smoothing: BelowOne = 0.0
+    dropout: Annotated[float, "-1 or [0, 1)"] = -1.0
+    batch_size: Positive = 100
+    epochs: Positive = 100
+    train_samples: Count = 0
+    val_fraction: Annotated[float, "(0, 1)"] = 0.1
+    test_samples: Count = 0
     augment: bool = True
-    precision: str = "fp32"
-    kernels: str = "auto"
-    dense_window_steps: int = 0
-    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    kernels: Literal["auto", "sparse", "torch"] = "auto"
+    dense_window_steps: Count = 0
+    seed: Count = 0
 
     def __post_init__(self) -> None:
         own = method_of(self.method)
@@ -121,42 +134,56 @@ class Run:
             object.__setattr__(self, name, getattr(self, name) or value)
         if self.method == "dense":
             object.__setattr__(self, "density", 1.0)
-        object.__setattr__(self, "keep_dense", tuple(self.keep_dense))
-        object.__setattr__(self, "options", tuple((k, float(v)) for k, v in self.options))
+        for name in ("keep_dense", "options"):
+            object.__setattr__(self, name, _pairs_or_names(name, getattr(self, name)))
         for item in fields(self):  # 1 and 1.0 are equal, so they must not give two ids
-            object.__setattr__(self, item.name, _typed(item, getattr(self, item.name)))
-        self._check()
+            object.__setattr__(self, item.name, valid(item.name, getattr(self, item.name)))
+        self._check_together()
 
-    def _check(self) -> None:
-        positive = ("batch_size", "epochs", "lr_decay_every_steps", "lr")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in (
-            "update_every_steps",
-            "dense_window_steps",
-            "train_samples",
-            "test_samples",
-            "warmup_epochs",
-            "weight_decay",
-            "seed",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], got {self.density}")
-        if not 0 <= self.prune_rate <= 1:
-            raise ValueError(f"prune_rate must be in [0, 1], got {self.prune_rate}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be in (0, 1), got {self.val_fraction}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
-        if self.init_scale not in ("dense", "density"):
-            raise ValueError(f"init_scale must be 'dense' or 'density', got {self.init_scale!r}")
-        if self.kernels not in ("auto", "sparse", "torch"):
-            raise ValueError(f"kernels must be 'auto', 'sparse' or 'torch', got {self.kernels!r}")
+    def _check_together(self) -> None:
+        """What no field can tell alone; the data set's size is of the files as published."""
+        if self.dataset not in IMAGES:
+            raise ValueError(unknown("data set", self.dataset, IMAGES))
+        newest = METHODS[self.method].version
+        if self.method_version > newest:
+            raise ValueError(
+                f"method_version must be at most {newest}, the version of {self.method!r} in this "
+                f"code, got {self.method_version}"
+            )
+        test_images = IMAGES[self.dataset][1]
+        limits = {
+            "train_samples": (self.images_to_train_on, "left for training"),
+            "test_samples": (test_images, f"of {self.dataset}'s test set"),
+            "batch_size": (self.train_samples or self.images_to_train_on, "trained on"),
+        }
+        if self.images_to_train_on < 1 or self.images_to_validate_on < 1:
+            raise ValueError(
+                f"val_fraction={self.val_fraction:g} leaves {self.images_to_train_on} images of "
+                f"{self.dataset} for training and {self.images_to_validate_on} for validation: "
+                "each needs at least one"
+            )
+        for name, (most, what) in limits.items():
+            if getattr(self, name) > most:
+                raise ValueError(
+                    f"{name} must be at most the {most} images {what}, got {getattr(self, name)}"
+                )
+
+    @property
+    def images_to_validate_on(self) -> int:
+        """The last images of the training set; ImageNet has a validation set of its own."""
+        total, test = IMAGES[self.dataset]
+        return test if self.dataset == "imagenet" else round(self.val_fraction * total)
+
+    @property
+    def images_to_train_on(self) -> int:
+        """Images of the training set that aren't held out, of which `train_samples` are used."""
+        total = IMAGES[self.dataset][0]
+        return total if self.dataset == "imagenet" else total - self.images_to_validate_on
+
+    @property
+    def images_an_epoch(self) -> int:
+        """Images that pass through the network in each epoch of training."""
+        return self.train_samples or self.images_to_train_on
 
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their default; a method's own rules count as defaults."""
@@ -184,7 +211,8 @@ class Run:
         return f"{self.model}_{self.method}_d{self.density:g}_s{self.seed}-{digest}"
 
     def overridden(self, **changes: Any) -> Run:
-        """A copy with fields set anew; ValueError for a field that doesn't exist.
+        """A copy with fields set anew; ValueError for a field that doesn't exist, and for
+        `method_version`, which says what code trained a run.
 
         A new `method` brings its own rules and version, and a run that was dense the default
         density, where they aren't set too.
@@ -193,6 +221,8 @@ class Run:
         for name in changes:
             if name not in known:
                 raise ValueError(unknown("field of a run", name, known))
+        if "method_version" in changes:
+            raise ValueError("method_version can't be set: it is the version of the method's code")
         if changes.get("method", self.method) != self.method:
             own = METHODS[self.method]
             for name in ("prune", "redistribution", "growth"):
@@ -210,19 +240,23 @@ def parse_field(name: str, text: str) -> Any:
     if name not in defaults:
         raise ValueError(unknown("field of a run", name, defaults))
     default = defaults[name]
+    kind = type(default)
+    value: Any = text
     try:
-        if isinstance(default, bool):
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if isinstance(default, tuple):
+        if kind is bool:
+            value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        elif kind is tuple:
             parts = [part for part in text.split(",") if part]
+            value = tuple(parts)
             if name == "options":
-                return tuple((k, float(v)) for k, v in (part.split("=") for part in parts))
-            return tuple(parts)
-        return type(default)(text)
+                value = tuple((k, _number(v, float)) for k, v in (p.split("=") for p in parts))
+        elif kind is not str:
+            value = _number(text, kind)
     except (KeyError, ValueError):
         raise ValueError(
-            f"{name}={text!r} can't be read as {type(default).__name__} (default {default!r})"
+            f"{name}={text!r} can't be read as {kind.__name__} (default {default!r})"
         ) from None
+    return valid(name, value)
 
 
 def stream_seed(seed: int, purpose: str, *index: int) -> int:
@@ -231,16 +265,91 @@ def stream_seed(seed: int, purpose: str, *index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _typed(item: Field[Any], value: Any) -> Any:
-    """The value in the field's type (1 as 1.0, NumPy's numbers as Python's), else ValueError."""
-    kind = type(item.default)
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.I)
+
+
+def _number(text: str, kind: type) -> Any:
+    """The number in ASCII digits; Python itself reads those of every script, and 1_000."""
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(text)
+    return kind(text)
+
+
+def _pairs_or_names(name: str, value: Any) -> tuple[Any, ...]:
+    """`keep_dense` as a tuple of names, `options` as a tuple of (name, number)."""
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a tuple, got the text {value!r}")
+    try:
+        pairs = tuple(value) if name == "keep_dense" else tuple((k, float(v)) for k, v in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a tuple of (name, number), got {value!r}") from None
+    names = [pair if name == "keep_dense" else pair[0] for pair in pairs]
+    if any(not isinstance(text, str) or not text or len(text.split()) != 1 for text in names):
+        raise ValueError(f"{name} holds a name that is empty or has spaces: {value!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{name} holds a name twice: {value!r}")
+    if name == "options" and not all(math.isfinite(number) for _, number in pairs):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return pairs
+
+
+def valid(name: str, value: Any) -> Any:
+    """The value in the field's type (1 as 1.0, NumPy's numbers as Python's), if it is one that the
+    field may have; ValueError otherwise.
+    """
+    kind, choices, intervals, text = _declared()[name]
     if not isinstance(value, bool):
         if kind is float and isinstance(value, numbers.Real):
-            return float(value)
+            value = float(value)
         if kind is int and isinstance(value, numbers.Integral):
-            return int(value)
+            value = int(value)
     if type(value) is not kind:
         raise ValueError(
-            f"{item.name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})"
+            f"{name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})"
         )
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    if intervals and not any(one.holds(value) for one in intervals):
+        raise ValueError(f"{name} must be in {text}, got {value}")
     return value
+
+
+class _Interval(NamedTuple):
+    low: float
+    high: float
+    with_low: bool
+    with_high: bool
+
+    def holds(self, value: Any) -> bool:
+        above = self.low <= value if self.with_low else self.low < value
+        return above and (value <= self.high if self.with_high else value < self.high)
+
+
+class _Declared(NamedTuple):
+    kind: type
+    choices: tuple[Any, ...] = ()
+    intervals: tuple[_Interval, ...] = ()
+    text: str = ""
+
+
+@lru_cache(maxsize=1)
+def _declared() -> dict[str, _Declared]:
+    """What each field may be, from the annotations of `Run`."""
+    found = {}
+    for name, hint in get_type_hints(Run, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kind, text = get_args(hint)
+            found[name] = _Declared(kind, (), tuple(map(_interval, text.split(" or "))), text)
+        elif get_origin(hint) is Literal:
+            found[name] = _Declared(str, get_args(hint))
+        else:
+            found[name] = _Declared(get_origin(hint) or hint)
+    return found
+
+
+def _interval(text: str) -> _Interval:
+    """ "(0, 1]", say; a number alone holds itself."""
+    if text[0] not in "[(":
+        return _Interval(float(text), float(text), True, True)
+    low, high = (2**63 if end == "2**63" else float(end) for end in text[1:-1].split(", "))
+    return _Interval(low, high, text[0] == "[", text[-1] == "]")

@@ -12,7 +12,7 @@ import pytest
 
 from lib import config, experiments, masking
 from lib.config import METHODS, Run, method_of, parse_field, stream_seed
-from lib.results.store import RUN_ID
+from lib.results.columns import RUN_ID
 
 # Ids are what keeps thousands of finished runs valid: none of these may ever change, except by a
 # method's version.
@@ -53,7 +53,7 @@ def test_every_other_field_changes_the_id():
         "dataset": "cifar10",
         "model": "lenet5",
         "method": "set",
-        "method_version": 7,
+        "method_version": 1,
         "prune": "global_magnitude",
         "redistribution": "none",
         "growth": "random",
@@ -67,6 +67,8 @@ def test_every_other_field_changes_the_id():
         "precision": "bf16",
         "kernels": "torch",
         "momentum": 0.8,
+        "train_samples": 1000,
+        "dropout": 0.2,
     }
     ids = {Run().run_id}
     for name, default in vars(Run()).items():
@@ -116,6 +118,8 @@ def test_overriding():
     assert Run(method="dense").overridden(method="set", density=0.5).density == 0.5
     with pytest.raises(ValueError, match="unknown field of a run 'epoch': did you mean 'epochs'"):
         Run().overridden(epoch=3)
+    with pytest.raises(ValueError, match="method_version can't be set: it is the version of"):
+        Run().overridden(method_version=1)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +131,34 @@ def test_overriding():
         ({"prune_rate": 1.01}, r"prune_rate must be in \[0, 1\], got 1.01"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"val_fraction": 0.0}, r"val_fraction must be in \(0, 1\), got 0.0"),
-        ({"epochs": 0}, "epochs must be positive, got 0"),
-        ({"batch_size": -5}, "batch_size must be positive, got -5"),
-        ({"lr": math.nan}, "lr must be positive, got nan"),
-        ({"lr": math.inf}, "lr must be positive, got inf"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"weight_decay": math.nan}, "weight_decay must not be negative, got nan"),
+        ({"epochs": 0}, r"epochs must be in \[1, 2\*\*63\), got 0"),
+        ({"batch_size": -5}, r"batch_size must be in \[1, 2\*\*63\), got -5"),
+        ({"lr": math.nan}, r"lr must be in \(0, inf\), got nan"),
+        ({"lr": math.inf}, r"lr must be in \(0, inf\), got inf"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
+        ({"weight_decay": math.nan}, r"weight_decay must be in \[0, inf\), got nan"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
+        ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\), got 9223372036854775808"),
+        ({"lr_decay": math.nan}, r"lr_decay must be in \(0, 1\], got nan"),
+        ({"lr_decay": -1}, r"lr_decay must be in \(0, 1\], got -1.0"),
+        ({"label_smoothing": -1.0}, r"label_smoothing must be in \[0, 1\), got -1.0"),
+        ({"dropout": 1.0}, r"dropout must be in -1 or \[0, 1\), got 1.0"),
+        ({"dataset": "mnits"}, "unknown data set 'mnits': did you mean 'mnist'"),
+        ({"method_version": 7}, "method_version must be at most 2, the version of"),
+        ({"test_samples": 10_001}, "test_samples must be at most the 10000 images of mnist's test"),
+        ({"train_samples": 54_001}, "train_samples must be at most the 54000 images left"),
+        ({"batch_size": 54_001}, "batch_size must be at most the 54000 images trained on"),
+        ({"batch_size": 11, "train_samples": 10}, "batch_size must be at most the 10 images"),
+        (
+            {"val_fraction": 1e-8},
+            "val_fraction=1e-08 leaves 60000 images of mnist for .* and 0 for",
+        ),
+        ({"val_fraction": 0.999999}, "leaves 0 images of mnist for training and 60000"),
+        ({"keep_dense": "fc1"}, "keep_dense must be a tuple, got the text 'fc1'"),
+        ({"keep_dense": ("a b",)}, "keep_dense holds a name that is empty or has spaces"),
+        ({"options": (("l1", math.nan),)}, "options must be finite"),
+        ({"options": (("l1", 1), ("l1", 2))}, "options holds a name twice"),
+        ({"options": (("l1", "x"),)}, r"options must be a tuple of \(name, number\)"),
         ({"method": "sett"}, "unknown method 'sett': did you mean 'set'"),
         ({"epochs": 2.5}, r"epochs must be of type int, got 2.5 \(float\)"),
         ({"seed": True}, r"seed must be of type int, got True \(bool\)"),
@@ -169,6 +194,10 @@ def test_parse_field(name, text, value):
     ("name", "text", "message"),
     [
         ("epochs", "1.5", "epochs='1.5' can't be read as int .default 100."),
+        ("epochs", "１５", "epochs='１５' can't be read as int"),
+        ("epochs", "1_000", "epochs='1_000' can't be read as int"),
+        ("seed", "1" * 26, r"seed must be in \[0, 2\*\*63\), got 1{26}"),
+        ("lr_decay", "nan", r"lr_decay must be in \(0, 1\], got nan"),
         ("density", "5%", "density='5%' can't be read as float"),
         ("nesterov", "maybe", "nesterov='maybe' can't be read as bool"),
         ("options", "l1", "options='l1' can't be read as tuple"),

@@ -16,11 +16,12 @@ from lib.experiments import EXPERIMENTS, KEPT_DENSE, PROFILES, runs
 from lib.masking import GROWTH, PRUNE, REDISTRIBUTION, maskable_parameters
 from lib.models import build_model, maskable_weights, model_spec
 from lib.results import store as results
+from lib.results.merge import merge
 from lib.results.published import published
 from lib.runs import runner
 from lib.train import MEASURES, TrainingLoop, train
 from tests.support.made_up_data import cifar
-from tests.support.made_up_runs import make_curves, make_id, make_layers, make_row
+from tests.support.made_up_runs import make_curves, make_id, make_layers, make_row, named_by
 
 CELLS = [
     (name, profile)
@@ -374,11 +375,11 @@ def test_shards_with_measures_are_merged(tmp_path) -> None:
     first, second, target = (tmp_path / n / "features.csv" for n in ("a", "b", "all"))
     add(first, 1)
     add(second, 2)
-    assert results.merge([first, second], target) == 2
+    assert merge([first, second], target) == 2
     assert results.read_measures(target)["run_id"].nunique() == 2
     plain = tmp_path / "plain.csv"
     results.append_run(plain, make_row(3), make_curves(3), make_layers(3))
-    assert results.merge([plain], tmp_path / "c" / "x.csv") == 1
+    assert merge([plain], tmp_path / "c" / "x.csv") == 1
     assert not (tmp_path / "c" / "x.measures.csv").exists()
 
 
@@ -387,7 +388,7 @@ def test_rows_are_copied_only_with_the_measures_needed(tmp_path) -> None:
     run, other = runs("features", "smoke")[:2]
 
     def store(run: Run, measures: list[dict[str, object]]) -> None:
-        row = make_row(1) | {"run_id": run.run_id, "experiment": "cifar10_table"}
+        row = make_row(1) | {"experiment": "cifar10_table"} | named_by(run)
         results.append_run(table, row, (), (), [m | {"run_id": run.run_id} for m in measures])
 
     table = paths.results_csv("smoke", "cifar10_table", tmp_path)
@@ -427,7 +428,7 @@ def test_a_run_of_two_experiments_is_trained_once(tmp_path, monkeypatch) -> None
     def train_all(title, tasks, jobs, threads, device, say) -> None:
         for run, plan in tasks:
             trained.append(run)
-            row = make_row(1) | {"run_id": run.run_id, "seed": run.seed, "density": run.density}
+            row = make_row(1) | named_by(run)
             results.append_run(plan.csv, row, (), ())
 
     monkeypatch.setattr(runner, "_train_all", train_all)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,7 @@ from lib.claims import verdicts as claims
 from lib.claims.effects import FULL, MOMENTA, REFERENCE, WITHOUT, rules
 from lib.claims.verdicts import Claim, Difference, Level, Measured, PaperValue, Published
 from lib.experiments import KEPT_DENSE, READINGS
-from lib.results.reading import NoRuns, Runs, Where, load, published_rows
+from lib.results.reading import NoRuns, Runs, Source, Where, load, published_rows
 from lib.stats import PairedDifference, paired_difference
 
 NAN = math.nan
@@ -56,12 +55,10 @@ class Worst:
             self.experiment, profile, self.over, self.a, *self.others.values()
         )
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The difference that decides; the others in the detail."""
-        every = load(self.experiment, profile, results_root)
-        cells = {self.over: self.cells(profile)} if self.over else {}
+        every = load(self.experiment, source)
+        cells = {self.over: self.cells(source.profile)} if self.over else {}
         a = every.where(**self.a, **cells)
         sides = {name: every.where(**where, **cells) for name, where in self.others.items()}
         mine = claims.mean_by_seed(a, self.over)
@@ -73,7 +70,7 @@ class Worst:
         if missing:
             a.needed()
             sides[missing[0]].needed()
-            raise NoRuns(f"{self.experiment} ({profile}): no seed has finished {missing[0]}")
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed has finished {missing[0]}")
         name = _highest(pairs)
         listed = ", ".join(f"{other} {pair.mean:+.2f}" for other, pair in pairs.items())
         runs = every.only(run for side in (a, *sides.values()) for run in side.planned)
@@ -112,18 +109,18 @@ class Growing:
         """Nothing is averaged over."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The slope with its interval over seeds; the benefits in the detail."""
-        every = load(self.experiment, profile, results_root, dataset=self.dataset)
+        every = load(self.experiment, source, dataset=self.dataset)
         found = [
             family
             for family in effects.families(run.model for run in every.planned)
             if family.axis.startswith(self.family) and len(family.sizes) > 1
         ]
         if not found:
-            raise NoRuns(f"{self.experiment} ({profile}): fewer than two networks to compare")
+            raise NoRuns(
+                f"{self.experiment} ({source.profile}): fewer than two networks to compare"
+            )
         models = list(found[0].sizes)
         runs = every.only(
             run
@@ -133,7 +130,7 @@ class Growing:
         runs.needed()
         seen = effects.scaling(runs, found[0], self.part)
         if seen.slope.n == 0 and not seen.unlearned:
-            raise NoRuns(f"{self.experiment} ({profile}): no seed has finished two networks")
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed has finished two networks")
         slope = seen.slope
         falling = slope._replace(mean=-slope.mean, low=-slope.high, high=-slope.low)
         benefits = ", ".join(
@@ -163,17 +160,17 @@ class Moved:
         """The planned settings."""
         return claims.shared_cells(self.experiment, profile, self.over, self.a)
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The difference at the setting that decides."""
-        runs = load(self.experiment, profile, results_root, **self.a).needed()
+        runs = load(self.experiment, source, **self.a).needed()
         curves, reference = effects.curves_by_seed(runs, self.over), REFERENCE[self.over]
         if reference not in curves or len(curves.columns) < 2:
-            raise NoRuns(f"{self.experiment} ({profile}): no setting beside {reference:g} is done")
+            raise NoRuns(
+                f"{self.experiment} ({source.profile}): no setting beside {reference:g} is done"
+            )
         pairs = {at: pair for at, pair in effects.shifts(curves, reference).items() if pair.n}
         if not pairs:
-            raise NoRuns(f"{self.experiment} ({profile}): no seed has finished two settings")
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed has finished two settings")
         at, one = effects.decisive(pairs, self.margin)
         listed = ", ".join(f"{pair.mean:+.2f} at {key:g}" for key, pair in pairs.items())
         detail = f"decided by {at:g}; against {reference:g}: {listed}".replace("-", "−")
@@ -199,23 +196,23 @@ class MoreSensitive:
     def _side(self, method: str) -> Where:
         return {**self.a, "method": method, "prune_rate": 0.2, "schedule": "cosine"}
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """Sparse minus dense, and both in the detail."""
-        every = load(self.experiment, profile, results_root)
-        cells = self.cells(profile) or []
+        every = load(self.experiment, source)
+        cells = self.cells(source.profile) or []
         sides = [every.where(**self._side(m), momentum=cells) for m in _SPARSE_AND_DENSE]
         means = []
         for side in sides:
             curves = effects.curves_by_seed(side.needed(), "momentum")
             if set(curves) != set(cells) or len(cells) < 2:
-                raise NoRuns(f"{self.experiment} ({profile}): momenta {cells} are not all done")
+                raise NoRuns(
+                    f"{self.experiment} ({source.profile}): momenta {cells} are not all done"
+                )
             means.append(effects.mean_shift(curves, REFERENCE["momentum"]))
         sparse, dense = means
         pair = paired_difference(sparse, dense)
         if pair.n == 0:
-            raise NoRuns(f"{self.experiment} ({profile}): no seed has finished all momenta")
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed has finished all momenta")
         runs = every.only(run for side in sides for run in side.planned)
         detail = f"sparse {sparse.mean():.2f}, dense {dense.mean():.2f} points"
         return Measured(pair.interval, pair.interval, runs, _with_untrained(detail, runs))

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lib.claims import verdicts as claims
 from lib.claims.effects import decisive, untrained
 from lib.claims.main_results import TABLE_MARGIN
 from lib.claims.verdicts import TEN_IMAGES, Claim, Measured, PaperValue
-from lib.results.reading import NoRuns, Runs, Where, interval_text, load, model_name
+from lib.results.reading import NoRuns, Runs, Source, Where, interval_text, load, model_name
 from lib.stats import PairedDifference, paired_difference, t_interval
 
 EXPERIMENT = "computing"
@@ -81,17 +80,15 @@ class SameError:
         """One cell: nothing is averaged over."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The difference in the network that decides; each network, and the spread over seeds."""
-        every = load(self.experiment, profile, results_root, dataset=self.dataset)
+        every = load(self.experiment, source, dataset=self.dataset)
         sides = [computed(every, way) for way in ("masked", self.way)]
         for side in sides:
             side.needed()
         pairs = differences(every, self.way)
         if not pairs:
-            raise NoRuns(f"{self.experiment} ({profile}): no seed was computed in both ways")
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed was computed in both ways")
         model, one = decisive(pairs, MARGINS[self.dataset])
         listed = ", ".join(
             f"{interval_text(pair.mean, math.nan, math.nan, sign=True)} in {model_name(at)} "

@@ -6,7 +6,6 @@ They belong to CLAIMS of lib/claims/verdicts.py, which says what a claim is.  Im
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lib.claims import verdicts as claims
@@ -22,7 +21,7 @@ from lib.claims.verdicts import (
     Reduction,
 )
 from lib.experiments import CIFAR10_TABLE
-from lib.results.reading import METHOD_NAMES, NoRuns, Where, load, model_name
+from lib.results.reading import METHOD_NAMES, NoRuns, Source, Where, load, model_name
 from lib.stats import t_interval
 
 _NOTEBOOK = "01_main_results"
@@ -57,11 +56,9 @@ class OnNetwork:
         """Those of the measure itself."""
         return self.ours.cells(profile)
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The same numbers; which network they are of."""
-        found = self.ours.measure(profile, results_root, paper)
+        found = self.ours.measure(source, paper)
         others = sorted(set(found.runs.rows["model"]) - {self.model})
         if not others:
             return found
@@ -86,15 +83,13 @@ class PointMinusOurs:
         """One cell: nothing is averaged over."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The difference, and our error in the detail."""
-        runs = load(self.experiment, profile, results_root, **self.a)
+        runs = load(self.experiment, source, **self.a)
         if runs.planned and runs.reduced():
             raise NoRuns(
-                f"{self.experiment} ({profile}): a published error is compared with runs at the "
-                "paper's scale only"
+                f"{self.experiment} ({source.profile}): a published error is compared with runs "
+                "at the paper's scale only"
             )
         ours = t_interval(runs.needed().by_seed())
         point = self.point.read().value

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from lib.claims.verdicts import Claim, Measured, PaperValue, Published
 from lib.results import clock as kernel_rows
 from lib.results import measured
 from lib.results.measured import EQUAL, POOLED, WEIGHTINGS
-from lib.results.reading import MODEL_NAMES, NoRuns, Runs, load, model_name, planned_runs
+from lib.results.reading import MODEL_NAMES, NoRuns, Runs, Source, load, model_name, planned_runs
 from lib.stats import Interval, paired_difference, t_interval
 
 # A third of what the official data show where the claim holds clearly (AlexNet-s, 1.7 points).
@@ -43,16 +42,13 @@ class Specialisation:
         """One cell: nothing is averaged over."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The paired difference, and the two means."""
-        planned = {run.model for run in planned_runs(self.experiment, profile)}
+        planned = {run.model for run in planned_runs(self.experiment, source.profile)}
         model = next((name for name in self.models if name in planned), self.models[0])
         every = load(
             self.experiment,
-            profile,
-            results_root,
+            source,
             model=model,
             method=["dense", "sparse_momentum"],
         )
@@ -63,7 +59,9 @@ class Specialisation:
         )
         pair = paired_difference(sparse, dense)
         if pair.n == 0:
-            raise NoRuns(f"{self.experiment} ({profile}): no seed of {model} has both networks")
+            raise NoRuns(
+                f"{self.experiment} ({source.profile}): no seed of {model} has both networks"
+            )
         detail = f"{sparse.mean():.2f} % against {dense.mean():.2f} %"
         if model != self.models[0]:
             detail += f"; ours is {model.upper()}, the paper's {MODEL_NAMES[self.models[0]]}"
@@ -101,11 +99,9 @@ class Estimate:
         """One cell: the extreme over networks is taken seed by seed."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """Ours minus the paper's, and ours; the dense networks' own estimates in the detail."""
-        runs = load(self.experiment, profile, results_root, method=["dense", "sparse_momentum"])
+        runs = load(self.experiment, source, method=["dense", "sparse_momentum"])
         found = measured.speedups(runs)
         ours = found[found["method"] == "sparse_momentum"]
         wide = ours.pivot(index="seed", columns=["model", "density"], values=self.kind)
@@ -113,7 +109,8 @@ class Estimate:
         whole = wide[np.isfinite(wide).all(axis=1)]
         if whole.empty or len(wide.columns) < len(planned):
             raise NoRuns(
-                f"{self.experiment} ({profile}): no seed has finished all {len(planned)} networks"
+                f"{self.experiment} ({source.profile}): no seed has finished all {len(planned)} "
+                "networks"
             )
         shown = t_interval(getattr(whole, self.which)(axis=1))
         off = paper.value if paper else 0.0
@@ -141,11 +138,9 @@ class OnTheClock:
         """One cell: the mean over networks is taken seed by seed."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The mean over networks, and how many channels could be taken out."""
-        runs = load(self.experiment, profile, results_root, method="sparse_momentum")
+        runs = load(self.experiment, source, method="sparse_momentum")
         found = measured.speedups(runs)
         more = pd.Series(100 * (1 / found["removed"] - 1)).groupby(found["seed"])
         whole = more.mean()[more.size() == more.size().max()]
@@ -184,11 +179,9 @@ class SparseKernels:
         """One cell: the extreme over networks is taken."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The extreme, and every network in the detail."""
-        found = kernel_rows.whole_steps(results_root)
+        found = kernel_rows.whole_steps(source.root)
         here = found[
             np.isclose(found["density"], self.density) & (found["threads"] == kernel_rows.ALL)
         ]
@@ -209,7 +202,7 @@ class SparseKernels:
             decides = Interval(theirs - value, theirs - high, theirs - low, count, math.nan)
         each = ", ".join(f"{model_name(r['model'])} {r['training']:.2f} ×" for r in rows)
         detail = f"whole training steps at {100 * self.density:g} % of the weights: {each}"
-        base = load(self.experiment, profile, results_root)
+        base = load(self.experiment, source)
         machine = f"clock of {row['machine']}; interval: range of {count} repeats"
         fields = {name: getattr(base, name) for name in Runs.__dataclass_fields__}
         return Measured(decides, shown, _Timed(**fields, machine=machine), detail)

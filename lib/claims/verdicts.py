@@ -16,7 +16,6 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pandas as pd
@@ -26,6 +25,7 @@ from lib.results.reading import (
     METHOD_NAMES,
     NoRuns,
     Runs,
+    Source,
     Where,
     interval_text,
     load,
@@ -89,9 +89,7 @@ class Measure(Protocol):
         """The values (shares of weights) that are averaged over; None where nothing is."""
         ...
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """Our numbers; NoRuns if the runs that it needs aren't there."""
         ...
 
@@ -184,13 +182,11 @@ class Difference:
             shared_cells(self.experiment, profile, self.over, self.a, self.b) if self.over else None
         )
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """The difference, and with `over` what each of its values says alone."""
-        every = load(self.experiment, profile, results_root)
+        every = load(self.experiment, source)
         a, b = every.where(**self.a), every.where(**self.b)
-        cells = self.cells(profile)
+        cells = self.cells(source.profile)
         if cells is not None:
             a, b = a.where(**{self.over: cells}), b.where(**{self.over: cells})
         both = every.only((*a.planned, *b.planned))
@@ -198,7 +194,7 @@ class Difference:
         if pooled.n == 0:
             a.needed()
             b.needed()
-            raise NoRuns(f"{self.experiment} ({profile}): no seed has finished both sides")
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed has finished both sides")
         details = [_each(differences(a, b, self.over), self.over)] if self.over else []
         if pooled.left_out:
             details.append(f"not yet whole: seeds {', '.join(map(str, pooled.left_out))}")
@@ -223,13 +219,11 @@ class Level:
         """One cell: nothing is averaged over."""
         return None
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """Ours minus the paper's (Welch), and our mean with its own interval."""
         if paper is None:
             raise ValueError(f"{self.a}: a value is compared with a published one, but none given")
-        runs = load(self.experiment, profile, results_root, **self.a).needed()
+        runs = load(self.experiment, source, **self.a).needed()
         errors = runs.by_seed()
         detail = f"{len(runs.diverged)} runs diverged" if len(runs.diverged) else ""
         ours = t_interval(errors)
@@ -260,12 +254,10 @@ class Reduction:
         """The values of `over` planned for all sides."""
         return shared_cells(self.experiment, profile, self.over, self.a, *self.others)
 
-    def measure(
-        self, profile: str, results_root: str | Path | None, paper: PaperValue | None
-    ) -> Measured:
+    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
         """Ours minus the paper's, and ours."""
-        every = load(self.experiment, profile, results_root)
-        cells = {self.over: self.cells(profile)}
+        every = load(self.experiment, source)
+        cells = {self.over: self.cells(source.profile)}
         a = every.where(**self.a, **cells)
         others = [every.where(**other, **cells) for other in self.others]
         runs = every.only(run for side in (a, *others) for run in side.planned)
@@ -281,7 +273,7 @@ class Reduction:
         if by_seed.empty:
             for side in (a, *others):
                 side.needed()
-            raise NoRuns(f"{self.experiment} ({profile}): no seed has finished every side")
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed has finished every side")
         shown = t_interval(by_seed)
         off = paper.value if paper else 0.0
         decides = shown._replace(mean=shown.mean - off, low=shown.low - off, high=shown.high - off)
@@ -480,9 +472,7 @@ def differences(a: Runs, b: Runs, over: str) -> pd.DataFrame:
     return table
 
 
-def verdict_table(
-    profile: str, results_root: str | Path | None = None, notebook: str = ""
-) -> pd.DataFrame:
+def verdict_table(source: Source, notebook: str = "") -> pd.DataFrame:
     """One row per claim (of one notebook), also where there are no runs yet.
 
     Columns: id, claim, paper, ours (texts, with unit and interval), n, verdict, detail, scale, and
@@ -493,11 +483,11 @@ def verdict_table(
     if not claims:
         known = ", ".join(sorted({claim.notebook for claim in CLAIMS}))
         raise ValueError(f"no claim has the notebook {notebook!r}: known are {known}")
-    return pd.DataFrame([_judged(claim, profile, results_root or None) for claim in claims])
+    return pd.DataFrame([_judged(claim, source) for claim in claims])
 
 
-def _judged(claim: Claim, profile: str, results_root: str | Path | None) -> dict[str, Any]:
-    paper = claim.paper.read(claim.ours.cells(profile)) if claim.paper else None
+def _judged(claim: Claim, source: Source) -> dict[str, Any]:
+    paper = claim.paper.read(claim.ours.cells(source.profile)) if claim.paper else None
     row: dict[str, Any] = {
         "id": claim.id,
         "claim": claim.statement,
@@ -519,12 +509,12 @@ def _judged(claim: Claim, profile: str, results_root: str | Path | None) -> dict
         "notebook": claim.notebook,
     }
     try:
-        measured = claim.ours.measure(profile, results_root, paper)
+        measured = claim.ours.measure(source, paper)
     except NoRuns as reason:
         return {**row, "detail": str(reason)}
     shown = measured.shown
-    said = verdict(claim.kind, measured.decides, claim.margin, profile)
-    if profile == "smoke":
+    said = verdict(claim.kind, measured.decides, claim.margin, source.profile)
+    if source.profile == "smoke":
         said = Verdict.NOT_COMPARABLE
     notes = (measured.detail, paper.note if paper else "")
     return {
@@ -540,17 +530,17 @@ def _judged(claim: Claim, profile: str, results_root: str | Path | None) -> dict
     }
 
 
-def verdict_text(profile: str, results_root: str | Path | None = None, width: int = 110) -> str:
+def verdict_text(source: Source, width: int = 110) -> str:
     """The verdict table for a terminal: claim, the paper's value, ours with interval and n,
     verdict; the scale of the runs and the rule below.
     """
-    table = verdict_table(profile, results_root)
+    table = verdict_table(source)
     widths = {"claim": width - 73, "paper": 20, "ours": 28, "n": 3, "verdict": 14}
     titles = {name: name for name in widths} | {"ours": "ours [95 % interval]"}
     rule = "-" * width
     lines = [_line(titles, widths), rule]
-    if profile != "paper":
-        lines.insert(0, f"Profile {profile}: reduced scale, not the paper's\n")
+    if source.profile != "paper":
+        lines.insert(0, f"Profile {source.profile}: reduced scale, not the paper's\n")
     for row in table.to_dict("records"):
         lines.append(_line(row, widths))
         if row["detail"] and row["verdict"] != NO_RUNS:  # the scale below says what is missing
@@ -558,24 +548,22 @@ def verdict_text(profile: str, results_root: str | Path | None = None, width: in
                 _unbroken(row["detail"]), width, initial_indent="    ", subsequent_indent="    "
             )
     lines.append(rule)
-    for scale in scales(profile, results_root, table):
+    for scale in scales(source, table):
         lines += textwrap.wrap(scale, width)
     lines += textwrap.wrap(_unbroken(RULE), width)
     return "\n".join(lines)
 
 
-def scales(profile: str, results_root: str | Path | None, table: pd.DataFrame) -> list[str]:
+def scales(source: Source, table: pd.DataFrame) -> list[str]:
     """One line per experiment that the claims of a verdict table rest on: its scale."""
     names = dict.fromkeys(table["experiment"])
-    return [f"{name}: {load(name, profile, results_root or None).scale()}" for name in names]
+    return [f"{name}: {load(name, source).scale()}" for name in names]
 
 
-def sentences(
-    profile: str, results_root: str | Path | None = None, notebook: str = ""
-) -> list[str]:
+def sentences(source: Source, notebook: str = "") -> list[str]:
     """Each claim as one Markdown sentence with its numbers, for a notebook's conclusion."""
     said = []
-    for row in verdict_table(profile, results_root, notebook).to_dict("records"):
+    for row in verdict_table(source, notebook).to_dict("records"):
         text = f"**{row['verdict']}**: {row['claim']}. Paper: {row['paper']}; ours: {row['ours']}"
         text += f", n = {row['n']}." if row["n"] else "."
         if row["detail"]:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lib.kernels.layouts import Layer, Nonzeros
 from lib.kernels.library import check, require
-from lib.kernels.select import Nonzeros, as_floats, count, counts, put_nonzeros, take_nonzeros
+from lib.kernels.select import as_floats, count, counts, put_nonzeros, take_nonzeros
 from lib.masking import LayerReport, Masking
 from lib.methods.baselines import deepr_rates, randn, signs_of, some_of
 
@@ -38,41 +39,10 @@ class Track(enum.IntEnum):
     FIRST = 2
 
 
-class _Layer(ctypes.Structure):
-    """PerceptronLayer of perceptron.hpp."""
-
-    _fields_ = [
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("momentum", ctypes.c_void_p),
-        ("multiplier", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("bias_momentum", ctypes.c_void_p),
-        ("nonzeros", ctypes.c_int64),
-        ("row_start", ctypes.c_void_p),
-        ("column", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("value_momentum", ctypes.c_void_p),
-        ("column_start", ctypes.c_void_p),
-        ("row", ctypes.c_void_p),
-        ("place", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("scale_momentum", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("shift_momentum", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("variance", ctypes.c_void_p),
-        ("norm_momentum", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    ]
-
-
 class _Sparse:
     """The non-zeros of one layer [rows, inputs] by row and by column, at most `room` of them."""
 
-    layer: _Layer
+    layer: Layer
     weight: Tensor
     momentum: Tensor
 
@@ -206,7 +176,7 @@ class PerceptronTrainer:
         self._named, self._optimizer, self._masking = layers, optimizer, masking
         self._sparse_below = SPARSE_BELOW if sparse_below is None else sparse_below
         self.rewires = rewires
-        self._layers = (_Layer * len(layers))()
+        self._layers = (Layer * len(layers))()
         self._sparse: dict[str, _Sparse] = {}
         self._multipliers: dict[str, Tensor] = {}
         self._masks: list[tuple[str, Tensor, int]] = []  # with the versions that were taken

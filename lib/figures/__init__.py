@@ -13,6 +13,7 @@ from lib.figures import (  # noqa: F401
     readings,
     sensitivity,
 )
+from lib.figures.main_results import meaning
 from lib.figures.plots import (
     FIGURES,
     MARKERS,
@@ -26,6 +27,7 @@ from lib.figures.plots import (
     main_results_lenet_differences,
     main_results_lenet_table,
     output_dir,
+    show,
     verdicts,
 )
 
@@ -41,6 +43,8 @@ __all__ = [
     "main_results_lenet",
     "main_results_lenet_differences",
     "main_results_lenet_table",
+    "meaning",
     "output_dir",
+    "show",
     "verdicts",
 ]

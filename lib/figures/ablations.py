@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,6 @@ from lib.figures.plots import (
     PALETTE,
     Plot,
     Table,
-    _from_to,
-    _p,
-    _sentence,
     draw_ours,
     figure,
     legend_below,
@@ -30,7 +26,17 @@ from lib.figures.plots import (
     stamp,
     table,
 )
-from lib.results.reading import NoRuns, Runs, interval_text, load, model_name
+from lib.results.reading import (
+    NoRuns,
+    Runs,
+    Source,
+    interval_text,
+    load,
+    model_name,
+    p_text,
+    range_text,
+    sentence,
+)
 from lib.stats import holm, paired_difference, t_interval
 
 _TREND = (0, (5, 2))
@@ -120,7 +126,7 @@ def _cell_text(row: Mapping[Any, Any]) -> str:
         return f"{row['diverged']} diverged" if row["diverged"] else "no runs"
     lines = [interval_text(row["mean"], math.nan, math.nan, sign=True)]
     if not math.isnan(row["low"]):
-        lines.append(_from_to(row["low"], row["high"], sign=True))
+        lines.append(range_text(row["low"], row["high"], sign=True))
     if row["p_holm"] < 0.05:
         lines[0] += " *"
     return "\n".join([*lines, n])
@@ -188,10 +194,10 @@ def _heat_map(ax: Axes, cells: pd.DataFrame, density: float) -> None:
     bar.ax.tick_params(labelsize=6.5)
 
 
-@figure("ablations")
-def ablations(profile: str, results_root: str | Path | None) -> Plot:
+@figure("ablations", experiment="ablations")
+def ablations(source: Source) -> Plot:
     """Heat map of test error minus that of full sparse momentum; one panel per network."""
-    runs = load("ablations", profile, results_root).needed()
+    runs = load("ablations", source).needed()
     cells = _variants(runs)
     models = list(dict.fromkeys(cells["model"]))
     across = 2 if len(models) in (2, 4) else min(3, len(models))
@@ -219,10 +225,10 @@ def ablations(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-@table("ablations")
-def ablations_table(profile: str, results_root: str | Path | None) -> Table:
+@table("ablations", experiment="ablations")
+def ablations_table(source: Source) -> Table:
     """Each variant's error and its difference to full sparse momentum, paired by seed."""
-    runs = load("ablations", profile, results_root).needed()
+    runs = load("ablations", source).needed()
     lines = []
     for row in _variants(runs).to_dict("records"):
         if row["error"] is None:
@@ -236,17 +242,17 @@ def ablations_table(profile: str, results_root: str | Path | None) -> Table:
                 "difference to full (points)": "full"
                 if row["full"]
                 else interval_text(row["mean"], math.nan, math.nan, sign=True),
-                "95 % interval": _from_to(row["low"], row["high"], sign=True),
+                "95 % interval": range_text(row["low"], row["high"], sign=True),
                 "n": f"{row['n']}" + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
-                "p": _p(row["p"]),
-                "p (Holm)": _p(row["p_holm"]),
+                "p": p_text(row["p"]),
+                "p (Holm)": p_text(row["p_holm"]),
             }
         )
     note = (
         "Percentage points of test error, positive: worse than full sparse momentum (momentum "
         "redistribution and growth); paired t-test over shared seeds, p adjusted by Holm over the "
         f"variants of each network. {WHICH_NONE}{_untrained(runs)}{_drained(runs)} "
-        f"{_sentence(runs.scale())}"
+        f"{sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "What redistribution and growth contribute", note)
 
@@ -334,10 +340,10 @@ def _draw_scaling(ax: Axes, family: Family, one: Scaling) -> list[int]:
     return one.cells["n"].tolist()
 
 
-@figure("depth_scaling")
-def depth_scaling(profile: str, results_root: str | Path | None) -> Plot:
+@figure("depth_scaling", experiment="depth_scaling")
+def depth_scaling(source: Source) -> Plot:
     """Benefit of momentum redistribution and of momentum growth against depth and width."""
-    runs = load("depth_scaling", profile, results_root).needed()
+    runs = load("depth_scaling", source).needed()
     found = _families(runs)
     plot, axes = new_plot(len(PARTS), len(found), size=(max(4.2, 2.75 * len(found)), 5.0))
     counts: list[int] = []
@@ -386,10 +392,10 @@ def _full_error(runs: Runs, model: str) -> float:
     return float(runs.by_seed(model=model, **FULL).mean())
 
 
-@table("depth_scaling")
-def depth_scaling_table(profile: str, results_root: str | Path | None) -> Table:
+@table("depth_scaling", experiment="depth_scaling")
+def depth_scaling_table(source: Source) -> Table:
     """The benefit in each network of each family, paired by seed."""
-    runs = load("depth_scaling", profile, results_root).needed()
+    runs = load("depth_scaling", source).needed()
     lines = []
     for part, words in PARTS.items():
         for family, benefits in _families(runs):
@@ -403,10 +409,10 @@ def depth_scaling_table(profile: str, results_root: str | Path | None) -> Table:
                         "benefit (points)": interval_text(
                             row["mean"], math.nan, math.nan, sign=True
                         ),
-                        "95 % interval": _from_to(row["low"], row["high"], sign=True),
+                        "95 % interval": range_text(row["low"], row["high"], sign=True),
                         "n": str(row["n"]),
-                        "p": _p(row["p"]),
-                        "p (Holm)": _p(row["p_holm"]),
+                        "p": p_text(row["p"]),
+                        "p (Holm)": p_text(row["p_holm"]),
                     }
                 )
             for model in benefits[part].unlearned:
@@ -421,16 +427,16 @@ def depth_scaling_table(profile: str, results_root: str | Path | None) -> Table:
     note = (
         "Benefit: test error without the part minus with it, paired t-test over shared seeds, p "
         f"adjusted by Holm within a family. {WHICH_NONE}{_untrained(runs)} "
-        f"{_sentence(runs.scale())}"
+        f"{sentence(runs.scale())}"
     )
     caption = "Benefit of momentum redistribution and momentum growth by network"
     return Table(pd.DataFrame(lines).fillna("–"), caption, note)
 
 
-@table("depth_scaling_trends")
-def depth_scaling_trends(profile: str, results_root: str | Path | None) -> Table:
+@table("depth_scaling_trends", experiment="depth_scaling")
+def depth_scaling_trends(source: Source) -> Table:
     """Does the benefit grow with depth or width? Two tests for each family."""
-    runs = load("depth_scaling", profile, results_root).needed()
+    runs = load("depth_scaling", source).needed()
     lines = []
     for part, words in PARTS.items():
         for family, benefits in _families(runs):
@@ -446,10 +452,10 @@ def depth_scaling_trends(profile: str, results_root: str | Path | None) -> Table
                     "slope (points per doubling)": interval_text(
                         slope.mean, math.nan, math.nan, sign=True
                     ),
-                    "95 % interval": _from_to(slope.low, slope.high, sign=True),
+                    "95 % interval": range_text(slope.low, slope.high, sign=True),
                     "n (seeds)": str(slope.n),
-                    "p": _p(one.p),
-                    "p over networks": _p(line.p) if line else "–",
+                    "p": p_text(one.p),
+                    "p over networks": p_text(line.p) if line else "–",
                     "Spearman's ρ": f"{line.rho:+.2f}".replace("-", "−")
                     if line and math.isfinite(line.rho)
                     else "–",
@@ -457,14 +463,14 @@ def depth_scaling_trends(profile: str, results_root: str | Path | None) -> Table
                 }
             )
     if not lines:
-        raise NoRuns(f"depth_scaling ({profile}): no family has two networks that are done")
+        raise NoRuns(f"depth_scaling ({source.profile}): no family has two networks that are done")
     note = (
         "Slope: of the benefit against log2 of depth or width, fitted to each seed; p: t-test of "
         "these slopes, which says whether the trend holds for these networks. p over networks: "
         "of the straight line through the means, which takes the networks as the sample, and "
         "Spearman's rank correlation, which assumes no shape. Networks of which no run learned "
         "are in neither. Conclusions at p < 0.05, "
-        f"unadjusted. {_sentence(runs.scale())}"
+        f"unadjusted. {sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "Does the benefit grow with depth and width?", note)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,8 +13,6 @@ from lib.claims.computing import EXPERIMENT, MARGINS, WAY_NAMES, WAYS, computed,
 from lib.figures.plots import (
     Plot,
     Table,
-    _p,
-    _sentence,
     figure,
     legend_below,
     n_text,
@@ -23,7 +20,16 @@ from lib.figures.plots import (
     stamp,
     table,
 )
-from lib.results.reading import NoRuns, Runs, interval_text, load, model_name
+from lib.results.reading import (
+    NoRuns,
+    Runs,
+    Source,
+    interval_text,
+    load,
+    model_name,
+    p_text,
+    sentence,
+)
 from lib.stats import holm, t_interval
 
 # Ways, not methods: colours that the palette of methods does not have.
@@ -33,12 +39,12 @@ _SEED = "#999999"
 _MARGIN = "#DDCC77"
 
 
-def _compared(profile: str, results_root: str | Path | None) -> tuple[Runs, list[str]]:
+def _compared(source: Source) -> tuple[Runs, list[str]]:
     """The runs, and the networks that masked dense float32 and another way have computed."""
-    runs = load(EXPERIMENT, profile, results_root).needed()
+    runs = load(EXPERIMENT, source).needed()
     known = {model for way in list(WAYS)[1:] for model in differences(runs, way)}
     if not known:
-        raise NoRuns(f"{EXPERIMENT} ({profile}): no seed was computed in two ways")
+        raise NoRuns(f"{EXPERIMENT} ({source.profile}): no seed was computed in two ways")
     return runs, [m for m in dict.fromkeys(r.model for r in runs.planned) if m in known]
 
 
@@ -47,12 +53,12 @@ def _by_torch(runs: Runs) -> str:
     return f" {lost} runs that asked for the kernels were computed by torch: left out." * bool(lost)
 
 
-@figure("computing")
-def computing(profile: str, results_root: str | Path | None) -> Plot:
+@figure("computing", experiment="computing")
+def computing(source: Source) -> Plot:
     """Test error of the same seeds computed in three ways, and the differences to masked dense
     layers in float32 with the margin within which they count as none.
     """
-    runs, models = _compared(profile, results_root)
+    runs, models = _compared(source)
     plot, axes = new_plot(
         len(models), 2, size=(6.6, 1.75 * len(models) + 1.3), width_ratios=(1, 1.35)
     )
@@ -124,10 +130,10 @@ def _differences(ax: Axes, runs: Runs, margin: float) -> None:
     ax.set_title(f"Margin {margin:g} points")
 
 
-@table("computing")
-def computing_table(profile: str, results_root: str | Path | None) -> Table:
+@table("computing", experiment="computing")
+def computing_table(source: Source) -> Table:
     """Test error of each way, and its difference to masked dense float32, per network."""
-    runs, models = _compared(profile, results_root)
+    runs, models = _compared(source)
     lines = []
     tests = []
     for model in models:
@@ -148,7 +154,7 @@ def computing_table(profile: str, results_root: str | Path | None) -> Table:
             lines.append(line)
             tests.append(pair.p_t if pair else math.nan)
     for line, p in zip(lines, holm(tests), strict=True):
-        line["p (Holm)"] = _p(p)
+        line["p (Holm)"] = p_text(p)
     spreads = "; ".join(f"{model_name(m)} {spread(runs, m):.2f}" for m in models)
     margins = ", ".join(
         f"{margin:g} points on {name}"
@@ -159,6 +165,6 @@ def computing_table(profile: str, results_root: str | Path | None) -> Table:
         "paired t-tests adjusted over the table. "
         f"Equal in practice: an interval inside {margins}, as in the claims on dense level. "
         f"Standard deviation over the seeds, masked dense float32, in points: {spreads}."
-        f"{_by_torch(runs)} {_sentence(runs.scale())}"
+        f"{_by_torch(runs)} {sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "The same runs computed in three ways", note)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,18 +14,26 @@ from lib.figures.plots import (
     PALETTE,
     Plot,
     Table,
-    _mnist_published,
-    _p,
-    _sentence,
-    _with_error,
     figure,
     legend_below,
+    mnist_published,
     n_text,
     new_plot,
     stamp,
     table,
 )
-from lib.results.reading import CHANCE, METHOD_NAMES, Runs, interval_text, load, summarise
+from lib.results.reading import (
+    CHANCE,
+    METHOD_NAMES,
+    Runs,
+    Source,
+    interval_text,
+    load,
+    p_text,
+    published_text,
+    sentence,
+    summarise,
+)
 
 INIT_NAMES = {"uniform": "the same density in each layer", "erk": "denser small layers (ERK)"}
 _MARKS = {"uniform": "o", "erk": "s"}
@@ -41,14 +48,14 @@ WHAT = (
 )
 
 
-@figure("initial_densities")
-def initial_densities(profile: str, results_root: str | Path | None) -> Plot:
+@figure("initial_densities", experiment="initial_densities")
+def initial_densities(source: Source) -> Plot:
     """Test error of each method from uniform and from ERK densities, beside the published one."""
-    runs = load("initial_densities", profile, results_root).where(model="lenet300-100").needed()
+    runs = load("initial_densities", source).where(model="lenet300-100").needed()
     shares = sorted(set(runs.rows["density"]))
     methods = list(dict.fromkeys(run.method for run in runs.planned))
     plot, axes = new_plot(1, len(shares), size=(2.0 + 2.3 * len(shares), 3.6), sharey=True)
-    theirs, counts = _mnist_published(), []
+    theirs, counts = mnist_published(), []
     for ax, density in zip(axes[0], shares, strict=True):
         counts += _draw(ax, runs.where(density=density), methods)
         for y, method in enumerate(methods):
@@ -73,10 +80,10 @@ def initial_densities(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-@figure("initial_densities_lenet5")
-def initial_densities_lenet5(profile: str, results_root: str | Path | None) -> Plot:
+@figure("initial_densities_lenet5", experiment="initial_densities")
+def initial_densities_lenet5(source: Source) -> Plot:
     """LeNet-5 trained by sparse momentum: each seed's test error from both kinds of densities."""
-    runs = load("initial_densities", profile, results_root).where(model="lenet5")
+    runs = load("initial_densities", source).where(model="lenet5")
     if len(runs.diverged) == 0:
         runs.needed()
     shares = sorted({run.density for run in runs.planned})
@@ -155,11 +162,11 @@ def _draw(ax: Axes, here: Runs, methods: list[str]) -> list[int]:
     return counts
 
 
-@table("initial_densities")
-def initial_densities_table(profile: str, results_root: str | Path | None) -> Table:
+@table("initial_densities", experiment="initial_densities")
+def initial_densities_table(source: Source) -> Table:
     """Each method's error from uniform and from ERK densities, and the difference seed by seed."""
-    runs = load("initial_densities", profile, results_root).where(model="lenet300-100").needed()
-    theirs = _mnist_published().set_index(["method", "density"])
+    runs = load("initial_densities", source).where(model="lenet300-100").needed()
+    theirs = mnist_published().set_index(["method", "density"])
     lines = []
     for method in dict.fromkeys(run.method for run in runs.planned):
         side = {init: runs.where(method=method, init=init) for init in INIT_NAMES}
@@ -183,13 +190,13 @@ def initial_densities_table(profile: str, results_root: str | Path | None) -> Ta
                 interval_text(pair["mean"], pair["low"], pair["high"], sign=True) if pair else "–"
             )
             line["n"] = f"{int(pair['n'])}" if pair else "0"
-            line["p (Holm)"] = _p(pair["p_holm"]) if pair else "–"
-            line["published (%)"] = _with_error(theirs.loc[key]) if key in theirs.index else "–"
+            line["p (Holm)"] = p_text(pair["p_holm"]) if pair else "–"
+            line["published (%)"] = published_text(theirs.loc[key]) if key in theirs.index else "–"
             lines.append(line)
     frame = pd.DataFrame(lines).rename(columns={"erk (%)": "ERK (%)"})
     note = (
         "Mean [95 % interval] of the test error; differences paired by seed, p of the paired "
         "t-test adjusted by Holm over the shares of each method; published: mean ± standard error. "
-        f"{WHAT} {_sentence(runs.scale())}"
+        f"{WHAT} {sentence(runs.scale())}"
     )
     return Table(frame, "LeNet-300-100: initial densities of the layers", note)

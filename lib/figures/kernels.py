@@ -8,7 +8,6 @@ range of the repeats, not an interval over seeds.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -36,7 +35,7 @@ from lib.figures.plots import (
 from lib.results import clock as kernel_rows
 from lib.results import measured
 from lib.results.clock import ALL, ALL_LAYERS, ONE, PARTS, SIDES
-from lib.results.reading import NoRuns, interval_text, load, model_name
+from lib.results.reading import NoRuns, Source, interval_text, load, model_name
 
 _SPARSE, _DENSE = PALETTE["sparse_momentum"], PALETTE["dense"]
 _BF16 = PALETTE["snip"]
@@ -89,18 +88,18 @@ def _times_axis(ax: Axes, low: float, high: float) -> None:
     ax.axhline(1, color="#444444", lw=0.7, zorder=1.2)
 
 
-def _planned(profile: str) -> None:
+def _planned(source: Source) -> None:
     """NoRuns at a profile without speed-ups; the rows of the clock are the same at all others."""
-    if profile not in experiments.EXPERIMENTS["speedups"].blocks:
-        raise NoRuns(f"speedups ({profile}): no such runs in this profile")
+    if source.profile not in experiments.EXPERIMENTS["speedups"].blocks:
+        raise NoRuns(f"speedups ({source.profile}): no such runs in this profile")
 
 
-def _estimates(profile: str, results_root: str | Path | None) -> pd.DataFrame:
+def _estimates(source: Source) -> pd.DataFrame:
     """Our estimates by the paper's formula (sparse convolution): model, density, full; empty where
     no network has been measured.
     """
     try:
-        runs = load("speedups", profile, results_root, method="sparse_momentum").needed()
+        runs = load("speedups", source, method="sparse_momentum").needed()
         found = measured.speedups(runs)
     except NoRuns:
         return pd.DataFrame(columns=["model", "density", "full"])
@@ -108,18 +107,18 @@ def _estimates(profile: str, results_root: str | Path | None) -> pd.DataFrame:
     return found.groupby(["model", "density"], as_index=False)["full"].mean()
 
 
-@figure("speedups_clock")
-def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
+@figure("speedups_clock", experiment="speedups")
+def speedups_clock(source: Source) -> Plot:
     """Whole training steps and inference on the clock against the weights, per network, beside the
     paper's estimates and dense bf16.
     """
-    every = kernel_rows.whole_steps(results_root)
+    every = kernel_rows.whole_steps(source.root)
     found, alone = (every[every["threads"] == t] for t in (ALL, ONE))
     if found.empty:
         found, alone = alone, found
     names = list(dict.fromkeys(every["model"]))
-    _planned(profile)
-    estimates = _estimates(profile, results_root)
+    _planned(source)
+    estimates = _estimates(source)
     low, high = published_range()
     values = found[[c + s for c in _LINES for s in ("_low", "_high")]].to_numpy(float).ravel()
     shown = estimates.loc[estimates["model"].isin(names), "full"].tolist()
@@ -196,11 +195,11 @@ def speedups_clock(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-@figure("speedups_breakdown")
-def speedups_breakdown(profile: str, results_root: str | Path | None) -> Plot:
+@figure("speedups_breakdown", experiment="speedups")
+def speedups_breakdown(source: Source) -> Plot:
     """Where the time of a training step goes, dense and sparse, per network."""
-    _planned(profile)
-    found = kernel_rows.parts(results_root)
+    _planned(source)
+    found = kernel_rows.parts(source.root)
     names = list(dict.fromkeys(found["model"]))
     plot, axes = new_plot(1, 1, size=(7.2, 1.5 + 0.62 * len(names)))
     ax = axes[0][0]
@@ -230,7 +229,7 @@ def speedups_breakdown(profile: str, results_root: str | Path | None) -> Plot:
     ax.set_xlabel("time of a training step (% of the dense one)")
     used = [name for name in PARTS if name in set(found["part"])]
     legend_below(plot, [Patch(color=_PART_COLOURS[n], label=n) for n in used], columns=3)
-    waits = kernel_rows.calibrations(results_root)
+    waits = kernel_rows.calibrations(source.root)
     asked = ", ".join(f"{model_name(m)} {waits[m]:.0f} s" for m in names if m in waits)
     stamp(
         plot,
@@ -243,12 +242,12 @@ def speedups_breakdown(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-@figure("speedups_layers")
-def speedups_layers(profile: str, results_root: str | Path | None) -> Plot:
+@figure("speedups_layers", experiment="speedups")
+def speedups_layers(source: Source) -> Plot:
     """Each convolution of VGG16-D on the clock, one line per share of weights."""
-    _planned(profile)
-    found = kernel_rows.layer_ratios(results_root)
-    rows = kernel_rows.kernel_rows(results_root, "sparse_layers")
+    _planned(source)
+    found = kernel_rows.layer_ratios(source.root)
+    rows = kernel_rows.kernel_rows(source.root, "sparse_layers")
     each = found.drop(index=ALL_LAYERS, errors="ignore")
     plot, axes = new_plot(1, 1, size=(7.0, 3.4))
     ax = axes[0][0]
@@ -287,11 +286,11 @@ def _times(row: Any, column: str) -> str:
     return "–" if math.isnan(value) else interval_text(value, low, high)
 
 
-@table("speedups_kernels")
-def kernels_table(profile: str, results_root: str | Path | None) -> Table:
+@table("speedups_kernels", experiment="speedups")
+def kernels_table(source: Source) -> Table:
     """Whole steps on the clock, sparse against dense, per network and share of weights."""
-    _planned(profile)
-    found = kernel_rows.whole_steps(results_root)
+    _planned(source)
+    found = kernel_rows.whole_steps(source.root)
     lines = [
         {
             "network": model_name(str(row["model"])),
@@ -327,12 +326,12 @@ def _seconds(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}" if value < 1 else f"{value:.2f}"
 
 
-@table("speedups_layers")
-def layers_table(profile: str, results_root: str | Path | None) -> Table:
+@table("speedups_layers", experiment="speedups")
+def layers_table(source: Source) -> Table:
     """Each convolution of VGG16-D on the clock, one column per share of weights."""
-    _planned(profile)
-    found = kernel_rows.layer_ratios(results_root)
-    rows = kernel_rows.kernel_rows(results_root, "sparse_layers")
+    _planned(source)
+    found = kernel_rows.layer_ratios(source.root)
+    rows = kernel_rows.kernel_rows(source.root, "sparse_layers")
     lines = []
     for name, values in found.iterrows():
         line = {"convolution": str(name)}
@@ -346,11 +345,11 @@ def layers_table(profile: str, results_root: str | Path | None) -> Table:
     return Table(pd.DataFrame(lines), "VGG16-D's convolutions by share of weights", note)
 
 
-@table("speedups_breakdown")
-def breakdown_table(profile: str, results_root: str | Path | None) -> Table:
+@table("speedups_breakdown", experiment="speedups")
+def breakdown_table(source: Source) -> Table:
     """Seconds of a training step by part, dense and sparse, per network."""
-    _planned(profile)
-    found = kernel_rows.parts(results_root)
+    _planned(source)
+    found = kernel_rows.parts(source.root)
     columns = [(m, side) for m in dict.fromkeys(found["model"]) for side in SIDES]
     cells = found.set_index(["model", "side", "part"])["value"]
     lines = []
@@ -363,7 +362,7 @@ def breakdown_table(profile: str, results_root: str | Path | None) -> Table:
                 f"{1000 * value:.0f} ({100 * value / whole:.0f} %)"
             )
         lines.append(line)
-    waits = kernel_rows.calibrations(results_root)
+    waits = kernel_rows.calibrations(source.root)
     asked = ", ".join(f"{model_name(m)} {value:.0f} s" for m, value in waits.items())
     note = (
         f"Milliseconds (share) at {100 * found['density'].iloc[0]:g} % of the weights, under the "
@@ -373,13 +372,13 @@ def breakdown_table(profile: str, results_root: str | Path | None) -> Table:
     return Table(pd.DataFrame(lines), "Where the time of a training step goes", note)
 
 
-@table("speedups_window")
-def window_table(profile: str, results_root: str | Path | None) -> Table:
+@table("speedups_window", experiment="speedups")
+def window_table(source: Source) -> Table:
     """What momentum gathered in the last K mini-batches alone grows differently, and its FLOPs."""
-    _planned(profile)
-    found = kernel_rows.window_counts(results_root)
-    flops = kernel_rows.window_flops(results_root)
-    rows = kernel_rows.kernel_rows(results_root, "window")
+    _planned(source)
+    found = kernel_rows.window_counts(source.root)
+    flops = kernel_rows.window_flops(source.root)
+    rows = kernel_rows.kernel_rows(source.root, "window")
     lines = []
     for (model, window), part in found.groupby(["model", "window"], sort=False):
         line = {"network": model_name(str(model)), "K": str(window)}

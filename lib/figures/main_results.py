@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -17,12 +15,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from lib import claims, experiments
 from lib.figures.plots import (
     PALETTE,
+    Absent,
     Plot,
     Table,
-    _from_to,
-    _p,
-    _sentence,
-    _with_error,
     draw_density_curves,
     draw_ours,
     draw_published,
@@ -40,33 +35,17 @@ from lib.results.reading import (
     METHOD_NAMES,
     NoRuns,
     Runs,
+    Source,
     interval_text,
     load,
     model_name,
+    p_text,
     published_rows,
+    published_text,
+    range_text,
+    sentence,
     summarise,
 )
-
-
-@dataclass(frozen=True)
-class Absent:
-    """In place of a figure or table that has no runs: the reason, shown in a notebook."""
-
-    reason: str
-
-    def _repr_markdown_(self) -> str:
-        return f"**Nothing to show yet.** {self.reason}."
-
-
-def or_reason(
-    make: Callable[..., Plot | Table], profile: str, results_root: str | Path | None = None
-) -> Plot | Table | Absent:
-    """The figure or table, or why there is none, so that a notebook goes on without these runs."""
-    try:
-        return make(profile, results_root)
-    except NoRuns as reason:
-        return Absent(str(reason))
-
 
 # ------------------------------------------------------- 01: the compression literature on MNIST
 
@@ -117,12 +96,12 @@ def _images(runs: Runs) -> str:
     return f", trained on {' or '.join(f'{n:,}' for n in found)} images" if found else ""
 
 
-@figure("mnist_compression")
-def mnist_compression(profile: str, results_root: str | Path | None) -> Plot:
+@figure("mnist_compression", experiment="mnist_compression")
+def mnist_compression(source: Source) -> Plot:
     """Both LeNets on MNIST: test error of sparse momentum and SNIP against the share of weights,
     beside the published results of methods that compress a network.
     """
-    every = load("mnist_compression", profile, results_root).needed()
+    every = load("mnist_compression", source).needed()
     shown = [every.where(model=model) for model in _LENETS]
     shown = [runs for runs in shown if len(runs.rows)]
     plot, axes = new_plot(1, len(shown), size=(7.4, 4.5))
@@ -194,10 +173,10 @@ def mnist_compression(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-@table("mnist_compression")
-def mnist_compression_table(profile: str, results_root: str | Path | None) -> Table:
+@table("mnist_compression", experiment="mnist_compression")
+def mnist_compression_table(source: Source) -> Table:
     """Test error on MNIST by network, method and share of weights, ours beside the published."""
-    runs = load("mnist_compression", profile, results_root).needed()
+    runs = load("mnist_compression", source).needed()
     lines = []
     for model in _LENETS:
         cells = {
@@ -226,10 +205,10 @@ def mnist_compression_table(profile: str, results_root: str | Path | None) -> Ta
                     "method": label or METHOD_NAMES[method],
                     "weights (%)": f"{100 * density:g}",
                     "test error (%)": _mean(cell),
-                    "95 % interval": _from_to(cell["low"], cell["high"]) if cell else "–",
+                    "95 % interval": range_text(cell["low"], cell["high"]) if cell else "–",
                     "n": str(cell["n"]) if cell else "–",
                     "learned": _learned(runs.where(model=model, method=method, density=density)),
-                    "published (%)": _with_error(known.iloc[0]) if len(known) else "–",
+                    "published (%)": published_text(known.iloc[0]) if len(known) else "–",
                 }
             )
     scales = " ".join(
@@ -259,10 +238,10 @@ def _mean(cell: Mapping[Any, Any] | None) -> str:
 _COMPARED = ("dense", "snip", "sparse_momentum")
 
 
-@table("cifar10_table")
-def cifar10_table(profile: str, results_root: str | Path | None) -> Table:
+@table("cifar10_table", experiment="cifar10_table")
+def cifar10_table(source: Source) -> Table:
     """The paper's CIFAR-10 table: each network dense, with SNIP and with sparse momentum."""
-    runs = load("cifar10_table", profile, results_root).needed()
+    runs = load("cifar10_table", source).needed()
     theirs = published_rows("cifar10_table").set_index(["model", "method"])
     lines, unknown, count = [], [], 0
     for model in dict.fromkeys(run.model for run in runs.planned):
@@ -280,7 +259,7 @@ def cifar10_table(profile: str, results_root: str | Path | None) -> Table:
             name = METHOD_NAMES[method]
             line[name] = interval_text(cell["mean"], cell["low"], cell["high"]) if cell else "–"
             known = (model, method) in theirs.index
-            line[f"{name}, paper"] = _with_error(theirs.loc[(model, method)]) if known else "–"
+            line[f"{name}, paper"] = published_text(theirs.loc[(model, method)]) if known else "–"
             if cell:
                 counts.add(int(cell["n"]))
         line["n"] = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
@@ -297,7 +276,7 @@ def cifar10_table(profile: str, results_root: str | Path | None) -> Table:
     planned = len({run.model for run in runs.planned})
     if count < planned:
         note += f" {planned - count} of {planned} networks have no runs yet."
-    note += f" {_sentence(runs.scale())}"
+    note += f" {sentence(runs.scale())}"
     return Table(pd.DataFrame(lines), "CIFAR-10: dense, SNIP and sparse momentum", note)
 
 
@@ -321,12 +300,12 @@ def _network(runs: Runs) -> str:
     return model
 
 
-@figure("wrn28_2_curve")
-def wrn28_2_curve(profile: str, results_root: str | Path | None) -> Plot:
+@figure("wrn28_2_curve", experiment="wrn28_2_curve")
+def wrn28_2_curve(source: Source) -> Plot:
     """A wide residual network on CIFAR-10: test error of each method against the share of weights
     and, seed by seed, the difference to sparse momentum.
     """
-    runs = load("wrn28_2_curve", profile, results_root).needed()
+    runs = load("wrn28_2_curve", source).needed()
     model = _network(runs)
     theirs = _wrn_published()
     if model != _WRN:
@@ -380,10 +359,10 @@ def _paired(ax: Axes, runs: Runs) -> None:
     ax.set_title("Paired by seed")
 
 
-@table("wrn28_2_curve")
-def wrn28_2_curve_table(profile: str, results_root: str | Path | None) -> Table:
+@table("wrn28_2_curve", experiment="wrn28_2_curve")
+def wrn28_2_curve_table(source: Source) -> Table:
     """Test error of each method at each share of weights, and sparse momentum minus it."""
-    runs = load("wrn28_2_curve", profile, results_root).needed()
+    runs = load("wrn28_2_curve", source).needed()
     model = _network(runs)
     theirs = _wrn_published().set_index(["method", "density"])
     ours = runs.where(method="sparse_momentum")
@@ -403,7 +382,7 @@ def wrn28_2_curve_table(profile: str, results_root: str | Path | None) -> Table:
             "weights (%)": f"{100 * cell['density']:g}",
             "test error (%)": interval_text(cell["mean"], cell["low"], cell["high"]),
             "n": str(cell["n"]),
-            "published (%)": _with_error(theirs.loc[key]) if known else "–",
+            "published (%)": published_text(theirs.loc[key]) if known else "–",
             "sparse momentum − it (points)": "–",
             "p (Holm)": "–",
         }
@@ -411,13 +390,13 @@ def wrn28_2_curve_table(profile: str, results_root: str | Path | None) -> Table:
             line["sparse momentum − it (points)"] = interval_text(
                 pair["mean"], pair["low"], pair["high"], sign=True
             )
-            line["p (Holm)"] = _p(pair["p_holm"])
+            line["p (Holm)"] = p_text(pair["p_holm"])
         lines.append(line)
     note = (
         "Mean [95 % interval]; differences paired by seed, p of the paired t-test adjusted by Holm "
         "over the shares of each method; published: mean ± standard error"
         + ("." if model == _WRN else f", which are of {model_name(_WRN)} and not shown here.")
-        + f" {_sentence(runs.scale())}"
+        + f" {sentence(runs.scale())}"
     )
     caption = f"{model_name(model)} on CIFAR-10: test error by share of weights"
     return Table(pd.DataFrame(lines), caption, note)
@@ -426,16 +405,16 @@ def wrn28_2_curve_table(profile: str, results_root: str | Path | None) -> Table:
 # ----------------------------------------------------------------------------------- 01: ImageNet
 
 
-@table("imagenet")
-def imagenet(profile: str, results_root: str | Path | None) -> Table:
+@table("imagenet", experiment="imagenet")
+def imagenet(source: Source) -> Table:
     """ResNet-50 on ImageNet: top-1 error dense and with 10 and 20 % of the weights, partially dense
     and, in the tuned training, fully sparse.
     """
-    runs = load("imagenet", profile, results_root)
+    runs = load("imagenet", source)
     if runs.rows.empty:
         raise NoRuns(
-            f"imagenet ({profile}): no runs; IMAGENET_ROOT=... torchrun -m lib.runs.imagenet "
-            "trains those of profile paper on the images of ILSVRC 2012"
+            f"imagenet ({source.profile}): no runs; IMAGENET_ROOT=... torchrun -m "
+            "lib.runs.imagenet trains those of profile paper on the images of ILSVRC 2012"
         )
     tuned_ids = {run.run_id for run in runs.planned if run.label_smoothing}
     rows = runs.rows.assign(tuned=[run_id in tuned_ids for run_id in runs.rows["run_id"]])
@@ -457,7 +436,7 @@ def imagenet(profile: str, results_root: str | Path | None) -> Table:
     note = (
         "Mean [95 % interval]. Tuned: label smoothing 0.1, five epochs of warm-up, prune rate 0.5. "
         "The published networks that are called partially dense have more weights than stated: "
-        f"15.6 % where 10 % are stated, by their log. {_sentence(runs.scale())}"
+        f"15.6 % where 10 % are stated, by their log. {sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "ResNet-50 on ImageNet: top-1 error", note)
 
@@ -483,16 +462,14 @@ def _imagenet_published(cell: Mapping[Any, Any]) -> float:
     return float(found["test_error_pct"].iloc[0]) if len(found) else math.nan
 
 
-def meaning(
-    experiment: str, profile: str, results_root: str | Path | None = None
-) -> Table | Absent:
+def meaning(experiment: str, source: Source) -> Table | Absent:
     """The verdicts on the claims that rest on one experiment, those with runs."""
     notebook = experiments.experiment(experiment).notebook
-    judged = claims.verdict_table(profile, results_root or None, notebook)
+    judged = claims.verdict_table(source, notebook)
     mine = judged[judged["experiment"] == experiment]
     known = mine[mine["verdict"] != claims.NO_RUNS]
     if known.empty:
-        return Absent(f"{experiment} ({profile}): no claim has runs")
+        return Absent(f"{experiment} ({source.profile}): no claim has runs")
     columns = {"claim": "claim", "paper": "paper", "ours": "ours [95 % interval]", "n": "n"}
     columns |= {"verdict": "verdict", "detail": "detail"}
     frame = known[list(columns)].rename(columns=columns).astype(str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -34,9 +33,11 @@ from lib.results.reading import (
     MODEL_NAMES,
     NoRuns,
     Runs,
+    Source,
     interval_text,
     load,
     published_rows,
+    sentence,
     summarise,
 )
 from lib.stats import paired_difference
@@ -48,10 +49,6 @@ _KIND_LINES: dict[str, Any] = {"full": "-", "channel": (0, (4, 2)), "removed": (
 def model_name(model: str) -> str:
     """Display name of a network, also of the families (wrn-10-1, mlp-100x3)."""
     return MODEL_NAMES.get(model, model.upper())
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def _models(found: pd.DataFrame) -> list[str]:
@@ -75,10 +72,10 @@ def published_range() -> tuple[float, float]:
     return float(values["speedup_min_x"]), float(values["speedup_max_x"])
 
 
-@figure("speedups_by_weights")
-def speedups_by_weights(profile: str, results_root: str | Path | None) -> Plot:
+@figure("speedups_by_weights", experiment="speedups")
+def speedups_by_weights(source: Source) -> Plot:
     """The paper's two estimates and the measured speed-up against the weights, per network."""
-    runs = load("speedups", profile, results_root).needed()
+    runs = load("speedups", source).needed()
     found = measured.speedups(runs)
     names = _models(found)
     columns = min(4, len(names))
@@ -166,10 +163,10 @@ def _speedup_panel(ax: Axes, part: pd.DataFrame, low: float, high: float) -> Non
             drawn.set_linestyle(_KIND_LINES[kind])
 
 
-@table("speedups_by_weights")
-def speedups_table(profile: str, results_root: str | Path | None) -> Table:
+@table("speedups_by_weights", experiment="speedups")
+def speedups_table(source: Source) -> Table:
     """Estimates, the measured speed-up, and what could be taken out, per network and method."""
-    runs = load("speedups", profile, results_root).needed()
+    runs = load("speedups", source).needed()
     found = measured.speedups(runs)
     lines = []
     for model in _models(found):
@@ -196,7 +193,7 @@ def speedups_table(profile: str, results_root: str | Path | None) -> Table:
         f"from {low:g} to {high:g} (estimated, sparse convolution, at the weights that reach the "
         "dense network's accuracy, which are not known to us). Largest difference between the "
         f"outputs before and after channels were taken out: {found['difference'].max():.1g} of "
-        f"the largest logit. {_sentence(runs.scale())}"
+        f"the largest logit. {sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "Speed-ups, estimated and measured", note)
 
@@ -207,14 +204,14 @@ _PAIR = ("dense", "sparse_momentum")
 _MARK = "#B00000"  # of means, on the histograms of both
 
 
-def _feature_runs(profile: str, results_root: str | Path | None) -> Runs:
-    return load("features", profile, results_root, method=list(_PAIR)).needed()
+def _feature_runs(source: Source) -> Runs:
+    return load("features", source, method=list(_PAIR)).needed()
 
 
-@figure("features_histograms")
-def features_histograms(profile: str, results_root: str | Path | None) -> Plot:
+@figure("features_histograms", experiment="features")
+def features_histograms(source: Source) -> Plot:
     """Back-to-back histograms of the class specialisation, dense left and sparse right."""
-    runs = _feature_runs(profile, results_root)
+    runs = _feature_runs(source)
     found = measured.histograms(runs)
     layers = measured.feature_layers(runs)
     depths = {m: 1 + int(layers.loc[layers["model"] == m, "index"].max()) for m in _models(layers)}
@@ -294,10 +291,10 @@ def _sides(found: pd.DataFrame, model: str, kind: str) -> list[pd.Series]:
     return [100 * part.loc[part["method"] == method, kind] for method in reversed(_PAIR)]
 
 
-@figure("features_means")
-def features_means(profile: str, results_root: str | Path | None) -> Plot:
+@figure("features_means", experiment="features")
+def features_means(source: Source) -> Plot:
     """Sparse minus dense class specialisation, channels pooled and layers weighted equally."""
-    runs = _feature_runs(profile, results_root)
+    runs = _feature_runs(source)
     found = measured.specialisation(runs)
     names = _models(found)
     plot, axes = new_plot(1, 1, size=(5.6, 1.6 + 0.55 * len(names)))
@@ -356,10 +353,10 @@ def features_means(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-@table("features_means")
-def features_table(profile: str, results_root: str | Path | None) -> Table:
+@table("features_means", experiment="features")
+def features_table(source: Source) -> Table:
     """Mean class specialisation, dense and sparse, under both weightings, beside the official."""
-    runs = _feature_runs(profile, results_root)
+    runs = _feature_runs(source)
     found = measured.specialisation(runs)
     layers = measured.feature_layers(runs)
     kept = layers.groupby(["model", "method", "seed"])["kept"].sum()
@@ -392,18 +389,18 @@ def features_table(profile: str, results_root: str | Path | None) -> Table:
     note = (
         "Share of a channel's activation that comes from its strongest class; 10 % is perfectly "
         "general. Channels that make up the last 5 % of a layer's activation are left out; kept "
-        f"on average: {channels}. {_sentence(runs.scale())}"
+        f"on average: {channels}. {sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "Class specialisation, dense against sparse", note)
 
 
-@figure("features_layer_densities")
-def features_layer_densities(profile: str, results_root: str | Path | None) -> Plot:
+@figure("features_layer_densities", experiment="features")
+def features_layer_densities(source: Source) -> Plot:
     """Where the weights go: the density of each layer over the training, a heat map per network."""
-    runs = load("features", profile, results_root, method="sparse_momentum").needed()
+    runs = load("features", source, method="sparse_momentum").needed()
     found = measured.layer_densities(runs)
     if found.empty:
-        raise NoRuns(f"features ({profile}): no rows beside {runs.csv} on the layers")
+        raise NoRuns(f"features ({source.profile}): no rows beside {runs.csv} on the layers")
     names = _models(found)
     counts = [found.loc[found["model"] == m, "layer"].nunique() for m in names]
     tallest = max(counts)

@@ -1,6 +1,6 @@
 """Every figure and table, drawn from the saved CSVs.  Imports no torch.
 
-A figure is a function (profile, results_root) -> Plot under `@figure(name)`, a table a function
+A figure is a function (source) -> Plot under `@figure(name)`, a table a function
 -> Table under `@table(name)`.  It raises `NoRuns` (Runs.needed) when there is nothing to draw.
 `draw_all` saves all of them; a notebook shows one by calling the function.
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -33,13 +33,19 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from lib import claims, paths
+from lib.config import unknown
 from lib.results.reading import (
     METHOD_NAMES,
     NoRuns,
     Runs,
+    Source,
     interval_text,
     load,
+    p_text,
     published_rows,
+    published_text,
+    range_text,
+    sentence,
     summarise,
 )
 
@@ -134,57 +140,89 @@ class Table:
         return self.markdown()
 
 
-Drawer = Callable[[str, "str | Path | None"], Plot]
-Teller = Callable[[str, "str | Path | None"], Table]
+@dataclass(frozen=True)
+class Entry:
+    """A registered figure or table: called with a `Source` it is made in our style, whoever calls.
 
-FIGURES: dict[str, Drawer] = {}
-TABLES: dict[str, Teller] = {}
+    `experiment`: whose rows it shows; empty for what is about all of them.
+    """
+
+    name: str
+    experiment: str
+    make: Callable[..., Any]
+
+    def __call__(self, source: Source, **more: Any) -> Any:
+        """The Plot or Table; NoRuns where there is nothing to show."""
+        with mpl.rc_context(fname=STYLE):
+            return self.make(source, **more)
+
+    @property
+    def caption(self) -> str:
+        """What it shows, in one line."""
+        return " ".join((self.make.__doc__ or "").split())
 
 
-def figure(name: str) -> Callable[[Callable[..., Plot]], Drawer]:
-    """Register a figure; its function runs in our style, whoever calls it."""
-
-    def register(draw: Callable[..., Plot]) -> Drawer:
-        @functools.wraps(draw)
-        def styled(profile: str = "quick", results_root: str | Path | None = None) -> Plot:
-            with mpl.rc_context(fname=STYLE):
-                return draw(profile, results_root or None)
-
-        FIGURES[name] = styled
-        return styled
-
-    return register
+FIGURES: dict[str, Entry] = {}
+TABLES: dict[str, Entry] = {}
 
 
-def table(name: str) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
-    """Register a table."""
+def figure(name: str, experiment: str = "") -> Callable[[Callable[..., Plot]], Entry]:
+    """Register a function (Source) -> Plot."""
+    return functools.partial(_register, FIGURES, name, experiment)
 
-    def register(tell: Callable[..., Table]) -> Callable[..., Table]:
-        @functools.wraps(tell)
-        def told(
-            profile: str = "quick", results_root: str | Path | None = None, **more: Any
-        ) -> Table:
-            return tell(profile, results_root or None, **more)
 
-        TABLES[name] = told
-        return told
+def table(name: str, experiment: str = "") -> Callable[[Callable[..., Table]], Entry]:
+    """Register a function (Source) -> Table."""
+    return functools.partial(_register, TABLES, name, experiment)
 
-    return register
+
+def _register(
+    into: dict[str, Entry], name: str, experiment: str, make: Callable[..., Any]
+) -> Entry:
+    into[name] = Entry(name, experiment, make)
+    return into[name]
+
+
+@dataclass(frozen=True)
+class Absent:
+    """In place of a figure or table that has no runs: the reason, shown in a notebook."""
+
+    reason: str
+
+    def _repr_markdown_(self) -> str:
+        return f"**Nothing to show yet.** {self.reason}."
+
+
+def show(
+    name: str, source: Source, kind: Literal["figure", "table"] | None = None, **more: Any
+) -> Plot | Table | Absent:
+    """The figure or table of this name, or why there is none yet, so that a notebook goes on.
+
+    Without `kind` the figure, where there is one, else the table. Raises ValueError for a name
+    that is neither.
+    """
+    known = {"figure": FIGURES, "table": TABLES}.get(kind or "", {**TABLES, **FIGURES})
+    if name not in known:
+        raise ValueError(unknown(kind or "figure or table", name, known))
+    try:
+        made: Plot | Table = known[name](source, **more)
+    except NoRuns as reason:
+        return Absent(str(reason))
+    return made
 
 
 # ------------------------------------------------------------------------------------------- save
 
 
-def output_dir(profile: str, results_root: str | Path | None = None) -> Path:
-    """figures/<profile>; for results elsewhere <results_root>/<profile>/figures beside them."""
-    if results_root is None:
-        return paths.figures_dir() / paths.results_dir(profile).name
-    return paths.results_dir(profile, results_root) / "figures"
+def output_dir(source: Source) -> Path:
+    """figures/<profile>; for results elsewhere <root>/<profile>/figures beside them."""
+    if source.root is None:
+        return paths.figures_dir() / paths.results_dir(source.profile).name
+    return paths.results_dir(source.profile, source.root) / "figures"
 
 
 def draw_all(
-    profile: str,
-    results_root: str | Path | None = None,
+    source: Source,
     only: Iterable[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[Path]:
@@ -200,7 +238,7 @@ def draw_all(
             f"no figure or table {sorted(names - set(FIGURES) - set(TABLES))}: {known}"
         )
     jobs = [
-        (kind, name, profile, results_root)
+        (kind, name, source)
         for kind, registry in (("figure", FIGURES), ("table", TABLES))
         for name in registry
         if not names or name in names
@@ -214,16 +252,14 @@ def draw_all(
     return written
 
 
-def _draw_one(
-    kind: str, name: str, profile: str, results_root: str | Path | None
-) -> tuple[list[Path], str]:
+def _draw_one(kind: str, name: str, source: Source) -> tuple[list[Path], str]:
     """In a process of its own: the files of one figure or table, or the line that says why not."""
     make = FIGURES[name] if kind == "figure" else TABLES[name]
     try:
-        made = make(profile, results_root)
+        made = make(source)
     except NoRuns as reason:
         return [], f"skipped {kind} {name}: {reason}"
-    return save(made, output_dir(profile, results_root) / name), ""
+    return save(made, output_dir(source) / name), ""
 
 
 def save(made: Plot | Table, stem: Path) -> list[Path]:
@@ -287,7 +323,7 @@ def stamp(plot: Plot, runs: Runs | Sequence[Runs], extra: str = "") -> None:
     To be called last: it makes room for itself and for the legend of `legend_below`.
     """
     every = [runs] if isinstance(runs, Runs) else list(runs)
-    scales = " ".join(dict.fromkeys(_sentence(one.scale()) for one in every))
+    scales = " ".join(dict.fromkeys(sentence(one.scale()) for one in every))
     reduced = any(one.reduced() for one in every)
     width, height = plot.get_size_inches()
     lines = [
@@ -596,7 +632,7 @@ _LENET = {"dataset": "mnist", "model": "lenet300-100"}
 _RAW = "dsr_authors_raw_runs_wrn28-2_and_mnist"
 
 
-def _mnist_published() -> pd.DataFrame:
+def mnist_published() -> pd.DataFrame:
     """The curves of the paper's MNIST figure, static masks from the raw runs beside them."""
     curves = published_rows("mnist_sparse_summary", **_LENET)
     static = published_rows(_RAW, **_LENET, method="static")
@@ -615,11 +651,11 @@ def _corrected(slips: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-@figure("main_results_lenet300-100")
-def main_results_lenet(profile: str, results_root: str | Path | None) -> Plot:
+@figure("main_results_lenet300-100", experiment="main_results")
+def main_results_lenet(source: Source) -> Plot:
     """Test accuracy against the share of weights: the paper's window, and everything."""
-    runs = load("main_results", profile, results_root, **_LENET).needed()
-    theirs = _mnist_published()
+    runs = load("main_results", source, **_LENET).needed()
+    theirs = mnist_published()
     slips = theirs[theirs["suspect"]]
     plot, axes = new_plot(1, 2, size=(7.4, 4.3))
     window, whole = axes[0]
@@ -661,11 +697,11 @@ def main_results_lenet(profile: str, results_root: str | Path | None) -> Plot:
     return plot
 
 
-@table("main_results_lenet300-100")
-def main_results_lenet_table(profile: str, results_root: str | Path | None) -> Table:
+@table("main_results_lenet300-100", experiment="main_results")
+def main_results_lenet_table(source: Source) -> Table:
     """Test error of each method at each share of weights, ours beside the published."""
-    runs = load("main_results", profile, results_root, **_LENET).needed()
-    theirs = _mnist_published().set_index(["method", "density"])
+    runs = load("main_results", source, **_LENET).needed()
+    theirs = mnist_published().set_index(["method", "density"])
     slips = theirs[theirs["suspect"]]
     lines = []
     for cell in summarise(runs.rows, ["method", "density"]).to_dict("records"):
@@ -675,18 +711,18 @@ def main_results_lenet_table(profile: str, results_root: str | Path | None) -> T
             "method": METHOD_NAMES[cell["method"]],
             "weights (%)": f"{100 * cell['density']:g}",
             "test error (%)": interval_text(cell["mean"], math.nan, math.nan),
-            "95 % interval": _from_to(cell["low"], cell["high"]),
+            "95 % interval": range_text(cell["low"], cell["high"]),
             "n": str(cell["n"]),
             "published (%)": "–",
             "ours − published": "–",
         }
         if known:
             row = theirs.loc[key]
-            line["published (%)"] = _with_error(row) + (" *" if row["suspect"] else "")
+            line["published (%)"] = published_text(row) + (" *" if row["suspect"] else "")
             difference = cell["mean"] - row["test_error_pct"]
             line["ours − published"] = interval_text(difference, math.nan, math.nan, sign=True)
         lines.append(line)
-    note = f"Published: mean ± standard error. {_sentence(runs.scale())}"
+    note = f"Published: mean ± standard error. {sentence(runs.scale())}"
     for row in _corrected(slips.reset_index()).itertuples():
         note += (
             f" * Probably a slip of the source for {METHOD_NAMES[str(row.method)]}: its raw runs "
@@ -697,15 +733,10 @@ def main_results_lenet_table(profile: str, results_root: str | Path | None) -> T
     )
 
 
-def _with_error(row: Any) -> str:
-    value, error = float(row["test_error_pct"]), float(row["standard_error"])
-    return f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-
-
-@table("main_results_lenet300-100_differences")
-def main_results_lenet_differences(profile: str, results_root: str | Path | None) -> Table:
+@table("main_results_lenet300-100_differences", experiment="main_results")
+def main_results_lenet_differences(source: Source) -> Table:
     """Sparse momentum minus each other method at each share of weights, paired by seed."""
-    runs = load("main_results", profile, results_root, **_LENET).needed()
+    runs = load("main_results", source, **_LENET).needed()
     ours = runs.where(method="sparse_momentum").needed()
     lines = []
     for method in [m for m in runs.methods if m not in ("dense", "sparse_momentum")]:
@@ -719,17 +750,17 @@ def main_results_lenet_differences(profile: str, results_root: str | Path | None
                     "difference (points)": interval_text(
                         row["mean"], math.nan, math.nan, sign=True
                     ),
-                    "95 % interval": _from_to(row["low"], row["high"], sign=True),
+                    "95 % interval": range_text(row["low"], row["high"], sign=True),
                     "n": str(row["n"]),
-                    "p": _p(row["p"]),
-                    "p (Holm)": _p(row["p_holm"]),
+                    "p": p_text(row["p"]),
+                    "p (Holm)": p_text(row["p_holm"]),
                 }
             )
     if not lines:
-        raise NoRuns(f"main_results ({profile}): no seed has finished two methods")
+        raise NoRuns(f"main_results ({source.profile}): no seed has finished two methods")
     note = (
         "Percentage points of test error; paired t-test over shared seeds, p-values adjusted by "
-        f"Holm over the shares of weights of each method. {_sentence(runs.scale())}"
+        f"Holm over the shares of weights of each method. {sentence(runs.scale())}"
     )
     caption = "LeNet-300-100 on MNIST: sparse momentum against each method"
     return Table(pd.DataFrame(lines), caption, note)
@@ -739,11 +770,11 @@ def main_results_lenet_differences(profile: str, results_root: str | Path | None
 
 
 @table("verdicts")
-def verdicts(profile: str, results_root: str | Path | None, notebook: str = "") -> Table:
+def verdicts(source: Source, notebook: str = "") -> Table:
     """Each claim of the paper with its verdict; only those of one notebook where it is named."""
-    judged = claims.verdict_table(profile, results_root, notebook)
+    judged = claims.verdict_table(source, notebook)
     if (judged["verdict"] == claims.NO_RUNS).all():
-        raise NoRuns(f"none of the claims has runs at profile {profile}")
+        raise NoRuns(f"none of the claims has runs at profile {source.profile}")
     columns = {
         "claim": "claim",
         "paper": "paper",
@@ -751,24 +782,10 @@ def verdicts(profile: str, results_root: str | Path | None, notebook: str = "") 
         "n": "n",
         "verdict": "verdict",
     }
-    scales = [f"{s}." for s in claims.scales(profile, results_root, judged)]
+    scales = [f"{s}." for s in claims.scales(source, judged)]
     return Table(
         judged[list(columns)].rename(columns=columns).astype(str),
-        f"The paper's claims and what the runs of profile {profile} say"
-        + ("" if profile == "paper" else " (reduced scale, not the paper's)"),
+        f"The paper's claims and what the runs of profile {source.profile} say"
+        + ("" if source.profile == "paper" else " (reduced scale, not the paper's)"),
         " ".join([*scales, claims.RULE]),
     )
-
-
-def _from_to(low: float, high: float, sign: bool = False) -> str:
-    if math.isnan(low) or math.isnan(high):
-        return "–"
-    return " to ".join(interval_text(v, math.nan, math.nan, sign=sign) for v in (low, high))
-
-
-def _p(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,9 +16,6 @@ from lib.figures.plots import (
     PUBLISHED_ALPHA,
     Plot,
     Table,
-    _from_to,
-    _p,
-    _sentence,
     figure,
     legend_below,
     n_text,
@@ -27,7 +23,17 @@ from lib.figures.plots import (
     stamp,
     table,
 )
-from lib.results.reading import NoRuns, Runs, interval_text, load, published_rows
+from lib.results.reading import (
+    NoRuns,
+    Runs,
+    Source,
+    interval_text,
+    load,
+    p_text,
+    published_rows,
+    range_text,
+    sentence,
+)
 from lib.stats import (
     Interval,
     PairedDifference,
@@ -138,7 +144,7 @@ def published_errors(density: float) -> dict[str, tuple[float, float]]:
     return found
 
 
-def conclusions(profile: str = "quick", results_root: str | Path | None = None) -> list[str]:
+def conclusions(source: Source) -> list[str]:
     """One sentence for each share of weights: does a reading explain the difference to the paper?
 
     A reading moves the error where its paired difference to ours, over three seeds or more, has
@@ -147,7 +153,7 @@ def conclusions(profile: str = "quick", results_root: str | Path | None = None) 
     the published value, and its own interval holds zero. A reduced run is not compared with a
     published value.
     """
-    runs = load("official_readings", profile, results_root or None).needed()
+    runs = load("official_readings", source).needed()
     every = compared(runs)
     said = []
     for density in sorted({one.density for one in every}):
@@ -293,10 +299,10 @@ def _draw(ax: Axes, here: list[Reading], rows: dict[str, int], published: bool) 
     return [one.difference.n for one in shown if one.difference is not None]
 
 
-@figure("official_readings")
-def official_readings(profile: str, results_root: str | Path | None) -> Plot:
+@figure("official_readings", experiment="official_readings")
+def official_readings(source: Source) -> Plot:
     """Test error of each reading of the algorithm minus ours, and the published value."""
-    runs = load("official_readings", profile, results_root).needed()
+    runs = load("official_readings", source).needed()
     every = compared(runs)
     shares = sorted({one.density for one in every})
     shown = [name for name in READINGS if name != "ours"]
@@ -338,10 +344,10 @@ def official_readings(profile: str, results_root: str | Path | None) -> Plot:
 # ------------------------------------------------------------------------------------------- table
 
 
-@table("official_readings")
-def official_readings_table(profile: str, results_root: str | Path | None) -> Table:
+@table("official_readings", experiment="official_readings")
+def official_readings_table(source: Source) -> Table:
     """Each reading's error, its difference to ours paired by seed, and the weights it had."""
-    runs = load("official_readings", profile, results_root).needed()
+    runs = load("official_readings", source).needed()
     lines = []
     for one in compared(runs):
         pair = one.difference
@@ -355,10 +361,12 @@ def official_readings_table(profile: str, results_root: str | Path | None) -> Ta
                 "difference to ours (points)": "ours"
                 if pair is None
                 else interval_text(pair.mean, math.nan, math.nan, sign=True),
-                "95 % interval": "–" if pair is None else _from_to(pair.low, pair.high, sign=True),
+                "95 % interval": "–"
+                if pair is None
+                else range_text(pair.low, pair.high, sign=True),
                 "n": f"{n}" + (f" ({one.diverged} diverged)" if one.diverged else ""),
-                "p": _p(math.nan if pair is None else pair.p_t),
-                "p (Holm)": _p(one.p_holm),
+                "p": p_text(math.nan if pair is None else pair.p_t),
+                "p (Holm)": p_text(one.p_holm),
                 "active weights (% of those asked for)": low if low == high else f"{low} to {high}",
             }
         )
@@ -372,6 +380,6 @@ def official_readings_table(profile: str, results_root: str | Path | None) -> Ta
         f"{WHAT} Paired t-test over shared seeds, p adjusted by Holm over the readings at one "
         "share of weights. Active weights: least and most after any epoch of any seed. Published "
         f"error of sparse momentum, 100 epochs (two files of the official code): {printed}. "
-        f"{' '.join(conclusions(profile, results_root))} {drained(runs)} {_sentence(runs.scale())}"
+        f"{' '.join(conclusions(source))} {drained(runs)} {sentence(runs.scale())}"
     )
     return Table(pd.DataFrame(lines), "Readings of the algorithm against ours", note)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -27,9 +26,6 @@ from lib.figures.plots import (
     PALETTE,
     Plot,
     Table,
-    _from_to,
-    _p,
-    _sentence,
     draw_level,
     draw_ours,
     draw_published,
@@ -47,10 +43,14 @@ from lib.results.reading import (
     METHOD_NAMES,
     NoRuns,
     Runs,
+    Source,
     interval_text,
     load,
     model_name,
+    p_text,
     published_rows,
+    range_text,
+    sentence,
 )
 from lib.stats import paired_difference, t_interval
 
@@ -192,10 +192,10 @@ def _clip_beyond(ax: Axes, points: list[tuple[str, bool, float, float]]) -> None
     ax.text(0.86, 0.985, f"{said} %", transform=ax.transAxes, ha="right", va="top", fontsize=6.3)
 
 
-@figure("sensitivity")
-def sensitivity(profile: str, results_root: str | Path | None) -> Plot:
+@figure("sensitivity", experiment="sensitivity")
+def sensitivity(source: Source) -> Plot:
     """Test error against prune rate and against momentum, one column per network."""
-    runs = load("sensitivity", profile, results_root).needed()
+    runs = load("sensitivity", source).needed()
     panels = _panels(runs)
     plot, axes = new_plot(2, len(panels), size=(max(6.4, 2.05 * len(panels)), 5.2))
     counts: dict[str, list[int]] = {}
@@ -235,10 +235,10 @@ def _handle(variant: str, counts: list[int]) -> Line2D:
     )
 
 
-@table("sensitivity")
-def sensitivity_table(profile: str, results_root: str | Path | None) -> Table:
+@table("sensitivity", experiment="sensitivity")
+def sensitivity_table(source: Source) -> Table:
     """How far each hyper-parameter moves the error: ours and published."""
-    runs = load("sensitivity", profile, results_root).needed()
+    runs = load("sensitivity", source).needed()
     lines = []
     for over, (name, variants) in _CURVES.items():
         for title, model, ours, theirs in _panels(runs):
@@ -270,7 +270,7 @@ def sensitivity_table(profile: str, results_root: str | Path | None) -> Table:
         "Range: highest minus lowest mean error. Largest difference: of the setting whose paired "
         "95 % interval reaches farthest from zero, against prune rate 0.2 or momentum 0.9; "
         "published curves have no paired seeds. Momentum 0.99 is left out, as in the paper's test. "
-        f"{_sentence(runs.scale())}"
+        f"{sentence(runs.scale())}"
     )
     caption = "How far prune rate and momentum move the test error"
     return Table(pd.DataFrame(lines), caption, note)
@@ -313,7 +313,7 @@ def _moved(curves: pd.DataFrame, over: str, model: str) -> dict[str, str]:
     return {
         **cells,
         "largest difference (points)": f"{_signed(pair.mean)} at {at:g}",
-        "95 % interval": _from_to(pair.low, pair.high, sign=True),
+        "95 % interval": range_text(pair.low, pair.high, sign=True),
         "n": str(pair.n),
     }
 
@@ -332,10 +332,10 @@ def _signed(value: float) -> str:
     return interval_text(value, math.nan, math.nan, sign=True)
 
 
-@table("sensitivity_tests")
-def sensitivity_tests(profile: str, results_root: str | Path | None) -> Table:
+@table("sensitivity_tests", experiment="sensitivity")
+def sensitivity_tests(source: Source) -> Table:
     """The paper's Levene and Wilcoxon tests, on our curves and on the published ones."""
-    runs = load("sensitivity", profile, results_root).needed()
+    runs = load("sensitivity", source).needed()
     lines = []
     for over, (name, variants) in _CURVES.items():
         first, second = variants
@@ -373,19 +373,19 @@ def sensitivity_tests(profile: str, results_root: str | Path | None) -> Table:
                     "SD of the second (points)": f"{tested.sd_b:.2f}",
                     "largest range (points)": f"{spread:.2f}",
                     "Levene W": _statistic(tested.levene.statistic, ".3f"),
-                    "p": _p(tested.levene.p),
+                    "p": p_text(tested.levene.p),
                     "Wilcoxon": _statistic(tested.wilcoxon.statistic, "g"),
-                    "p (Wilcoxon)": _p(tested.wilcoxon.p),
+                    "p (Wilcoxon)": p_text(tested.wilcoxon.p),
                 }
             )
     note = (
         "Mean errors centred at momentum 0.9 (prune rate 0.2), networks pooled; momentum 0.99 left "
         "out. Levene's test about the median compares the spread of the two groups of points, "
         "Wilcoxon's signed-rank test their level. With so few points a large p is weak evidence: "
-        "look at the spread in points. " + _sentence(runs.scale())
+        "look at the spread in points. " + sentence(runs.scale())
     )
     if not lines:
-        raise NoRuns(f"sensitivity ({profile}): no two curves to compare")
+        raise NoRuns(f"sensitivity ({source.profile}): no two curves to compare")
     caption = "The paper's tests of sensitivity to hyper-parameters"
     return Table(pd.DataFrame(lines), caption, note)
 
@@ -428,10 +428,10 @@ def _models_done(runs: Runs) -> list[str]:
     return models
 
 
-@figure("dense_layers")
-def dense_layers(profile: str, results_root: str | Path | None) -> Plot:
+@figure("dense_layers", experiment="dense_layers")
+def dense_layers(source: Source) -> Plot:
     """Test error against nominal and real share of weights, one panel per network."""
-    runs = load("dense_layers", profile, results_root).needed()
+    runs = load("dense_layers", source).needed()
     models = _models_done(runs)
     across = min(3, len(models))
     down = -(-len(models) // across)
@@ -505,10 +505,10 @@ def _draw_dense_layers(ax: Axes, runs: Runs) -> list[int]:
     return counts
 
 
-@table("dense_layers")
-def dense_layers_table(profile: str, results_root: str | Path | None) -> Table:
+@table("dense_layers", experiment="dense_layers")
+def dense_layers_table(source: Source) -> Table:
     """Nominal against real share of weights, and the error of the three kinds of network."""
-    runs = load("dense_layers", profile, results_root).needed()
+    runs = load("dense_layers", source).needed()
     lines = []
     for model in _models_done(runs):
         dense = runs.where(model=model, method="dense").by_seed()
@@ -542,7 +542,7 @@ def dense_layers_table(profile: str, results_root: str | Path | None) -> Table:
             lines.append(line)
     note = (
         "Differences: with layers left dense minus fully sparse, in percentage points, paired by "
-        f"seed, with 95 % interval; negative: the dense layers helped. {_sentence(runs.scale())}"
+        f"seed, with 95 % interval; negative: the dense layers helped. {sentence(runs.scale())}"
     )
     caption = "What the accidentally dense layers of July 2019 did"
     return Table(pd.DataFrame(lines), caption, note)

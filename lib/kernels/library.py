@@ -9,6 +9,7 @@ spin against the first on the same cores.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch  # noqa: F401  loads the OpenMP runtime that the library shares
+
+from lib.kernels.layouts import MIRRORED
 
 _HERE = Path(__file__).resolve().parent
 SOURCES = (
@@ -117,43 +120,76 @@ def cpu_id() -> str:
     return "\n".join([platform.machine(), platform.processor(), *known])
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def _run(command: list[str]) -> str:
+    """What the command prints; KernelsUnavailable with its first error line if it fails."""
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError as error:
+        raise KernelsUnavailable(f"{command[0]} can't be started ({error.strerror})") from error
     if done.returncode:
-        raise KernelsUnavailable(
-            f"the C++ compiler failed on the sparse kernels ({' '.join(command)}):\n{done.stderr}"
-        )
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [
+            f"exit code {done.returncode}, no message"
+        ]
+        raise KernelsUnavailable(f"the C++ compiler {command[0]} failed: {lines[0].strip()}")
+    return done.stdout
 
 
 def build(link_openmp: bool = False) -> Path:
     """Path of the compiled library, built unless the cache holds it for these sources,
-    flags, compiler and processor. A build takes some ten seconds and says so on stderr.
+    flags, compiler and processor. A build takes some ten seconds and says so on stderr; of several
+    processes one builds and the others wait.
 
     Raises:
-        KernelsUnavailable: no C++ compiler, or it failed.
+        KernelsUnavailable: no C++ compiler, it failed, or the cache can't be written.
     """
     cxx = compiler()
     if cxx is None:
         raise KernelsUnavailable(
             "no C++ compiler was found (CXX, g++, c++, clang++); install one to use sparse kernels"
         )
-    version = subprocess.run([cxx, "--version"], check=False, capture_output=True, text=True).stdout
     key = hashlib.sha256()
-    for part in (cxx, version, cpu_id(), str(link_openmp), *FLAGS):
+    for part in (cxx, _run([cxx, "--version"]), cpu_id(), str(link_openmp), *FLAGS):
         key.update(part.encode() + b"\0")
     for name in SOURCES:
         key.update((_HERE / name).read_bytes() + b"\0")
-    target = cache_dir() / f"sparse-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    name, folder = f"sparse-{key.hexdigest()[:16]}", cache_dir()
+    try:
+        if found := _cached(folder, name):
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "compile.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return _cached(folder, name) or _compile(cxx, folder, name, link_openmp)
+    except OSError as error:
+        raise KernelsUnavailable(
+            f"the cache {folder} can't be written ({error.strerror}); set SPARSE_CACHE to a folder "
+            "that can"
+        ) from error
+
+
+def _cached(folder: Path, name: str) -> Path | None:
+    """The library of this name, if its content is what the rest of the file's name says: loading
+    one that was cut off could kill the process.
+    """
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_digest(path)}":
+            return path
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _compile(cxx: str, folder: Path, name: str, link_openmp: bool) -> Path:
     print("compiling the CPU kernels, once for this machine", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = Path(folder) / "sparse.o", Path(folder) / "sparse.so"
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        compiled, linked = Path(scratch) / "sparse.o", Path(scratch) / "sparse.so"
         _run([cxx, *FLAGS, "-c", str(_HERE / "sparse.cpp"), "-o", str(compiled)])
         openmp = ["-fopenmp"] if link_openmp else []
         _run([cxx, "-shared", str(compiled), *openmp, "-o", str(linked)])
-        os.replace(linked, target)  # whole or not at all, whoever else builds at the same time
+        target = folder / f"{name}-{_digest(linked)}.so"
+        os.replace(linked, target)
     return target
 
 
@@ -164,8 +200,22 @@ def _load() -> ctypes.CDLL | KernelsUnavailable:
             library = ctypes.CDLL(str(build()))
         except OSError:  # torch brought no OpenMP runtime under a name we can share
             library = ctypes.CDLL(str(build(link_openmp=True)))
-    except (KernelsUnavailable, OSError) as error:
+        return _declared(library)
+    except (KernelsUnavailable, OSError, AttributeError) as error:  # the last: a missing function
         return error if isinstance(error, KernelsUnavailable) else KernelsUnavailable(str(error))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its signatures; KernelsUnavailable if its structures are not ours."""
+    sizes = (_I64 * len(MIRRORED))()
+    library.sparse_sizes.restype = None
+    library.sparse_sizes(sizes)
+    for mirror, size in zip(MIRRORED, sizes, strict=True):
+        if ctypes.sizeof(mirror) != size:
+            raise KernelsUnavailable(
+                f"{mirror.__name__} of lib/kernels/layouts.py has {ctypes.sizeof(mirror)} bytes, "
+                f"but the C++ structure has {size}; make the two alike"
+            )
     library.sparse_error.restype = ctypes.c_char_p
     library.sparse_error.argtypes = []
     for name, arguments in _SIGNATURES.items():
@@ -177,11 +227,9 @@ def _load() -> ctypes.CDLL | KernelsUnavailable:
 
 @functools.cache
 def _warn(message: str) -> None:
-    warnings.warn(
-        f"sparse CPU kernels are not used, training goes on with masked dense layers: {message}",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    text = f"sparse CPU kernels are not used, training goes on with masked dense layers: {message}"
+    # Under a name without source, so that it is one line and not two.
+    warnings.warn_explicit(text, RuntimeWarning, "lib.kernels", 1, module=__name__)
 
 
 def keep_freed_memory() -> bool:

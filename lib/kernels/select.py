@@ -11,29 +11,11 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .layouts import Nonzeros, Room, Survey
 from .library import available, check, require
 
 MOST_PLACES = 2**31 - 1  # of one tensor; int32 in the kernels
 SCORES = {"value": 0, "magnitude": 1, "smallness": 2}  # as in sparse.cpp
-
-
-class Survey(ctypes.Structure):
-    """What an update has to know of a layer: how many weights are `active`, the sum of |momentum|
-    over these, the largest |weight| and |momentum| (NaN or infinite where one of them is).
-    """
-
-    _fields_ = [
-        ("active", ctypes.c_int64),
-        ("momentum", ctypes.c_double),
-        ("largest_weight", ctypes.c_float),
-        ("largest_momentum", ctypes.c_float),
-    ]
-
-
-class _ActiveList(ctypes.Structure):
-    """ActiveList of select.hpp."""
-
-    _fields_ = [("room", ctypes.c_int64), ("place", ctypes.c_void_p), ("weight", ctypes.c_void_p)]
 
 
 class ActiveList:
@@ -46,34 +28,10 @@ class ActiveList:
         self.place = torch.empty(self.room, dtype=torch.int32)
         self.weight = torch.empty(self.room)
         self.count = 0
-        self.address = ctypes.byref(
-            _ActiveList(self.room, self.place.data_ptr(), self.weight.data_ptr())
-        )
+        self.address = ctypes.byref(Room(self.room, self.place.data_ptr(), self.weight.data_ptr()))
 
     def __reduce__(self) -> tuple[type[ActiveList], tuple[int]]:
         return ActiveList, (self.room - 16,)
-
-
-class Nonzeros(ctypes.Structure):
-    """Addresses of the arrays that describe the non-zeros of a matrix [rows, columns].
-
-    By row: `index` int64, their places in the flat matrix, and int32 `column`, those of row r from
-    row_start[r] to row_start[r + 1]. By column likewise `row`, and `place`, where each stands in
-    the order by row. In that order what is held there: float32 `value` and `value_momentum`.
-    """
-
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("index", ctypes.c_void_p),
-        ("row_start", ctypes.c_void_p),
-        ("column", ctypes.c_void_p),
-        ("column_start", ctypes.c_void_p),
-        ("row", ctypes.c_void_p),
-        ("place", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("value_momentum", ctypes.c_void_p),
-    ]
 
 
 def counts(mask: Tensor) -> bool:

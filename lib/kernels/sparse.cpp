@@ -193,6 +193,13 @@ int deepr_move(const sparse::PerceptronLayer* layer, const int8_t* sign, const f
   return guarded([&] { *died = sparse::deepr_move(*layer, sign, noise, shrinkage); });
 }
 
+// Of the structures that lib/kernels/layouts.py mirrors, in its order.
+void sparse_sizes(int64_t* bytes) {
+  const size_t sizes[] = {sizeof(sparse::Survey), sizeof(sparse::ActiveList),
+                          sizeof(sparse::Nonzeros), sizeof(sparse::PerceptronLayer)};
+  std::copy(std::begin(sizes), std::end(sizes), bytes);
+}
+
 int deepr_wake(sparse::PerceptronLayer* layers, int64_t depth, const int64_t* chosen,
                int64_t count) {
   return guarded([&] { sparse::deepr_wake(layers, depth, chosen, count); });

@@ -15,26 +15,26 @@ from lib.report import facts, tables
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
 from lib.report.facts import Cells, Clock
 from lib.report.prose import TEXTS, Author
-from lib.results.reading import NoRuns
+from lib.results.reading import NoRuns, Source
 
 # ![caption](figure:NAME), or figure:NAME@DATASET for the scale that has rows of that data set.
 _SHOWN = re.compile(r"!\[(.*)\]\((figure|table):([\w-]+)(?:@(\w+))?\)", re.DOTALL)
 
 
-def compose(profile: str, root: Path | None, scratch: Path, folder: Path = TEXTS) -> list[Block]:
+def compose(source: Source, scratch: Path, folder: Path = TEXTS) -> list[Block]:
     """The blocks of the report; its figures are saved in the directory `scratch`."""
-    return _Composer(profile, root, scratch, folder).blocks()
+    return _Composer(source, scratch, folder).blocks()
 
 
-def findings(profile: str, root: Path | None) -> str:
+def findings(source: Source) -> str:
     """The main findings in Markdown: the same in the report's first section and in README."""
-    author = Author(names(profile, root))
+    author = Author(names(source))
     return "\n\n".join(author.paragraphs("findings.md"))
 
 
-def names(profile: str, root: Path | None) -> dict[str, Any]:
+def names(source: Source) -> dict[str, Any]:
     """What the texts may use."""
-    scales = facts.scales(profile)
+    scales, root = facts.scales(source.profile), source.root
     cells = {name: Cells(name, scales, root) for name in experiments.EXPERIMENTS}
     networks = cells["baseline_network"]
     their_way = {"model": "lenet300-100-bn", "update_every_steps": 300}
@@ -64,9 +64,9 @@ def names(profile: str, root: Path | None) -> dict[str, Any]:
 class _Composer:
     """Numbers what it adds, and shows no figure twice."""
 
-    def __init__(self, profile: str, root: Path | None, scratch: Path, folder: Path) -> None:
-        self.scales, self.root, self.scratch = facts.scales(profile), root, scratch
-        self.names = names(profile, root)
+    def __init__(self, source: Source, scratch: Path, folder: Path) -> None:
+        self.source, self.scratch = source, scratch
+        self.names = names(source)
         self.names["findings"] = lambda: "\n\n".join(self.author.paragraphs("findings.md"))
         self.author: Author = Author(self.names, folder)
         self.folder = folder
@@ -104,15 +104,13 @@ class _Composer:
         registry = FIGURES if kind == "figure" else TABLES
         if name not in registry:
             raise ValueError(f"the report asks for a {kind} {name!r} that lib/figures doesn't have")
-        cells = self.names.get(owner(name))
-        if cells is not None and dataset:
-            cells = cells.of(dataset=dataset)
-        profile = cells.profile if cells is not None else self.scales[-1]
+        cells: Cells = self.names[registry[name].experiment]
+        profile = (cells.of(dataset=dataset) if dataset else cells).profile
         if not profile or (kind, name, profile) in self.shown:
             return
         self.shown.add((kind, name, profile))
         try:
-            made: Plot | Table = registry[name](profile, self.root)
+            made: Plot | Table = registry[name](self.source.at(profile))
         except NoRuns:
             return
         if isinstance(made, Table):
@@ -140,14 +138,9 @@ class _Composer:
         self._show("table", "experiments", "Every experiment: its runs, and where they were made.")
         for name, experiment in experiments.EXPERIMENTS.items():
             at = len(self.found)
-            for table in TABLES:
-                if owner(table) == name:
-                    self._show("table", table, "")
+            for entry in TABLES.values():
+                if entry.experiment == name:
+                    self._show("table", entry.name, "")
             if len(self.found) > at:
                 where = f"{experiment.title} ({facts.scale_name(self.names[name].profile)})"
                 self.found.insert(at, Heading(2, where))
-
-
-def owner(name: str) -> str:
-    """The experiment a figure or table belongs to: the longest whose name it starts with, or ""."""
-    return max((e for e in experiments.EXPERIMENTS if name.startswith(e)), key=len, default="")

@@ -24,6 +24,7 @@ from lib.results.reading import (
     METHOD_NAMES,
     NoRuns,
     Runs,
+    Source,
     interval_text,
     load,
     published_rows,
@@ -170,7 +171,7 @@ class Cells:
         """
         dataset = {k: v for k, v in self.wanted if k == "dataset"}
         for profile in self.profiles:
-            runs = load(self.experiment, profile, self.root, **dataset)
+            runs = load(self.experiment, Source(profile, self.root), **dataset)
             if profile == "quick" and {run.dataset for run in runs.planned} == {"cifar10"}:
                 continue
             if (runs.rows["method"] == "sparse_momentum").any():
@@ -178,7 +179,7 @@ class Cells:
         return ""
 
     def _at(self, profile: str) -> Runs:
-        return load(self.experiment, profile, self.root, **dict(self.wanted))
+        return load(self.experiment, Source(profile, self.root), **dict(self.wanted))
 
     @property
     def runs(self) -> Runs:

@@ -12,6 +12,7 @@ from lib.report.facts import scales
 from lib.report.page import to_html
 from lib.report.readme import with_findings
 from lib.report.typeset import to_pdf
+from lib.results.reading import Source
 
 TITLE = "Sparse Networks from Scratch, reproduced"
 SUBTITLE = (
@@ -21,7 +22,7 @@ SUBTITLE = (
 )
 
 
-def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
+def report(source: Source) -> list[Path]:
     """Write report.html and report.pdf, each experiment at its largest scale.
 
     They go to figures/, and the findings into README.md; for smoke and for results elsewhere to
@@ -30,14 +31,13 @@ def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
     Raises ValueError for an unknown profile, Outdated for a sentence that the rows no longer
     support, ResultsError for a damaged CSV.
     """
-    scales(profile)
-    root = Path(results_root) if results_root else None
-    folder = figures.output_dir(profile, root)
-    committed = root is None and profile != "smoke"
+    scales(source.profile)
+    folder = figures.output_dir(source)
+    committed = source.root is None and source.profile != "smoke"
     if committed:
         folder = paths.figures_dir()
     with tempfile.TemporaryDirectory() as scratch:
-        blocks = compose(profile, root, Path(scratch))
+        blocks = compose(source, Path(scratch))
         contents = {
             "html": to_html(TITLE, SUBTITLE, blocks).encode(),
             "pdf": to_pdf(TITLE, SUBTITLE, blocks, Path(scratch)),
@@ -46,7 +46,7 @@ def report(profile: str, results_root: str | Path | None = None) -> list[Path]:
     written = {folder / f"report.{kind}": content for kind, content in contents.items()}
     if committed:
         readme = paths.REPO / "README.md"
-        text = with_findings(readme.read_text(encoding="utf-8"), findings(profile, root))
+        text = with_findings(readme.read_text(encoding="utf-8"), findings(source))
         written[readme] = text.encode()
     for path, content in written.items():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

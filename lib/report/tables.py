@@ -13,7 +13,7 @@ from lib import claims, experiments
 from lib.figures import Table
 from lib.report.facts import Cells, Value, scale_name
 from lib.results.clock import window_flops
-from lib.results.reading import METHOD_NAMES, NoRuns, load, published_rows
+from lib.results.reading import METHOD_NAMES, NoRuns, Source, load, published_rows
 
 Names = dict[str, Any]
 TABLES: dict[str, Callable[[Names], Table]] = {}
@@ -44,7 +44,8 @@ class Verdicts:
     def all(self) -> pd.DataFrame:
         """One row per claim, with its `profile`; where no scale has runs, the first one's row."""
         frames = [
-            claims.verdict_table(scale, self.root).assign(profile=scale) for scale in self.scales
+            claims.verdict_table(Source(scale, self.root)).assign(profile=scale)
+            for scale in self.scales
         ]
         chosen = frames[0].copy()
         for frame in frames[1:]:
@@ -177,7 +178,7 @@ def cost(names: Names) -> Table:
     lines = []
     for name, this in experiments.EXPERIMENTS.items():
         cells: Cells = names[name]
-        runs = load(name, cells.profiles[0], cells.root)
+        runs = load(name, Source(cells.profiles[0], cells.root))
         if runs.missing:
             lines.append(
                 {
@@ -201,7 +202,7 @@ def scope(names: Names) -> Table:
     for name, this in experiments.EXPERIMENTS.items():
         line = {"experiment": name, "notebook": this.notebook.split("_")[0]}
         for profile in ("quick", "hours", "paper"):
-            runs = load(name, profile, root)
+            runs = load(name, Source(profile, root))
             rows = pd.concat([runs.rows, runs.diverged])
             done.append(rows)
             line[f"{profile}: runs"] = (
@@ -238,7 +239,7 @@ def todo(wanted: Iterable[Cells], root: Path | None) -> str:
     """What of these experiments is not computed at the paper's scale, in one paragraph; or ""."""
     parts = []
     for cells in wanted:
-        runs = load(cells.experiment, cells.profiles[0], root, **dict(cells.wanted))
+        runs = load(cells.experiment, Source(cells.profiles[0], root), **dict(cells.wanted))
         if not runs.missing:
             continue
         done = len(runs.planned) - runs.missing

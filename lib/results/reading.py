@@ -52,6 +52,32 @@ MODEL_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where rows are read from: the scale of the runs, and the folder of results that isn't the
+    repository's own (None or "": results/).
+    """
+
+    profile: str
+    root: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root) if self.root else None)
+
+    @property
+    def reduced(self) -> bool:
+        """Whether the scale is a reduced one, not the paper's."""
+        return self.profile != "paper"
+
+    def at(self, profile: str) -> Source:
+        """The same results at another scale."""
+        return replace(self, profile=profile)
+
+    def csv(self, experiment: str) -> Path:
+        """The file with one row per run of the experiment."""
+        return paths.results_csv(self.profile, experiment, self.root)
+
+
 class NoRuns(ValueError):
     """None of the runs that a figure or claim needs is there; the message says how to get them."""
 
@@ -179,15 +205,13 @@ def select(runs: Iterable[Run], **wanted: Any) -> tuple[Run, ...]:
     return tuple(run for run in runs if all(_is(getattr(run, k), v) for k, v in wanted.items()))
 
 
-def load(
-    experiment: str, profile: str, results_root: str | Path | None = None, **wanted: Any
-) -> Runs:
+def load(experiment: str, source: Source, **wanted: Any) -> Runs:
     """The runs of an experiment with these fields, finished or not; `.needed()` insists on some.
 
     Raises ValueError for an unknown experiment, profile or field, ResultsError for a damaged file.
     """
-    csv = paths.results_csv(profile, experiment, results_root)
-    planned = planned_runs(experiment, profile)
+    csv = source.csv(experiment)
+    planned = planned_runs(experiment, source.profile)
     try:
         status = csv.stat()
     except FileNotFoundError:
@@ -196,7 +220,7 @@ def load(
         version = (status.st_ino, status.st_size, status.st_mtime_ns)
     rows = _sorted_rows(csv, version)
     ok = rows["status"] == "ok"
-    runs = Runs(experiment, profile, csv, planned, rows[ok], rows[~ok])
+    runs = Runs(experiment, source.profile, csv, planned, rows[ok], rows[~ok])
     return runs.only(select(planned, **wanted))
 
 
@@ -272,6 +296,29 @@ def interval_text(mean: float, low: float, high: float, digits: int = 2, sign: b
     if not (math.isnan(low) or math.isnan(high)):
         text += f" [{low:{form}}, {high:{form}}]"
     return text.replace("-", "−")
+
+
+def range_text(low: float, high: float, digits: int = 2, sign: bool = False) -> str:
+    """ "+0.10 to +0.23"; a dash where an end is unknown."""
+    if math.isnan(low) or math.isnan(high):
+        return "–"
+    return " to ".join(interval_text(v, math.nan, math.nan, digits, sign) for v in (low, high))
+
+
+def p_text(p: float) -> str:
+    """A p-value with three digits: "0.012", "< 0.001"; a dash where there was no test."""
+    return "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def published_text(row: Any) -> str:
+    """A published error in %: "1.47 ± 0.04" (standard error)."""
+    value, error = float(row["test_error_pct"]), float(row["standard_error"])
+    return f"{value:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _is(value: Any, wanted: Any) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib import paths
-from lib.results import store as results
+from lib.results.merge import merge
 from lib.runs.runner import run_experiment
 
 
@@ -39,7 +39,7 @@ class Shard:
         own_root = target.parent.parent / "shards" / f"{self.index}-of-{self.count}"
         own = paths.results_csv(self.profile, self.experiment, own_root)
         if target.exists():
-            results.merge([target], own)  # what is done anywhere is done for this shard
+            merge([target], own)  # what is done anywhere is done for this shard
         run_experiment(
             self.experiment,
             self.profile,
@@ -49,7 +49,7 @@ class Shard:
             results_root=own_root,
             device=self.device,
         )
-        added = results.merge([own], target)
+        added = merge([own], target)
         return f"{self.experiment} ({self.profile}), shard {self.index}/{self.count}: {added} runs"
 
     def checkpoint(self) -> Any:

@@ -16,6 +16,7 @@ from lib.claims import CLAIMS, Claim, Difference, Level, Published, Reduction
 from lib.config import Run
 from lib.results import reading
 from lib.results.published import published
+from lib.results.reading import Source
 from tests.support.made_up_grid import write_grid
 
 NET = {"dataset": "mnist", "model": "lenet300-100"}
@@ -40,7 +41,7 @@ def judge(tmp_path: Path) -> Judge:
             error,
             lambda run: run.model == "lenet300-100" and keep(run),
         )
-        table = claims.verdict_table(profile, tmp_path, "01_main_results")
+        table = claims.verdict_table(Source(profile, tmp_path), "01_main_results")
         return {str(row["id"]): dict(row) for row in table.to_dict("records")}
 
     return judged
@@ -188,7 +189,7 @@ def test_each_share_of_weights_is_adjusted_by_holm(judge: Judge, tmp_path: Path)
     row = judge(error, keep=lambda run: run.method in keep)["mnist_lower_than_set"]
     # t = 1 / (0.02 / sqrt(3)) = 86.6, p = 0.00013; 0.1: p = 0.013, 3rd of 4: adjusted 0.026
     assert row["detail"] == ("lower at 1, 2 %; higher at 10 %; no difference shown at 5 % (Holm)")
-    runs = reading.load("main_results", "quick", tmp_path, **NET)
+    runs = reading.load("main_results", Source("quick", tmp_path), **NET)
     table = claims.differences(
         runs.where(method="sparse_momentum"), runs.where(method="set"), "density"
     )
@@ -197,7 +198,7 @@ def test_each_share_of_weights_is_adjusted_by_holm(judge: Judge, tmp_path: Path)
 
 
 def test_without_runs_every_claim_is_listed_with_the_papers_value(tmp_path: Path) -> None:
-    table = claims.verdict_table("quick", tmp_path)
+    table = claims.verdict_table(Source("quick", tmp_path))
     assert list(table["id"]) == [claim.id for claim in CLAIMS]
     assert set(table["verdict"]) == {claims.NO_RUNS}
     row = table.set_index("id").loc["mnist_lower_than_set"]
@@ -236,7 +237,7 @@ def test_a_published_value_must_be_one_row() -> None:
 
 def test_a_value_needs_a_published_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none given"):
-        Level("main_results", NET).measure("quick", tmp_path, None)
+        Level("main_results", NET).measure(Source("quick", tmp_path), None)
 
 
 # ------------------------------------------------------------------------------- all the claims
@@ -277,7 +278,7 @@ def test_cells_are_the_planned_ones(
 
 def test_unknown_notebook_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="01_main_results"):
-        claims.verdict_table("quick", tmp_path, notebook="01_main")
+        claims.verdict_table(Source("quick", tmp_path), notebook="01_main")
 
 
 # ------------------------------------------------------------------------------------- as text
@@ -285,7 +286,7 @@ def test_unknown_notebook_is_refused(tmp_path: Path) -> None:
 
 def test_text_for_the_terminal(judge: Judge, tmp_path: Path) -> None:
     rows = judge(as_published)
-    text = claims.verdict_text("quick", tmp_path)
+    text = claims.verdict_text(Source("quick", tmp_path))
     assert text.startswith("Profile quick: reduced scale, not the paper's")
     assert max(map(len, text.splitlines())) <= 110
     flat = " ".join(text.replace("\xa0", " ").split())
@@ -293,13 +294,13 @@ def test_text_for_the_terminal(judge: Judge, tmp_path: Path) -> None:
     for row in rows.values():
         assert row["verdict"] in flat
     assert "0.71 points" in flat  # the published difference to SET over the quick weights
-    paper = claims.verdict_text("paper", tmp_path)
+    paper = claims.verdict_text(Source("paper", tmp_path))
     assert not paper.startswith("Profile") and "no runs" in paper
 
 
 def test_sentences_have_the_numbers(judge: Judge, tmp_path: Path) -> None:
     judge(as_published)
-    said = claims.sentences("quick", tmp_path, "01_main_results")
+    said = claims.sentences(Source("quick", tmp_path), "01_main_results")
     assert len(said) == len([c for c in CLAIMS if c.notebook == "01_main_results"])
     (against_set,) = [s for s in said if "MNIST: lower error than SET" in s]
     assert against_set.startswith("**reproduced**: MNIST") and "n = 3" in against_set
@@ -307,7 +308,8 @@ def test_sentences_have_the_numbers(judge: Judge, tmp_path: Path) -> None:
 
 def test_no_torch_and_no_matplotlib() -> None:
     code = (
-        "import sys, lib.claims as c; c.verdict_text('smoke'); "
+        "import sys, lib.claims as c; from lib.results.reading import Source; "
+        "c.verdict_text(Source('smoke')); "
         "sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.REPO, check=False)

@@ -18,6 +18,7 @@ from lib.claims.effects import FULL, WITHOUT, Family, rules
 from lib.config import Run
 from lib.figures.ablations import depth_scaling_table
 from lib.results import reading
+from lib.results.reading import Source
 from lib.stats import PairedDifference, t_interval
 from tests.support.made_up_effects import EXPERIMENTS, Effects, write
 
@@ -30,7 +31,7 @@ def judge(tmp_path: Path) -> Judge:
 
     def judged(error: Callable[[Run], float | None], **more: Any) -> dict[str, dict[str, Any]]:
         write(tmp_path, "quick", error, **more)
-        table = claims.verdict_table("quick", tmp_path)
+        table = claims.verdict_table(Source("quick", tmp_path))
         ours = table[table["experiment"].isin(EXPERIMENTS)]
         return {str(row["id"]): dict(row) for row in ours.to_dict("records")}
 
@@ -97,7 +98,7 @@ def test_what_has_no_number_says_so_and_published_shifts_are_right(judge: Judge)
     assert rows["ablation_growth_cifar10"]["paper"] == "not published"
     # Cosine decay on AlexNet-s: 14.523 at 0.5 and 14.217 at 0.2, the two prune rates of quick.
     assert rows["insensitive_prune_rate_alexnet-s"]["paper_value"] == pytest.approx(0.306)
-    paper = claims.verdict_table("paper", notebook="04_sensitivity").set_index("id")
+    paper = claims.verdict_table(Source("paper"), notebook="04_sensitivity").set_index("id")
     assert paper.loc["insensitive_prune_rate_vgg16-d", "paper_value"] == pytest.approx(
         6.712 - 6.387
     )
@@ -110,7 +111,7 @@ def test_what_has_no_number_says_so_and_published_shifts_are_right(judge: Judge)
 
 
 def test_without_runs_each_claim_says_what_to_do(tmp_path: Path) -> None:
-    table = claims.verdict_table("quick", tmp_path)
+    table = claims.verdict_table(Source("quick", tmp_path))
     for row in table[table["experiment"].isin(EXPERIMENTS)].to_dict("records"):
         assert row["verdict"] == claims.NO_RUNS
         assert "python -m lib run" in row["detail"] or "no such runs" in row["detail"], row["id"]
@@ -126,7 +127,7 @@ def test_slope_by_hand_and_seeds_that_are_not_whole(tmp_path: Path) -> None:
         return Effects(noise=0.05).error(run)
 
     write(tmp_path, "quick", error, ("depth_scaling",))
-    runs = reading.load("depth_scaling", "quick", tmp_path)
+    runs = reading.load("depth_scaling", Source("quick", tmp_path))
     mlps = effects.families(run.model for run in runs.planned)[0]
     seen = effects.scaling(runs, mlps, "growth")
     slopes = []
@@ -139,7 +140,9 @@ def test_slope_by_hand_and_seeds_that_are_not_whole(tmp_path: Path) -> None:
     assert tuple(seen.slope) == pytest.approx(tuple(t_interval(slopes)))
     assert seen.cells["n"].tolist() == [3, 3, 2]
     assert seen.line is not None and seen.line.rho == pytest.approx(1.0)
-    claimed = Growing("depth_scaling", "growth", "mnist", "hidden").measure("quick", tmp_path, None)
+    claimed = Growing("depth_scaling", "growth", "mnist", "hidden").measure(
+        Source("quick", tmp_path), None
+    )
     assert claimed.decides.mean == pytest.approx(-seen.slope.mean)
     assert (claimed.decides.low, claimed.decides.high) == pytest.approx(
         (-seen.slope.high, -seen.slope.low)
@@ -151,7 +154,7 @@ def test_networks_that_learn_nothing_are_not_in_the_slope(tmp_path: Path) -> Non
         return 88.65 if run.model == "mlp-100x4" else Effects(noise=0.05).error(run)
 
     write(tmp_path, "quick", error, ("depth_scaling",))
-    runs = reading.load("depth_scaling", "quick", tmp_path)
+    runs = reading.load("depth_scaling", Source("quick", tmp_path))
     mlps = effects.families(run.model for run in runs.planned)[0]
     seen = effects.scaling(runs, mlps, "growth")
     assert seen.unlearned == ["mlp-100x4"]
@@ -161,10 +164,12 @@ def test_networks_that_learn_nothing_are_not_in_the_slope(tmp_path: Path) -> Non
         for m in ("mlp-100x1", "mlp-100x2")
     )
     assert tuple(seen.slope) == pytest.approx(tuple(t_interval(two - one)))
-    claimed = Growing("depth_scaling", "growth", "mnist", "hidden").measure("quick", tmp_path, None)
+    claimed = Growing("depth_scaling", "growth", "mnist", "hidden").measure(
+        Source("quick", tmp_path), None
+    )
     assert "at 4 nothing learned: not in the slope" in claimed.detail
     assert "missing" not in claimed.detail
-    table = depth_scaling_table("quick", tmp_path).frame
+    table = depth_scaling_table(Source("quick", tmp_path)).frame
     unlearned = table[table["full: error (%)"] == "88.65"]
     assert unlearned["network"].tolist() == ["MLP 4 × 100: not learned"] * 2
     assert set(unlearned["benefit (points)"]) == {"–"}
@@ -174,7 +179,7 @@ def test_networks_that_learn_nothing_are_not_in_the_slope(tmp_path: Path) -> Non
         return 88.65 if run.model == "mlp-100x4" and not with_it else 2.0
 
     write(tmp_path / "other", "quick", learned_once, ("depth_scaling",))
-    runs = reading.load("depth_scaling", "quick", tmp_path / "other")
+    runs = reading.load("depth_scaling", Source("quick", tmp_path / "other"))
     assert effects.scaling(runs, mlps, "growth").unlearned == []
 
 
@@ -228,7 +233,7 @@ def test_one_setting_beyond_the_margin_is_enough(tmp_path: Path) -> None:
     where = {"model": "lenet300-100", "method": "sparse_momentum", "momentum": 0.9}
     moved = Moved(
         "sensitivity", {**where, "schedule": "cosine"}, "prune_rate", MARGIN_SETTING["mnist"]
-    ).measure("quick", tmp_path, None)
+    ).measure(Source("quick", tmp_path), None)
     assert moved.decides.mean == pytest.approx(0.4) and "decided by 0.5" in moved.detail
 
 
@@ -246,7 +251,7 @@ def test_the_worst_is_decided_by_the_least_clear(tmp_path: Path) -> None:
             "no redistribution": {**WITHOUT["redistribution"], "dataset": "mnist"},
         },
         over="model",
-    ).measure("quick", tmp_path, None)
+    ).measure(Source("quick", tmp_path), None)
     assert worst.decides.mean == pytest.approx(-0.1)
     assert worst.detail.startswith("decided by no redistribution")
 
@@ -256,7 +261,7 @@ def test_runs_that_did_not_learn_are_told(tmp_path: Path) -> None:
         return 90.0 if run.seed == 1 and run.growth == "random" else Effects().error(run)
 
     write(tmp_path, "quick", error, ("ablations", "depth_scaling"))
-    rows = claims.verdict_table("quick", tmp_path).set_index("id")
+    rows = claims.verdict_table(Source("quick", tmp_path)).set_index("id")
     assert (
         "2 of 12 runs did not learn" in rows.loc["ablation_random_growth_suffices_mnist", "detail"]
     )

@@ -16,6 +16,7 @@ from lib import experiments, figures, paths
 from lib.config import METHODS, Run
 from lib.results import reading
 from lib.results.published import published
+from lib.results.reading import Source
 from lib.results.store import ResultsError, append_run
 from lib.stats import t_interval
 from tests.support.made_up_grid import made_up_row, plausible, write_grid
@@ -55,7 +56,8 @@ def test_drawn_without_torch_in_ten_seconds_with_equal_bytes(root: Path) -> None
         "        if name.split('.')[0] in ('torch', 'torchvision'): raise ImportError(name)\n"
         "sys.meta_path.insert(0, NoTorch())\n"
         "from lib.figures import draw_all\n"
-        f"for path in draw_all('quick', {str(root)!r}): print(path)"
+        "from lib.results.reading import Source\n"
+        f"for path in draw_all(Source('quick', {str(root)!r})): print(path)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
@@ -70,7 +72,7 @@ def test_drawn_without_torch_in_ten_seconds_with_equal_bytes(root: Path) -> None
     assert {f.parent for f in files} == {root / "quick" / "figures"}
     first = {f: f.read_bytes() for f in files}
     assert all(first.values())
-    again = figures.draw_all("quick", root, say=lambda line: None)
+    again = figures.draw_all(Source("quick", root), say=lambda line: None)
     assert sorted(again) == sorted(files)
     for path in again:
         assert path.read_bytes() == first[path], path.name
@@ -79,7 +81,7 @@ def test_drawn_without_torch_in_ten_seconds_with_equal_bytes(root: Path) -> None
 
 def test_without_runs_each_is_skipped_with_one_line_that_helps(tmp_path: Path) -> None:
     said: list[str] = []
-    assert figures.draw_all("quick", tmp_path, say=said.append) == []
+    assert figures.draw_all(Source("quick", tmp_path), say=said.append) == []
     assert len(said) == len(figures.FIGURES) + len(figures.TABLES)
     (line,) = [s for s in said if s.startswith(f"skipped figure {NAME}:")]
     assert "python -m lib run main_results --profile quick" in line
@@ -87,19 +89,19 @@ def test_without_runs_each_is_skipped_with_one_line_that_helps(tmp_path: Path) -
 
 
 def test_default_place_is_figures_of_the_repository() -> None:
-    assert figures.output_dir("quick") == paths.REPO / "figures" / "quick"
+    assert figures.output_dir(Source("quick")) == paths.REPO / "figures" / "quick"
 
 
 def test_unknown_names_and_damaged_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no figure or table"):
-        figures.draw_all("quick", tmp_path, only=["main_result"])
+        figures.draw_all(Source("quick", tmp_path), only=["main_result"])
     with pytest.raises(ValueError, match="did you mean 'quick'"):
-        figures.draw_all("quik", tmp_path)
+        figures.draw_all(Source("quik", tmp_path))
     csv = paths.results_csv("quick", "main_results", tmp_path)
     csv.parent.mkdir(parents=True)
     csv.write_text("run_id,method\na,b\n")
     with pytest.raises(ResultsError, match=r"main_results\.csv:1"):
-        figures.draw_all("quick", tmp_path)
+        figures.draw_all(Source("quick", tmp_path))
 
 
 # -------------------------------------------------------------------------------- what is drawn
@@ -111,8 +113,8 @@ def curve(plot: figures.Plot, axes: int, label: str) -> tuple[np.ndarray, np.nda
 
 
 def test_means_of_the_rows_are_drawn(root: Path) -> None:
-    plot = figures.main_results_lenet("quick", root)
-    runs = reading.load("main_results", "quick", root, **LENET, method="dsr").rows
+    plot = figures.main_results_lenet(Source("quick", root))
+    runs = reading.load("main_results", Source("quick", root), **LENET, method="dsr").rows
     means = runs.groupby("density")["test_error_pct"].mean()
     x, accuracy = curve(plot, 0, "DSR (n = 3)")
     assert x == pytest.approx(100 * means.index.to_numpy(), rel=0.05)  # moved aside a little
@@ -121,13 +123,13 @@ def test_means_of_the_rows_are_drawn(root: Path) -> None:
     assert error == pytest.approx(means.to_numpy())
     assert plot.axes[1].yaxis_inverted() and plot.axes[1].get_yscale() == "log"
     _, level = curve(plot, 0, "Dense (n = 3)")
-    dense = reading.load("main_results", "quick", root, **LENET, method="dense").by_seed()
+    dense = reading.load("main_results", Source("quick", root), **LENET, method="dense").by_seed()
     assert level[0] == pytest.approx(100 - dense.mean())
 
 
 def test_every_seed_is_a_dot_and_intervals_are_bars(root: Path) -> None:
-    plot = figures.main_results_lenet("quick", root)
-    runs = reading.load("main_results", "quick", root, **LENET, method="set").rows
+    plot = figures.main_results_lenet(Source("quick", root))
+    runs = reading.load("main_results", Source("quick", root), **LENET, method="set").rows
     dots = [
         n
         for n in plot.axes[1].lines
@@ -143,7 +145,7 @@ def test_every_seed_is_a_dot_and_intervals_are_bars(root: Path) -> None:
 
 
 def test_a_slip_of_the_source_is_drawn_from_its_raw_runs(root: Path) -> None:
-    plot = figures.main_results_lenet("quick", root)
+    plot = figures.main_results_lenet(Source("quick", root))
     x, y = curve(plot, 0, "published DSR at 1 %")
     raw = published("dsr_authors_raw_runs_wrn28-2_and_mnist")
     row = raw[(raw["model"] == "lenet300-100") & (raw["method"] == "dsr")].iloc[0]
@@ -151,33 +153,33 @@ def test_a_slip_of_the_source_is_drawn_from_its_raw_runs(root: Path) -> None:
 
 
 def test_points_outside_the_window_are_marked(root: Path) -> None:
-    window = figures.main_results_lenet("quick", root).axes[0]
+    window = figures.main_results_lenet(Source("quick", root)).axes[0]
     low, high = window.get_ylim()
     arrows = [n for n in window.lines if n.get_marker() == "v" and len(n.get_xdata()) == 1]
     static = figures.PALETTE["static"]
     filled = [n for n in arrows if n.get_color() == static and n.get_markerfacecolor() == static]
-    runs = reading.load("main_results", "quick", root, **LENET, method="static").rows
+    runs = reading.load("main_results", Source("quick", root), **LENET, method="static").rows
     accuracy = 100 - runs.groupby("density")["test_error_pct"].mean()
     outside = ((accuracy < low) | (accuracy > high)).sum()
     assert outside > 0 and len(filled) == outside
 
 
 def test_a_reduced_run_says_so_and_the_paper_profile_does_not(root: Path) -> None:
-    said = {p: stamped(figures.main_results_lenet(p, root)) for p in ("quick", "paper")}
+    said = {p: stamped(figures.main_results_lenet(Source(p, root))) for p in ("quick", "paper")}
     assert "Profile quick (reduced scale, not the paper's): 10 epochs" in said["quick"]
     assert "3 seeds, made-up processor." in said["quick"]
     assert "reduced" not in said["paper"] and "Profile paper: 100 epochs" in said["paper"]
 
 
 def test_a_partial_grid_says_what_is_missing_and_has_no_interval_at_one_seed(root: Path) -> None:
-    plot = figures.main_results_lenet("paper", root)
-    runs = reading.load("main_results", "paper", root, **LENET)
+    plot = figures.main_results_lenet(Source("paper", root))
+    runs = reading.load("main_results", Source("paper", root), **LENET)
     assert runs.missing > 0 and "1–2 seeds" in stamped(plot)
     assert f"{runs.missing} of {len(runs.planned)} runs missing" in stamped(plot)
     labels = [text.get_text() for text in plot.legends[0].get_texts()]
     assert "Sparse momentum (n = 1)" in labels and "DSR (n = 2)" in labels
     assert [label for label in labels if label.startswith("SET")] == ["SET (published)"]
-    frame = figures.main_results_lenet_table("paper", root).frame.set_index("method")
+    frame = figures.main_results_lenet_table(Source("paper", root)).frame.set_index("method")
     assert set(frame.loc["Sparse momentum", "95 % interval"]) == {"–"}
     assert " to " in frame.loc["DSR", "95 % interval"].iloc[0]
 
@@ -196,7 +198,7 @@ def test_runs_with_other_settings_and_diverged_ones_are_not_drawn(tmp_path: Path
         (lost, None),
     ):
         append_run(csv, made_up_row(run, "main_results", "smoke", error), [], [])
-    runs = reading.load("main_results", "smoke", tmp_path)
+    runs = reading.load("main_results", Source("smoke", tmp_path))
     assert set(runs.rows["method"]) == {"dense"} and runs.rows["test_error_pct"].max() < 50
     assert "1 diverged" in runs.scale() and "77" not in runs.scale()
     with pytest.raises(reading.NoRuns, match="1 diverged"):
@@ -209,14 +211,17 @@ def test_seeds_of_a_cell_are_counted_whatever_computed_them(tmp_path: Path) -> N
     for run, kernels in zip(planned, ("torch", "perceptron", "perceptron"), strict=True):
         row = made_up_row(run, "main_results", "quick", 2.0)
         append_run(csv, {**row, "kernels": kernels}, [], [])
-    assert ", 3 seeds," in reading.load("main_results", "quick", tmp_path, method="dense").scale()
+    assert (
+        ", 3 seeds,"
+        in reading.load("main_results", Source("quick", tmp_path), method="dense").scale()
+    )
 
 
 # ------------------------------------------------------------------------------------ the tables
 
 
 def test_table_has_mean_interval_n_and_published(root: Path) -> None:
-    table = figures.main_results_lenet_table("quick", root)
+    table = figures.main_results_lenet_table(Source("quick", root))
     frame = table.frame
     row = frame[(frame["method"] == "Sparse momentum") & (frame["weights (%)"] == "5")].iloc[0]
     planned = [
@@ -299,7 +304,7 @@ def test_colours_differ_for_the_colour_blind(vision: str) -> None:
 
 
 def test_where_takes_any_field_of_a_run_and_refuses_others(root: Path) -> None:
-    runs = reading.load("main_results", "quick", root, method=["set", "dsr"], nesterov=True)
+    runs = reading.load("main_results", Source("quick", root), method=["set", "dsr"], nesterov=True)
     assert set(runs.rows["method"]) == {"set", "dsr"} and runs.methods == ["dsr", "set"]
     assert len(runs.rows) == len(runs.planned) and runs.missing == 0
     with pytest.raises(ValueError, match="did you mean 'density'"):
@@ -317,9 +322,9 @@ def test_published_rows_must_exist() -> None:
 
 def test_rows_read_earlier_are_read_again_when_the_file_changes(tmp_path: Path) -> None:
     write_grid(tmp_path, "main_results", "smoke", keep=lambda run: run.seed == 0)
-    first = reading.load("main_results", "smoke", tmp_path)
+    first = reading.load("main_results", Source("smoke", tmp_path))
     first.rows["test_error_pct"] = -1.0  # what a caller does to its frame is its own
-    again = reading.load("main_results", "smoke", tmp_path)
+    again = reading.load("main_results", Source("smoke", tmp_path))
     assert again.rows["test_error_pct"].min() > 0
     write_grid(tmp_path, "main_results", "smoke", keep=lambda run: run.seed == 1)
-    assert len(reading.load("main_results", "smoke", tmp_path).rows) == 2 * len(again.rows)
+    assert len(reading.load("main_results", Source("smoke", tmp_path)).rows) == 2 * len(again.rows)

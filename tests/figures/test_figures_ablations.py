@@ -16,6 +16,7 @@ from lib.claims.effects import FULL, rules
 from lib.config import Run
 from lib.figures import FIGURES, TABLES, Plot
 from lib.results import reading
+from lib.results.reading import Source
 from lib.stats import holm, paired_difference
 from tests.support.made_up_effects import EXPERIMENTS, Effects, write
 
@@ -67,7 +68,9 @@ def test_all_are_drawn_without_torch(root: Path) -> None:
         "        if name.split('.')[0] in ('torch', 'torchvision'): raise ImportError(name)\n"
         "sys.meta_path.insert(0, NoTorch())\n"
         "from lib.figures import draw_all\n"
-        f"for path in draw_all('smoke', {str(root)!r}, only={[*EXPERIMENTS, *OURS_TABLES]!r}):\n"
+        "from lib.results.reading import Source\n"
+        f"source = Source('smoke', {str(root)!r})\n"
+        f"for path in draw_all(source, only={[*EXPERIMENTS, *OURS_TABLES]!r}):\n"
         "    print(path)"
     )
     done = subprocess.run(
@@ -85,7 +88,7 @@ def test_all_are_drawn_without_torch(root: Path) -> None:
 @pytest.mark.parametrize("profile", ["smoke", "quick", "paper"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_nothing_is_clipped_and_the_scale_is_said(root: Path, name: str, profile: str) -> None:
-    plot = FIGURES[name](profile, root)
+    plot = FIGURES[name](Source(profile, root))
     plot.draw_without_rendering()
     width, height = plot.bbox.size
     for text in texts(plot):
@@ -100,7 +103,7 @@ def test_nothing_is_clipped_and_the_scale_is_said(root: Path, name: str, profile
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_without_runs_one_line_says_how_to_get_them(tmp_path: Path, name: str) -> None:
     said: list[str] = []
-    assert figures.draw_all("quick", tmp_path, only=[name], say=said.append) == []
+    assert figures.draw_all(Source("quick", tmp_path), only=[name], say=said.append) == []
     assert said and all(f"python -m lib run {name} --profile quick" in line for line in said)
     assert all("\n" not in line for line in said)
 
@@ -109,8 +112,8 @@ def test_without_runs_one_line_says_how_to_get_them(tmp_path: Path, name: str) -
 
 
 def test_ablation_table_by_hand(root: Path) -> None:
-    frame = TABLES["ablations"]("quick", root).frame
-    runs = reading.load("ablations", "quick", root, model="lenet300-100")
+    frame = TABLES["ablations"](Source("quick", root)).frame
+    runs = reading.load("ablations", Source("quick", root), model="lenet300-100")
     here = frame[frame["network"] == "LeNet-300-100"]
     assert len(here) == 15 and (here["difference to full (points)"] == "full").sum() == 1
     full = runs.by_seed(**FULL)
@@ -139,7 +142,7 @@ def test_a_rule_that_does_not_learn_leaves_the_other_cells_their_colours(tmp_pat
         return 2 + (80 if run.redistribution == "nonzeros" else 0.2 * (run.growth == "random"))
 
     write(tmp_path, "quick", error, ("ablations",))
-    plot = FIGURES["ablations"]("quick", tmp_path)
+    plot = FIGURES["ablations"](Source("quick", tmp_path))
     image = plot.axes[0].images[0]
     assert image.get_clim() == pytest.approx((-0.2, 0.2))
     assert image.colorbar is not None and image.colorbar.extend == "both"
@@ -148,7 +151,9 @@ def test_a_rule_that_does_not_learn_leaves_the_other_cells_their_colours(tmp_pat
 def test_layers_drained_by_rounding_are_told(tmp_path: Path) -> None:
     """As written by a run: one that keeps its last layer and one that loses it."""
     write(tmp_path, "quick", lambda run: 2.0, ("ablations",), keep=lambda run: run.seed == 0)
-    runs = reading.load("ablations", "quick", tmp_path, model="lenet300-100", growth="momentum")
+    runs = reading.load(
+        "ablations", Source("quick", tmp_path), model="lenet300-100", growth="momentum"
+    )
     lines = ["run_id,epoch,layer,weights,active,momentum_share"]
     for run in runs.planned:
         for epoch, active in (
@@ -161,12 +166,12 @@ def test_layers_drained_by_rounding_are_told(tmp_path: Path) -> None:
     path = paths.results_csv("quick", "ablations", tmp_path).with_suffix(".layers.csv")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     said = "Rounding drains small layers: non-zeros at 5 % fc3.weight from 50 to 25 active weights."
-    assert said in words(FIGURES["ablations"]("quick", tmp_path))
-    assert said in TABLES["ablations"]("quick", tmp_path).note
+    assert said in words(FIGURES["ablations"](Source("quick", tmp_path)))
+    assert said in TABLES["ablations"](Source("quick", tmp_path)).note
 
 
 def test_heat_map_has_a_panel_per_network_and_says_which_none(root: Path) -> None:
-    plot = FIGURES["ablations"]("quick", root)
+    plot = FIGURES["ablations"](Source("quick", root))
     maps = [ax for ax in plot.axes if ax.get_images() and ax.get_xlabel() == "growth"]
     assert [np.asarray(ax.get_images()[0].get_array()).shape for ax in maps] == [
         (5, 3),
@@ -184,9 +189,9 @@ def test_diverged_variants_are_told(tmp_path: Path) -> None:
         return None if lost and (run.model != "lenet5" or run.seed == 0) else Effects().error(run)
 
     write(tmp_path, "quick", error, ("ablations",))
-    said = words(FIGURES["ablations"]("quick", tmp_path))
+    said = words(FIGURES["ablations"](Source("quick", tmp_path)))
     assert "3 diverged" in said and "n = 2, 1 diverged" in said
-    frame = TABLES["ablations"]("quick", tmp_path).frame
+    frame = TABLES["ablations"](Source("quick", tmp_path)).frame
     assert "2 (1 diverged)" in set(frame["n"])
 
 
@@ -194,22 +199,22 @@ def test_diverged_variants_are_told(tmp_path: Path) -> None:
 
 
 def test_trends_find_what_was_put_in(root: Path) -> None:
-    frame = TABLES["depth_scaling_trends"]("quick", root).frame
+    frame = TABLES["depth_scaling_trends"](Source("quick", root)).frame
     for family, networks in (("MLPs", "3"), ("BN-MLPs", "4")):
         mlps = frame[frame["family"] == family]
         assert list(mlps["conclusion"]) == ["grows", "grows"]
         for row in mlps.to_dict("records"):
             slope = float(row["slope (points per doubling)"])
             assert slope == pytest.approx(0.5, abs=0.1) and row["networks"] == networks
-    plot = FIGURES["depth_scaling"]("quick", root)
+    plot = FIGURES["depth_scaling"](Source("quick", root))
     (title,) = [t.get_text() for t in texts(plot) if t.get_text() == "MLPs: redistribution"]
     assert title and len(re.findall(r"per doubling, p ", words(plot))) == 8
 
 
 def test_one_size_has_no_trend(tmp_path: Path) -> None:
     write(tmp_path, "smoke", Effects().error, ("depth_scaling",))
-    assert "one size only: no trend" in words(FIGURES["depth_scaling"]("smoke", tmp_path))
-    frame = TABLES["depth_scaling_trends"]("smoke", tmp_path).frame
+    assert "one size only: no trend" in words(FIGURES["depth_scaling"](Source("smoke", tmp_path)))
+    frame = TABLES["depth_scaling_trends"](Source("smoke", tmp_path)).frame
     assert set(frame["family"]) == {"MLPs", "BN-MLPs"}
 
 
@@ -218,7 +223,7 @@ def test_one_size_has_no_trend(tmp_path: Path) -> None:
 
 def test_the_papers_tests_on_the_published_data(root: Path) -> None:
     """As computed from the official data: Levene W = .0102, p = .92; Wilcoxon 27, p = 1."""
-    frame = TABLES["sensitivity_tests"]("quick", root).frame
+    frame = TABLES["sensitivity_tests"](Source("quick", root)).frame
     wanted = (frame["data"] == "published") & (frame["hyper-parameter"] == "momentum")
     (row,) = frame[wanted].to_dict("records")
     assert (row["points"], row["Levene W"], row["p"]) == ("12", "0.010", "0.921")
@@ -227,7 +232,7 @@ def test_the_papers_tests_on_the_published_data(root: Path) -> None:
 
 
 def test_size_of_the_effect(root: Path) -> None:
-    frame = TABLES["sensitivity"]("quick", root).frame
+    frame = TABLES["sensitivity"](Source("quick", root)).frame
     here = frame[(frame["network"] == "LeNet-300-100") & (frame["curve"] == "cosine decay")]
     (row,) = here.to_dict("records")
     assert row["largest difference (points)"].endswith(" at 0.7")
@@ -238,9 +243,11 @@ def test_size_of_the_effect(root: Path) -> None:
 
 
 def test_published_curves_beside_a_reduced_scale_and_over_the_papers(root: Path) -> None:
-    reduced = {ax.get_title(loc="left") for ax in FIGURES["sensitivity"]("quick", root).axes}
+    reduced = {
+        ax.get_title(loc="left") for ax in FIGURES["sensitivity"](Source("quick", root)).axes
+    }
     assert {"LeNet-300-100", "Published: AlexNet-s", "Published: VGG16-D"} <= reduced
-    paper = {ax.get_title(loc="left") for ax in FIGURES["sensitivity"]("paper", root).axes}
+    paper = {ax.get_title(loc="left") for ax in FIGURES["sensitivity"](Source("paper", root)).axes}
     assert paper == {"LeNet-300-100", "AlexNet-s", "VGG16-D"}
 
 
@@ -248,12 +255,12 @@ def test_published_curves_beside_a_reduced_scale_and_over_the_papers(root: Path)
 
 
 def test_real_shares_are_those_of_the_old_code(root: Path) -> None:
-    frame = TABLES["dense_layers"]("paper", root).frame
+    frame = TABLES["dense_layers"](Source("paper", root)).frame
     assert len(frame) == 10
     for row in frame.to_dict("records"):
         computed = float(row["real, computed from the old code (%)"])
         assert float(row["real (%)"]) == pytest.approx(computed, abs=0.1), row["network"]
-    quick = TABLES["dense_layers"]("quick", root).frame
+    quick = TABLES["dense_layers"](Source("quick", root)).frame
     (row,) = quick.to_dict("records")
     difference = row["difference to fully sparse, nominal share"]
     assert float(difference.split()[0].replace("−", "-")) == pytest.approx(-1.5, abs=0.2)

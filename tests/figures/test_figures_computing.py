@@ -14,7 +14,7 @@ from lib import claims, figures, paths
 from lib.claims.computing import MARGINS, WAYS, computed, differences, spread
 from lib.config import Run
 from lib.figures import computing as figures_computing
-from lib.results.reading import NoRuns, load
+from lib.results.reading import NoRuns, Source, load
 from tests.support.made_up_grid import write_grid
 
 IDS = {f"computing_{way}_{dataset}" for way in ("sparse", "bf16") for dataset in MARGINS}
@@ -50,7 +50,7 @@ def write(
 
 
 def judged(root: Path, profile: str = "quick") -> dict[str, dict[str, Any]]:
-    table = claims.verdict_table(profile, root, "05_speedups")
+    table = claims.verdict_table(Source(profile, root), "05_speedups")
     rows = {str(row["id"]): dict(row) for row in table.to_dict("records")}
     return {name: rows[name] for name in IDS}
 
@@ -60,7 +60,7 @@ def judged(root: Path, profile: str = "quick") -> dict[str, dict[str, Any]]:
 
 def test_differences_are_paired_and_the_spread_is_masked_denses(tmp_path: Path) -> None:
     write(tmp_path, errors(sparse=0.25, bf16=-0.5))
-    runs = load("computing", "quick", tmp_path)
+    runs = load("computing", Source("quick", tmp_path))
     for way, shift in (("sparse", 0.25), ("bf16", -0.5)):
         found = differences(runs, way)
         assert list(found) == ["lenet300-100", "lenet5", "wrn-10-1"]
@@ -78,7 +78,7 @@ def test_a_seed_that_lacks_a_way_is_left_out(tmp_path: Path) -> None:
         return None if lost else errors(sparse=0.25)(run)
 
     write(tmp_path, error, keep=gap)
-    runs = load("computing", "quick", tmp_path)
+    runs = load("computing", Source("quick", tmp_path))
     assert differences(runs, "sparse")["wrn-10-1"].seeds == (0, 1, *range(3, 10))
     assert differences(runs, "bf16")["wrn-10-1"].seeds == (0, 1, 3, *range(5, 10))
     row = judged(tmp_path)["computing_bf16_cifar10"]
@@ -104,14 +104,14 @@ def test_torch_against_torch_is_no_evidence_for_the_kernels(tmp_path: Path) -> N
     write(tmp_path, errors())
     assert judged(tmp_path)["computing_sparse_cifar10"]["verdict"] == "reproduced"
     count = by_torch(paths.results_csv("quick", "computing", tmp_path), "wrn-10-1")
-    runs = load("computing", "quick", tmp_path)
+    runs = load("computing", Source("quick", tmp_path))
     assert list(differences(runs, "sparse")) == ["lenet300-100", "lenet5"]
     assert count == 10 and len(computed(runs, "sparse").rows) == 20  # of the other networks
     rows = judged(tmp_path)
     assert rows["computing_sparse_cifar10"]["verdict"] == claims.NO_RUNS
     assert "python -m lib run computing" in rows["computing_sparse_cifar10"]["detail"]
     assert rows["computing_sparse_mnist"]["verdict"] == "reproduced"
-    note = figures_computing.computing_table("quick", tmp_path).note
+    note = figures_computing.computing_table(Source("quick", tmp_path)).note
     assert "10 runs that asked for the kernels were computed by torch: left out." in note
 
 
@@ -161,11 +161,11 @@ def test_the_network_that_differs_decides(tmp_path: Path) -> None:
 
 def test_every_seed_is_drawn_paired_with_the_margin(tmp_path: Path) -> None:
     write(tmp_path, errors(noise=0.3, sparse=0.1))
-    plot = figures_computing.computing("quick", tmp_path)
+    plot = figures_computing.computing(Source("quick", tmp_path))
     left, right = plot.axes[0], plot.axes[1]
     lines = [line for line in left.lines if len(line.get_xdata()) == len(WAYS)]
     assert len(lines) == 10
-    runs = load("computing", "quick", tmp_path, model="lenet300-100")
+    runs = load("computing", Source("quick", tmp_path), model="lenet300-100")
     drawn = sorted(tuple(line.get_ydata()) for line in lines)
     wanted = np.array([computed(runs, way).by_seed().to_numpy() for way in WAYS]).T
     assert np.allclose(drawn, sorted(map(tuple, wanted)))
@@ -188,7 +188,7 @@ def test_every_seed_is_drawn_paired_with_the_margin(tmp_path: Path) -> None:
 
 def test_table_has_each_way_of_each_network(tmp_path: Path) -> None:
     write(tmp_path, errors(sparse=0.25))
-    made = figures_computing.computing_table("quick", tmp_path)
+    made = figures_computing.computing_table(Source("quick", tmp_path))
     assert made.frame["network"].tolist() == [
         name for name in ("LeNet-300-100", "LeNet-5", "WRN-10-1") for _ in range(3)
     ]
@@ -201,13 +201,13 @@ def test_table_has_each_way_of_each_network(tmp_path: Path) -> None:
 
 def test_files_are_written_and_missing_runs_are_a_line(tmp_path: Path) -> None:
     said: list[str] = []
-    assert figures.draw_all("quick", tmp_path, ["computing"], said.append) == []
+    assert figures.draw_all(Source("quick", tmp_path), ["computing"], said.append) == []
     assert len(said) == 2 and all("python -m lib run computing" in line for line in said)
     write(tmp_path, errors(), keep=lambda run: way_of(run) == "masked")
     with pytest.raises(NoRuns, match="no seed was computed in two ways"):
-        figures_computing.computing("quick", tmp_path)
+        figures_computing.computing(Source("quick", tmp_path))
     write(tmp_path, errors(), keep=lambda run: way_of(run) != "masked")
-    written = figures.draw_all("quick", tmp_path, ["computing"], said.append)
+    written = figures.draw_all(Source("quick", tmp_path), ["computing"], said.append)
     assert {path.name for path in written} == {
         f"computing.{kind}" for kind in ("pdf", "png", "md", "tex")
     }

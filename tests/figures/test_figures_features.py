@@ -11,7 +11,7 @@ import pytest
 
 from lib import claims, figures, paths
 from lib.results import measured
-from lib.results.reading import NoRuns, load
+from lib.results.reading import NoRuns, Source, load
 from tests.support.made_up_kernels import write_kernels
 from tests.support.made_up_measures import DENSE_S, INPUT_DENSITY, KEPT, write_measured
 
@@ -28,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_speedups_sum_layers_and_segments(root: Path) -> None:
-    found = measured.speedups(load("speedups", "quick", root, model="alexnet-s"))
+    found = measured.speedups(load("speedups", Source("quick", root), model="alexnet-s"))
     dense = found[found["method"] == "dense"]
     sparse = found[found["method"] == "sparse_momentum"]
     assert np.allclose(dense["full"], 1 / INPUT_DENSITY)
@@ -42,7 +42,7 @@ def test_speedups_sum_layers_and_segments(root: Path) -> None:
 
 def test_segments_count_by_their_time(root: Path) -> None:
     """A ratio of sums, not a mean of ratios: the slow layer decides."""
-    runs = load("speedups", "quick", root, model="alexnet-s", method="dense", seed=0)
+    runs = load("speedups", Source("quick", root), model="alexnet-s", method="dense", seed=0)
     rows = measured.measures(runs, "speedups")
     slow = rows["layer"] == "features.0"
     changed = rows.copy()
@@ -55,7 +55,7 @@ def test_segments_count_by_their_time(root: Path) -> None:
 
 
 def test_pooled_and_equal_weighting_differ(root: Path) -> None:
-    found = measured.specialisation(load("features", "quick", root, model="alexnet-s"))
+    found = measured.specialisation(load("features", Source("quick", root), model="alexnet-s"))
     dense = found[found["method"] == "dense"].iloc[0]
     a, b = KEPT["features.2"], KEPT["features.5"]
     assert dense["pooled"] == pytest.approx((a * 0.15 + b * 0.30) / (a + b))
@@ -63,14 +63,14 @@ def test_pooled_and_equal_weighting_differ(root: Path) -> None:
 
 
 def test_last_relu_of_a_wrn_is_left_out(root: Path) -> None:
-    layers = measured.feature_layers(load("features", "quick", root, model="wrn-10-1"))
+    layers = measured.feature_layers(load("features", Source("quick", root), model="wrn-10-1"))
     assert set(layers["layer"]) == {"block1.0.relu1"}
-    alexnet = measured.feature_layers(load("features", "quick", root, model="alexnet-s"))
+    alexnet = measured.feature_layers(load("features", Source("quick", root), model="alexnet-s"))
     assert list(alexnet["index"][:2]) == [0, 1]
 
 
 def test_histograms_are_shares_of_the_kept_channels(root: Path) -> None:
-    found = measured.histograms(load("features", "quick", root))
+    found = measured.histograms(load("features", Source("quick", root)))
     shares = found["alexnet-s", "dense", 1]
     assert shares.shape == (49,)
     kept = KEPT["features.5"]
@@ -98,7 +98,9 @@ def test_official_means_are_the_published_ones() -> None:
 
 
 def test_layer_densities_are_means_over_seeds(root: Path) -> None:
-    found = measured.layer_densities(load("features", "quick", root, method="sparse_momentum"))
+    found = measured.layer_densities(
+        load("features", Source("quick", root), method="sparse_momentum")
+    )
     cell = found[(found["model"] == "alexnet-s") & (found["epoch"] == 2)].set_index("layer")
     assert cell.loc["features.0.weight", "density"] == pytest.approx(0.81)
     assert list(cell.index) == ["features.0.weight", "features.3.weight"]
@@ -107,21 +109,21 @@ def test_layer_densities_are_means_over_seeds(root: Path) -> None:
 def test_every_figure_and_table_is_drawn_once_and_alike(root: Path) -> None:
     write_kernels(root)
     said: list[str] = []
-    written = figures.draw_all("quick", root, OURS, said.append)
+    written = figures.draw_all(Source("quick", root), OURS, said.append)
     assert not said
     assert {path.stem for path in written} == set(OURS)
     for path in written:
         assert path.stat().st_size > 200, path
     first = {path: path.read_bytes() for path in written if path.suffix == ".pdf"}
     heat = "features_layer_densities"
-    figures.draw_all("quick", root, [heat])
-    again = figures.output_dir("quick", root) / f"{heat}.pdf"
+    figures.draw_all(Source("quick", root), [heat])
+    again = figures.output_dir(Source("quick", root)) / f"{heat}.pdf"
     assert again.read_bytes() == first[again]
 
 
 def test_what_is_missing_is_skipped_with_a_line(tmp_path: Path) -> None:
     said: list[str] = []
-    assert figures.draw_all("quick", tmp_path, OURS, said.append) == []
+    assert figures.draw_all(Source("quick", tmp_path), OURS, said.append) == []
     assert len(said) == len([n for n in figures.FIGURES if n in OURS]) + len(
         [n for n in figures.TABLES if n in OURS]
     )
@@ -131,11 +133,11 @@ def test_what_is_missing_is_skipped_with_a_line(tmp_path: Path) -> None:
 def test_runs_without_measures_are_told_apart_from_no_runs(tmp_path: Path) -> None:
     write_measured(tmp_path, "smoke", measured=False)
     with pytest.raises(NoRuns, match="none was measured"):
-        measured.speedups(load("speedups", "smoke", tmp_path))
+        measured.speedups(load("speedups", Source("smoke", tmp_path)))
 
 
 def test_claims_follow_the_rule(root: Path) -> None:
-    judged = claims.verdict_table("quick", root).set_index("id")
+    judged = claims.verdict_table(Source("quick", root)).set_index("id")
     # -1.0, -1.1, -1.2 points by seed: below zero.
     lower = judged.loc["features_more_general_alexnet-s_equal"]
     assert lower["verdict"] == "reproduced" and lower["n"] == 3

@@ -12,6 +12,7 @@ from lib.config import Run
 from lib.figures import initial_densities as figures_init
 from lib.masking import Masking
 from lib.models import build_model
+from lib.results.reading import Source
 from tests.support.made_up_grid import write_grid
 
 LEVEL = {"sparse_momentum": 2.0, "dsr": 3.0, "set": 4.0, "deepr": 5.0, "static": 9.0}
@@ -40,7 +41,7 @@ def test_the_uniform_runs_are_those_of_the_curve() -> None:
 
 
 def test_table_pairs_the_seeds(root: Path) -> None:
-    made = figures_init.initial_densities_table("quick", root)
+    made = figures_init.initial_densities_table(Source("quick", root))
     rows = made.frame.set_index(["method", "weights (%)"])
     assert len(rows) == 5 * 3
     dsr = rows.loc[("DSR", "2")]
@@ -51,7 +52,7 @@ def test_table_pairs_the_seeds(root: Path) -> None:
 
 
 def test_figure_shows_every_seed_of_both_and_the_published_value(root: Path) -> None:
-    plot = figures_init.initial_densities("quick", root)
+    plot = figures_init.initial_densities(Source("quick", root))
     assert [ax.get_title() or ax.get_title(loc="left") for ax in plot.axes] == [
         f"{share} % of the weights" for share in (1, 2, 5)
     ]
@@ -68,7 +69,7 @@ def test_lenet5_shows_who_learned(tmp_path: Path) -> None:
         return 90.0 if run.init == "uniform" and run.seed > 0 and run.density == 0.01 else 1.0
 
     write_grid(tmp_path, "initial_densities", "quick", stuck, lambda run: run.density != 0.05)
-    plot = figures_init.initial_densities_lenet5("quick", tmp_path)
+    plot = figures_init.initial_densities_lenet5(Source("quick", tmp_path))
     (ax,) = plot.axes
     # uniform and ERK at 1 %, then at 5 %, of which there are no runs
     assert [text.get_text() for text in ax.texts] == ["1 of 3", "–", "3 of 3", "–"]
@@ -95,13 +96,13 @@ def test_the_signal_fades_at_the_start_as_the_caption_says(seed: int) -> None:
 
 def test_one_side_alone_is_drawn_without_a_difference(tmp_path: Path) -> None:
     write_grid(tmp_path, "initial_densities", "quick", error, lambda run: run.init == "uniform")
-    frame = figures_init.initial_densities_table("quick", tmp_path).frame
+    frame = figures_init.initial_densities_table(Source("quick", tmp_path)).frame
     assert set(frame["ERK − uniform (points)"]) == set(frame["ERK (%)"]) == {"–"}
-    assert figures.draw_all("quick", tmp_path, ["initial_densities"], lambda _: None)
+    assert figures.draw_all(Source("quick", tmp_path), ["initial_densities"], lambda _: None)
 
 
 def test_claims_compare_methods_from_erk_densities_only(root: Path) -> None:
-    rows = claims.verdict_table("quick", root, "01_main_results").set_index("id")
+    rows = claims.verdict_table(Source("quick", root), "01_main_results").set_index("id")
     for method in ("dsr", "set", "deepr", "static"):
         row = rows.loc[f"mnist_erk_lower_than_{method}"]
         assert row["ours_mean"] == pytest.approx(2 - LEVEL[method])

@@ -12,7 +12,7 @@ from lib import claims, figures
 from lib.figures import kernels as figures_kernels
 from lib.results import clock as kernel_rows
 from lib.results.clock import ALL_LAYERS, PARTS
-from lib.results.reading import NoRuns
+from lib.results.reading import NoRuns, Source
 from tests.support.made_up_kernels import (
     BATCHES,
     DENSE_S,
@@ -57,7 +57,7 @@ def test_rows_that_were_not_measured_are_gaps(tmp_path: Path) -> None:
     path.write_text("".join(kept))
     found = kernel_rows.whole_steps(tmp_path)
     assert found["dense_s"].isna().all() and found["training"].notna().all()
-    frame = figures.TABLES["speedups_kernels"]("quick", tmp_path).frame
+    frame = figures.TABLES["speedups_kernels"](Source("quick", tmp_path)).frame
     assert set(frame["dense (s)"]) == {"–"} and set(frame["layers run sparse"]) == {"–"}
 
 
@@ -94,23 +94,23 @@ def test_window_rows_give_counts_and_flops(root: Path) -> None:
     assert found["differing"].to_dict() == {(44, 1): 2, (44, 2): 0, (153, 1): 0, (153, 2): 0}
     assert set(found["grown"]) == {100}
     assert kernel_rows.window_flops(root)["lenet300-100", 0] == 36.7
-    frame = figures.TABLES["speedups_window"]("quick", root).frame
+    frame = figures.TABLES["speedups_window"](Source("quick", root)).frame
     assert frame["all"].tolist() == ["2 of 200", "0 of 200"]
     assert frame["training FLOPs (%)"].tolist() == ["7.6", "14.0"]
 
 
 def test_figures_and_tables_are_drawn(root: Path) -> None:
     said: list[str] = []
-    written = figures.draw_all("quick", root, (*FIGURES, *TABLES), said.append)
+    written = figures.draw_all(Source("quick", root), (*FIGURES, *TABLES), said.append)
     assert not said and {path.stem for path in written} == {*FIGURES, *TABLES}
-    clock = figures.FIGURES["speedups_clock"]("quick", root)
+    clock = figures.FIGURES["speedups_clock"](Source("quick", root))
     titles = [ax.get_title(loc="left") for ax in clock.axes]
     assert titles == ["AlexNet-s, batch 128", "VGG16-D, batch 128", "WRN-16-8, batch 64"]
     assert "a machine" in " ".join(text.get_text() for text in clock.texts)
 
 
 def test_bars_are_shares_of_the_dense_step(root: Path) -> None:
-    (ax,) = figures.FIGURES["speedups_breakdown"]("quick", root).axes
+    (ax,) = figures.FIGURES["speedups_breakdown"](Source("quick", root)).axes
     widths = [patch.get_width() for patch in ax.patches]
     assert sum(widths) == pytest.approx(len(BATCHES) * (100 + 100 * 0.1 * len(PARTS) / 1.5))
     assert any("2.14×" in text.get_text() for text in ax.texts)  # 1.5 s over 0.7 s
@@ -134,7 +134,7 @@ def test_no_file_and_other_columns_are_told(tmp_path: Path) -> None:
 
 
 def test_claims_judge_the_clock_not_the_estimate(root: Path) -> None:
-    judged = claims.verdict_table("quick", root, "05_speedups").set_index("id")
+    judged = claims.verdict_table(Source("quick", root), "05_speedups").set_index("id")
     faster = judged.loc["speedup_clock"]
     slowest = min(training_ratio(model, 0.05) for model in BATCHES)
     fastest = max(training_ratio(model, 0.05) for model in BATCHES)
@@ -147,7 +147,7 @@ def test_claims_judge_the_clock_not_the_estimate(root: Path) -> None:
 
 
 def test_claims_without_times_have_no_verdict(tmp_path: Path) -> None:
-    judged = claims.verdict_table("quick", tmp_path, "05_speedups").set_index("id")
+    judged = claims.verdict_table(Source("quick", tmp_path), "05_speedups").set_index("id")
     assert judged.loc["speedup_clock", "verdict"] == claims.NO_RUNS
 
 

@@ -13,6 +13,7 @@ from lib.config import Run
 from lib.figures import main_results as figures_main
 from lib.results import reading
 from lib.results.published import published
+from lib.results.reading import Source
 from lib.stats import t_interval
 from tests.support.made_up_grid import plausible, write_grid
 
@@ -53,7 +54,7 @@ def points(plot: figures.Plot, axes: int, label: str) -> dict[float, float]:
 
 
 def test_every_published_compression_point_is_drawn_and_named(root: Path) -> None:
-    plot = figures_main.mnist_compression("quick", root)
+    plot = figures_main.mnist_compression(Source("quick", root))
     for axes, model in enumerate(("lenet300-100", "lenet5")):
         table = published(f"mnist_{model}")
         for label, rows in table[table["method"] == "other"].groupby("label"):
@@ -70,7 +71,7 @@ def test_every_published_compression_point_is_drawn_and_named(root: Path) -> Non
 
 
 def test_markers_of_the_literature_differ(root: Path) -> None:
-    plot = figures_main.mnist_compression("paper", root)
+    plot = figures_main.mnist_compression(Source("paper", root))
     grey = [n for n in plot.axes[0].lines if n.get_color() == "#555555"]
     table = published("mnist_lenet300-100")
     assert len(grey) == table.loc[table["method"] == "other", "label"].nunique() == 8
@@ -78,8 +79,8 @@ def test_markers_of_the_literature_differ(root: Path) -> None:
 
 
 def test_sparse_momentum_is_drawn_with_its_seeds_and_the_papers_curve(root: Path) -> None:
-    plot = figures_main.mnist_compression("quick", root)
-    runs = reading.load("mnist_compression", "quick", root, model="lenet300-100")
+    plot = figures_main.mnist_compression(Source("quick", root))
+    runs = reading.load("mnist_compression", Source("quick", root), model="lenet300-100")
     rows = runs.where(method="sparse_momentum").rows
     means = rows.groupby("density")["test_error_pct"].mean()
     assert list(points(plot, 0, "Sparse momentum").values()) == pytest.approx(list(means))
@@ -104,7 +105,7 @@ def test_runs_that_did_not_learn_are_shown_apart_and_stay_in_the_table(tmp_path:
         return 1.0
 
     write_grid(tmp_path, "mnist_compression", "quick", error)
-    plot = figures_main.mnist_compression("quick", tmp_path)
+    plot = figures_main.mnist_compression(Source("quick", tmp_path))
     assert list(points(plot, 1, "Sparse momentum").values()) == [1.0, 1.0]
     (failed,) = [n for n in plot.axes[1].lines if n.get_marker() == "x"]
     places = sorted(zip(failed.get_xdata(), failed.get_ydata(), strict=True))
@@ -112,7 +113,7 @@ def test_runs_that_did_not_learn_are_shown_apart_and_stay_in_the_table(tmp_path:
     assert not [n for n in plot.axes[0].lines if n.get_marker() == "x"]
     said = " ".join(text.get_text() for text in plot.texts).replace("\n", " ")
     assert "LeNet-300-100: n = 3; LeNet-5: n = 1–3" in said
-    frame = figures_main.mnist_compression_table("quick", tmp_path).frame
+    frame = figures_main.mnist_compression_table(Source("quick", tmp_path)).frame
     row = frame.set_index(["network", "method", "weights (%)"]).loc[
         ("LeNet-5", "Sparse momentum", "5")
     ]
@@ -121,14 +122,20 @@ def test_runs_that_did_not_learn_are_shown_apart_and_stay_in_the_table(tmp_path:
 
 def test_a_bound_on_the_images_is_in_the_title_and_not_at_the_papers_scale(root: Path) -> None:
     run = next(r for r in experiments.runs("mnist_compression", "quick") if r.model == "lenet5")
-    titles = [ax.get_title(loc="left") for ax in figures_main.mnist_compression("quick", root).axes]
+    titles = [
+        ax.get_title(loc="left")
+        for ax in figures_main.mnist_compression(Source("quick", root)).axes
+    ]
     assert titles == ["LeNet-300-100", f"LeNet-5, trained on {run.train_samples:,} images"]
-    titles = [ax.get_title(loc="left") for ax in figures_main.mnist_compression("paper", root).axes]
+    titles = [
+        ax.get_title(loc="left")
+        for ax in figures_main.mnist_compression(Source("paper", root)).axes
+    ]
     assert titles == ["LeNet-300-100", "LeNet-5"]
 
 
 def test_the_compression_table_has_ours_and_theirs(root: Path) -> None:
-    frame = figures_main.mnist_compression_table("quick", root).frame
+    frame = figures_main.mnist_compression_table(Source("quick", root)).frame
     assert not frame.duplicated(["network", "method", "weights (%)"]).any()
     key = frame.set_index(["network", "method", "weights (%)"])
     row = key.loc[("LeNet-300-100", "Sparse momentum", "5")]
@@ -148,7 +155,7 @@ def test_the_compression_table_has_ours_and_theirs(root: Path) -> None:
 
 def test_one_network_alone_is_drawn_alone(tmp_path: Path) -> None:
     write_grid(tmp_path, "mnist_compression", "quick", keep=lambda run: run.model == "lenet5")
-    plot = figures_main.mnist_compression("quick", tmp_path)
+    plot = figures_main.mnist_compression(Source("quick", tmp_path))
     assert len(plot.axes) == 1 and "runs missing" in said(plot)
 
 
@@ -156,7 +163,7 @@ def test_one_network_alone_is_drawn_alone(tmp_path: Path) -> None:
 
 
 def test_the_cifar_table_at_the_papers_scale_is_the_papers(root: Path) -> None:
-    frame = figures_main.cifar10_table("paper", root).frame.set_index("network")
+    frame = figures_main.cifar10_table(Source("paper", root)).frame.set_index("network")
     table = published("cifar10_table").set_index(["model", "method"])
     assert len(frame) == table.index.get_level_values("model").nunique() == 8
     for model, name in ((m, reading.model_name(m)) for m in dict(table.index)):
@@ -173,7 +180,7 @@ def test_the_cifar_table_at_the_papers_scale_is_the_papers(root: Path) -> None:
 
 
 def test_a_network_that_is_not_the_papers_is_named(root: Path) -> None:
-    table = figures_main.cifar10_table("quick", root)
+    table = figures_main.cifar10_table(Source("quick", root))
     assert "Not a network of the paper's table: WRN-10-1." in table.note
     assert "reduced scale" in table.note
     row = table.frame.set_index("network").loc["WRN-10-1"]
@@ -188,13 +195,13 @@ def test_unequal_seeds_and_missing_networks_are_said(tmp_path: Path) -> None:
         error,
         lambda run: run.model == "alexnet-s" and (run.seed == 0 or run.method == "dense"),
     )
-    table = figures_main.cifar10_table("quick", tmp_path)
+    table = figures_main.cifar10_table(Source("quick", tmp_path))
     assert table.frame["n"].tolist() == ["1–3"]
     assert "1 of 2 networks have no runs yet" in table.note
 
 
 def test_published_wrn_curves_are_drawn_over_the_same_network_only(root: Path) -> None:
-    full, reduced = (figures_main.wrn28_2_curve(p, root) for p in ("paper", "quick"))
+    full, reduced = (figures_main.wrn28_2_curve(Source(p, root)) for p in ("paper", "quick"))
     dashed = [n for n in full.axes[0].lines if n.get_linestyle() == "--"]
     assert len(dashed) == 1 + 5  # the dense level and five methods
     assert "published (± 1.96 s.e.)" in labels(full)
@@ -204,8 +211,8 @@ def test_published_wrn_curves_are_drawn_over_the_same_network_only(root: Path) -
 
 
 def test_paired_panel_shows_the_differences(root: Path) -> None:
-    plot = figures_main.wrn28_2_curve("quick", root)
-    runs = reading.load("wrn28_2_curve", "quick", root)
+    plot = figures_main.wrn28_2_curve(Source("quick", root))
+    runs = reading.load("wrn28_2_curve", Source("quick", root))
     expected = [
         (
             runs.by_seed(method="set", density=share)
@@ -219,7 +226,7 @@ def test_paired_panel_shows_the_differences(root: Path) -> None:
         if n.get_color() == figures.PALETTE["set"] and n.get_marker() == figures.MARKERS["set"]
     ]
     assert np.asarray(line.get_ydata()) == pytest.approx(expected)
-    frame = figures_main.wrn28_2_curve_table("quick", root).frame
+    frame = figures_main.wrn28_2_curve_table(Source("quick", root)).frame
     row = frame[(frame["method"] == "SET") & (frame["weights (%)"] == "10")].iloc[0]
     printed = row["sparse momentum − it (points)"].split(" ")[0]
     assert printed == f"{-expected[0]:+.2f}".replace("-", "−")
@@ -229,7 +236,7 @@ def test_paired_panel_shows_the_differences(root: Path) -> None:
 
 
 def test_imagenet_stands_beside_the_published(root: Path) -> None:
-    frame = figures_main.imagenet("paper", root).frame
+    frame = figures_main.imagenet(Source("paper", root)).frame
     found = {
         (row["training"], row["weights (%)"]): row["published (%)"]
         for row in frame.to_dict("records")
@@ -248,13 +255,13 @@ def test_imagenet_stands_beside_the_published(root: Path) -> None:
 
 def test_without_imagenet_one_line_says_so_and_the_notebook_goes_on(tmp_path: Path) -> None:
     lines: list[str] = []
-    assert figures.draw_all("quick", tmp_path, ["imagenet"], lines.append) == []
+    assert figures.draw_all(Source("quick", tmp_path), ["imagenet"], lines.append) == []
     (line,) = lines
     assert line.startswith("skipped table imagenet: imagenet (quick): no runs; IMAGENET_ROOT")
-    shown = figures_main.or_reason(figures_main.imagenet, "quick", tmp_path)
+    shown = figures.show("imagenet", Source("quick", tmp_path))
     assert isinstance(shown, figures_main.Absent)
     assert "IMAGENET_ROOT" in shown._repr_markdown_()
-    absent = figures_main.meaning("cifar10_table", "quick", tmp_path)
+    absent = figures_main.meaning("cifar10_table", Source("quick", tmp_path))
     assert isinstance(absent, figures_main.Absent)
 
 
@@ -266,7 +273,9 @@ def judged(root: Path) -> dict[str, dict[str, dict]]:
     return {
         profile: {
             row["id"]: row
-            for row in claims.verdict_table(profile, root, "01_main_results").to_dict("records")
+            for row in claims.verdict_table(Source(profile, root), "01_main_results").to_dict(
+                "records"
+            )
         }
         for profile in ("quick", "paper")
     }
@@ -329,7 +338,7 @@ def test_imagenet_values_without_a_standard_error_use_our_interval(judged: dict)
 
 
 def test_meaning_lists_the_claims_of_one_experiment(root: Path, judged: dict) -> None:
-    table = figures_main.meaning("cifar10_table", "quick", root)
+    table = figures_main.meaning("cifar10_table", Source("quick", root))
     assert isinstance(table, figures.Table)
     mine = [r for r in judged["quick"].values() if r["experiment"] == "cifar10_table"]
     known = [r for r in mine if r["verdict"] != claims.NO_RUNS]
@@ -342,7 +351,7 @@ def test_a_verdict_on_runs_that_did_not_learn_says_so(tmp_path: Path) -> None:
         return run.model == "lenet5" and run.density == 0.004
 
     write_grid(tmp_path, "mnist_compression", "paper", lambda run: 88.65 if stuck(run) else 1.0)
-    rows = claims.verdict_table("paper", tmp_path, "01_main_results").set_index("id")
+    rows = claims.verdict_table(Source("paper", tmp_path), "01_main_results").set_index("id")
     detail = rows.loc["mnist_variational_dropout_lower_lenet5", "detail"]
     assert detail.endswith("10 of 10 runs did not learn (error above 80 %)")
     assert "learn" not in rows.loc["mnist_variational_dropout_lower_lenet300-100", "detail"]

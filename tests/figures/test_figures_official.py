@@ -15,6 +15,7 @@ from lib.figures import FIGURES, TABLES
 from lib.figures.readings import JUDGED, NAMES, compared, conclusions, published_errors
 from lib.results import reading
 from lib.results import store as results
+from lib.results.reading import Source
 from lib.stats import holm, paired_difference
 from tests.support.made_up_effects import wobble
 from tests.support.made_up_grid import write_grid
@@ -66,9 +67,9 @@ def test_published_values_are_of_both_files() -> None:
 
 
 def test_table_by_hand(root: Path) -> None:
-    made = TABLES["official_readings"]("quick", root)
+    made = TABLES["official_readings"](Source("quick", root))
     frame = made.frame
-    runs = reading.load("official_readings", "quick", root)
+    runs = reading.load("official_readings", Source("quick", root))
     assert len(frame) == 3 * len(READINGS)
     here = frame[frame["weights (%)"] == "2"].set_index("reading")
     ours = runs.by_seed(density=0.02, **READINGS["ours"])
@@ -107,17 +108,17 @@ def test_weights_that_were_lost_are_said(root: Path) -> None:
         for e, share in enumerate((0.05, 0.0475, 0.04501), start=1)
     ]
     assert results.append_run(path, row, curves, ())
-    runs = reading.load("official_readings", "quick", root)
+    runs = reading.load("official_readings", Source("quick", root))
     (one,) = [r for r in compared(runs) if (r.name, r.density) == ("anywhere", 0.05)]
     assert one.weights == pytest.approx((0.9002, 1.0))
-    frame = TABLES["official_readings"]("quick", root).frame
+    frame = TABLES["official_readings"](Source("quick", root)).frame
     row = frame[(frame["reading"] == NAMES["anywhere"]) & (frame["weights (%)"] == "5")].iloc[0]
     assert row["active weights (% of those asked for)"] == "90.0 to 100.0"
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "paper"])
 def test_figure_fits_and_says_its_scale(root: Path, profile: str) -> None:
-    plot = FIGURES["official_readings"](profile, root)
+    plot = FIGURES["official_readings"](Source(profile, root))
     plot.draw_without_rendering()
     width, height = plot.bbox.size
     shown = [t for t in plot.findobj(Text) if t.get_visible() and t.get_text().strip()]
@@ -136,8 +137,8 @@ def test_figure_fits_and_says_its_scale(root: Path, profile: str) -> None:
 
 
 def test_each_seed_and_mean_is_drawn_where_it_belongs(root: Path) -> None:
-    plot = FIGURES["official_readings"]("paper", root)
-    runs = reading.load("official_readings", "paper", root)
+    plot = FIGURES["official_readings"](Source("paper", root))
+    runs = reading.load("official_readings", Source("paper", root))
     ax = plot.axes[1]  # 2 %
     ours = runs.by_seed(density=0.02, **READINGS["ours"])
     for i, name in enumerate(list(READINGS)[1:]):
@@ -163,7 +164,7 @@ def test_each_seed_and_mean_is_drawn_where_it_belongs(root: Path) -> None:
 
 def said_at_paper(tmp_path: Path, shifts: dict[str, float], off: float) -> str:
     write_grid(tmp_path, "official_readings", "paper", made_up(shifts, off - 0.1))  # mean of seeds
-    first, *rest = conclusions("paper", tmp_path)
+    first, *rest = conclusions(Source("paper", tmp_path))
     assert first.startswith("1 % of the weights: ") and len(rest) == 2
     return first
 
@@ -191,7 +192,7 @@ def test_without_a_difference_nothing_is_explained(tmp_path: Path) -> None:
 
 
 def test_reduced_runs_are_not_compared_with_the_published(root: Path) -> None:
-    for said in conclusions("quick", root):
+    for said in conclusions(Source("quick", root)):
         assert "published" not in said
         assert f"“{NAMES['plain']}” by +0.40" in said
         assert "of 9 readings 9 are tested, and these move the error" in said
@@ -199,10 +200,10 @@ def test_reduced_runs_are_not_compared_with_the_published(root: Path) -> None:
 
 def test_one_seed_is_too_few(tmp_path: Path) -> None:
     write_grid(tmp_path, "official_readings", "paper", made_up({}), keep=lambda run: run.seed == 0)
-    for said in conclusions("paper", tmp_path):
+    for said in conclusions(Source("paper", tmp_path)):
         assert "too few seeds to test a reading" in said
         assert "too few seeds of ours" in said
-    FIGURES["official_readings"]("paper", tmp_path)
+    FIGURES["official_readings"](Source("paper", tmp_path))
 
 
 def test_diverged_readings_are_counted(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_diverged_readings_are_counted(tmp_path: Path) -> None:
         return None if lost else made_up({})(run)
 
     write_grid(tmp_path, "official_readings", "quick", error)
-    frame = TABLES["official_readings"]("quick", tmp_path).frame
+    frame = TABLES["official_readings"](Source("quick", tmp_path)).frame
     row = frame[(frame["reading"] == NAMES["official"]) & (frame["weights (%)"] == "5")].iloc[0]
     assert row["n"] == "1 (2 diverged)"
 
@@ -225,18 +226,18 @@ def test_without_ours_there_is_nothing_to_compare(tmp_path: Path) -> None:
         keep=lambda run: reading_of(run) != "ours",
     )
     with pytest.raises(reading.NoRuns, match="no seed has finished ours and another reading"):
-        conclusions("quick", tmp_path)
+        conclusions(Source("quick", tmp_path))
 
 
 def test_the_claims_compare_all_readings_together_with_the_curve(tmp_path: Path) -> None:
     write_grid(tmp_path, "official_readings", "paper", made_up({"official": 0.9}, off=-0.1))
     write_grid(tmp_path, "official_readings", "quick", made_up({}))
-    table = claims.verdict_table("paper", tmp_path).set_index("id")
+    table = claims.verdict_table(Source("paper", tmp_path)).set_index("id")
     for density, published in PUBLISHED.items():
         row = table.loc[f"official_readings_error_{density:g}"]
         assert row["paper_value"] == pytest.approx(published)
         assert row["ours_mean"] == pytest.approx(published + 0.9, abs=0.02)
         assert row["verdict"] == "not reproduced" and row["n"] == 5
-    quick = claims.verdict_table("quick", tmp_path).set_index("id")
+    quick = claims.verdict_table(Source("quick", tmp_path)).set_index("id")
     assert quick.loc["official_readings_error_0.05", "verdict"] == "not comparable"
     assert not math.isnan(quick.loc["official_readings_error_0.05", "ours_mean"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from lib import kernels
 from lib.bench import kernels as bench
 from lib.engines import calibrate
-from lib.kernels import library
+from lib.kernels import layouts, library
 from lib.masking import Masking
 from lib.models import build_model
 
@@ -366,16 +368,10 @@ def test_clear_errors() -> None:
         kernels.batch_norm(torch.zeros(1, 3, 1, 1, 16), torch.nn.BatchNorm2d(3), 1)
 
 
-def test_without_a_compiler_one_message_and_no_crash(tmp_path: Path) -> None:
+def test_without_a_compiler_one_line_and_no_crash(tmp_path: Path) -> None:
     code = (
-        "import warnings\n"
-        "with warnings.catch_warnings(record=True) as seen:\n"
-        "    warnings.simplefilter('always')\n"
-        "    from lib import kernels\n"
-        "    assert not kernels.available() and not kernels.available()\n"
-        "assert len(seen) == 1, seen\n"
-        "assert 'no C++ compiler' in str(seen[0].message), seen[0].message\n"
-        "assert 'masked dense' in str(seen[0].message)\n"
+        "from lib import kernels\n"
+        "assert not kernels.available() and not kernels.available()\n"
         "try:\n"
         "    kernels.require()\n"
         "except RuntimeError as error:\n"
@@ -393,6 +389,53 @@ def test_without_a_compiler_one_message_and_no_crash(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "refused: no C++ compiler" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "no C++ compiler was found" in line and "masked dense layers" in line
+
+
+@pytest.fixture
+def unloaded() -> Iterator[None]:
+    """As in a process that has not asked for the kernels yet."""
+    library._load.cache_clear()
+    library._warn.cache_clear()
+    yield
+    library._load.cache_clear()
+    library._warn.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("failing", r"failed: g\+\+: error: it is broken"),
+        ("silent", "failed: exit code 1, no message"),
+        ("no program", "can't be started"),
+        ("nonsense", "file too short"),
+        ("no cache", r"can't be written \(Not a directory\); set SPARSE_CACHE"),
+    ],
+)
+def test_a_broken_compiler_or_cache_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None, case: str, reason: str
+) -> None:
+    script = {
+        "failing": "echo 'g++: error: it is broken' >&2; exit 1",
+        "silent": "exit 1",
+        "no program": "",
+        "nonsense": 'for f; do :; done; echo "no library" > "$f"',
+        "no cache": "exit 1",
+    }[case]
+    shell = "#!/bin/sh\n[ $1 = --version ] && exit 0\n" if script else "#!/no/such/shell\n"
+    broken = tmp_path / "g++"
+    broken.write_text(shell + script)
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv(
+        "SPARSE_CACHE", str(broken / "below" if case == "no cache" else tmp_path / "cache")
+    )
+    with pytest.warns(RuntimeWarning, match=reason) as told:
+        assert not kernels.available() and not kernels.available()
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    with pytest.raises(library.KernelsUnavailable, match=reason):
+        kernels.require()
 
 
 @needs_compiler
@@ -402,6 +445,47 @@ def test_failing_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(library.KernelsUnavailable, match="no-such-flag"):
         library.build()
     assert not list(tmp_path.glob("*.so"))
+
+
+@needs_compiler
+def test_compiled_once_by_whoever_is_first_and_again_when_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several at an empty cache: one compiles, all have the same whole library."""
+    source = tmp_path / "sparse.cpp"
+    source.write_text("int nothing;")
+    monkeypatch.setattr(library, "_HERE", tmp_path)
+    monkeypatch.setattr(library, "SOURCES", (source.name,))
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path / "cache"))
+
+    def build(count: int) -> tuple[set[Path], int]:
+        with ThreadPoolExecutor(count) as pool:
+            found = {
+                future.result() for future in [pool.submit(library.build) for _ in range(count)]
+            }
+        return found, capsys.readouterr().err.count("compiling")
+
+    paths, compiled = build(3)
+    assert len(paths) == 1 and compiled == 1
+    built = paths.pop()
+    whole = built.read_bytes()
+    assert list(built.parent.glob("*.so")) == [built]
+    built.write_bytes(whole[: len(whole) // 2])
+    assert build(1) == ({built}, 1) and built.read_bytes() == whole
+    assert build(1) == ({built}, 0)
+    source.write_text("int something;")
+    assert build(1)[1] == 1
+
+
+@needs_compiler
+def test_structures_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Survey(ctypes.Structure):
+        _fields_ = [*layouts.Survey._fields_, ("added", ctypes.c_int64)]
+
+    loaded = library.require()
+    monkeypatch.setattr(library, "MIRRORED", (Survey, *layouts.MIRRORED[1:]))
+    with pytest.raises(library.KernelsUnavailable, match=r"Survey .* 32 bytes, but .* has 24"):
+        library._declared(loaded)
 
 
 @needs_compiler

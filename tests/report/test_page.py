@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lib.report import report
+from lib.results.reading import Source
 from tests.support.made_up_grid import write_grid
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -64,7 +65,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("page")
     write_grid(root, "main_results", "paper")
     write_grid(root, "ablations", "quick")
-    return next(path for path in report.report("quick", root) if path.suffix == ".html")
+    return next(path for path in report.report(Source("quick", root)) if path.suffix == ".html")
 
 
 @pytest.mark.parametrize("width", [400, 1280])

@@ -10,6 +10,7 @@ import pytest
 from lib.config import Run
 from lib.report import compose
 from lib.report.prose import TEXTS, Author, Outdated
+from lib.results.reading import Source
 from tests.support.made_up_grid import write_grid
 
 Say = Callable[[str], list[str]]
@@ -36,7 +37,7 @@ def say(root: Path, tmp_path: Path) -> Say:
 
     def paragraphs(text: str) -> list[str]:
         (tmp_path / "some.md").write_text(text)
-        return list(Author(compose.names("quick", root), tmp_path).paragraphs("some.md"))
+        return list(Author(compose.names(Source("quick", root)), tmp_path).paragraphs("some.md"))
 
     return paragraphs
 
@@ -96,7 +97,7 @@ def test_mistakes_in_a_text_have_a_place(say: Say) -> None:
 
 
 def test_the_texts_themselves_hold_for_the_committed_rows() -> None:
-    author = Author(compose.names("quick", None))
+    author = Author(compose.names(Source("quick")))
     author = Author(author.names | {"findings": lambda: ""})
     for file in TEXTS.glob("*.md"):
         for text in author.paragraphs(file.name):

@@ -16,6 +16,7 @@ from lib.report import compose, readme, report
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
 from lib.report.page import to_html
 from lib.report.typeset import to_pdf
+from lib.results.reading import Source
 from tests.support.made_up_grid import write_grid
 
 SECTIONS = 10
@@ -33,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def blocks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Block]:
-    return compose.compose("quick", root, tmp_path_factory.mktemp("scratch"))
+    return compose.compose(Source("quick", root), tmp_path_factory.mktemp("scratch"))
 
 
 def test_ten_sections_and_an_appendix(blocks: list[Block]) -> None:
@@ -71,13 +72,7 @@ def test_what_is_missing_is_said_with_its_number(blocks: list[Block]) -> None:
 def test_every_table_of_an_experiment_with_rows_is_in_the_appendix(blocks: list[Block]) -> None:
     start = next(i for i, b in enumerate(blocks) if isinstance(b, Heading) and b.number == "A")
     captions = {b.caption for b in blocks[start:] if isinstance(b, Numbers)}
-    assert len(captions) >= 1 + sum(compose.owner(t) in ("main_results",) for t in TABLES)
-
-
-def test_each_figure_belongs_to_an_experiment() -> None:
-    assert compose.owner("main_results_lenet300-100") == "main_results"
-    assert compose.owner("cifar10_table_errors") == "cifar10_table"
-    assert compose.owner("verdicts") == ""
+    assert len(captions) >= 1 + sum(table.experiment == "main_results" for table in TABLES.values())
 
 
 class _Tags(HTMLParser):
@@ -112,7 +107,7 @@ def test_both_files_through_the_command_line(
 ) -> None:
     write_grid(tmp_path, "main_results", "smoke")
     assert main(["report", "--profile", "smoke", "--results", str(tmp_path)]) == 0
-    folder = figures.output_dir("smoke", tmp_path)
+    folder = figures.output_dir(Source("smoke", tmp_path))
     written = [folder / "report.html", folder / "report.pdf"]
     said = capsys.readouterr().out.splitlines()
     assert [Path(line) for line in said] == written
@@ -125,7 +120,7 @@ def test_both_files_through_the_command_line(
     pdf = written[1].read_bytes()
     assert pdf.startswith(b"%PDF-") and len(pdf) > 50_000
     before = [path.read_bytes() for path in written]
-    report.report("smoke", tmp_path)
+    report.report(Source("smoke", tmp_path))
     assert [path.read_bytes() for path in written] == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -150,7 +145,7 @@ def test_texts_are_no_markup(tmp_path: Path) -> None:
 
 
 def test_without_runs_it_says_so(tmp_path: Path) -> None:
-    found = compose.compose("smoke", tmp_path, tmp_path)
+    found = compose.compose(Source("smoke", tmp_path), tmp_path)
     assert not [b for b in found if isinstance(b, Picture)]
     said = " ".join(b.markdown for b in found if isinstance(b, Prose))
     assert said.count("Not yet computed at reduced scale (smoke)") >= 5
@@ -159,7 +154,7 @@ def test_without_runs_it_says_so(tmp_path: Path) -> None:
 
 def test_an_unknown_profile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown profile 'smok': did you mean 'smoke'"):
-        report.report("smok", tmp_path)
+        report.report(Source("smok", tmp_path))
 
 
 def test_findings_stand_between_the_comments_of_the_readme() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -20,18 +21,18 @@ from hypothesis import strategies as st
 
 from lib import paths
 from lib.config import Run
+from lib.results.columns import NULLABLE, RUN_ID
+from lib.results.merge import merge
 from lib.results.published import EXTRA, PublishedError, published, published_names
 from lib.results.store import (
     COLUMNS,
     CURVE_COLUMNS,
     LAYER_COLUMNS,
-    NULLABLE,
-    RUN_ID,
     ResultsError,
+    WriteError,
     append_run,
     curves_path,
     layers_path,
-    merge,
     read_curves,
     read_layers,
     read_runs,
@@ -42,7 +43,6 @@ from tests.support.made_up_runs import (
     add,
     assert_whole,
     make_curves,
-    make_id,
     make_layers,
     make_row,
 )
@@ -91,7 +91,7 @@ def test_what_is_read_can_be_appended_elsewhere(csv: Path, tmp_path: Path) -> No
 @settings(max_examples=30, deadline=None)
 @given(
     loss=st.floats(allow_nan=False, allow_infinity=False),
-    total=st.integers(-(2**62), 2**62),
+    total=st.integers(0, 2**63 - 1),
     text=st.text(st.characters(exclude_characters="\n\r\0", exclude_categories=("Cs",))),
 )
 def test_any_value_survives(
@@ -165,6 +165,19 @@ def test_the_id_of_a_run_has_the_form_that_reading_expects() -> None:
         ({"status": "diverged"}, "expected no value in a diverged run"),
         ({"test_error_pct": None}, "test_error_pct is '', expected a number"),
         ({"run_id": "lenet-0123"}, "run_id is 'lenet-0123'"),
+        ({"model": "lenet5"}, "expected lenet5_sparse_momentum_d0.05_s1-..."),
+        ({"method": "set"}, "expected lenet300-100_set_d0.05_s1-..."),
+        ({"density": 0.1}, "expected lenet300-100_sparse_momentum_d0.1_s1-..."),
+        ({"seed": 2}, "expected lenet300-100_sparse_momentum_d0.05_s2-..."),
+        ({"seed": 2**63}, "seed is '9223372036854775808', expected a whole number from 0 to"),
+        ({"seed": 10**25}, "seed is '10000000000000000000000000', expected a whole number"),
+        ({"weights_total": -1}, "weights_total is '-1', expected a whole number from 0"),
+        ({"test_error_pct": 100.5}, "test_error_pct is '100.5', expected 0 to 100"),
+        ({"val_error_pct": -0.1}, "val_error_pct is '-0.1', expected 0 to 100"),
+        ({"device": "a\0b"}, "on one line"),
+        ({"device": "a\rb"}, "on one line"),
+        ({"device": "\ud800"}, "device is '\\ud800'"),
+        ({"device": "x" * 200_000}, "field larger than field limit"),
         ({"colour": 1}, "unknown ['colour']"),
     ],
 )
@@ -211,7 +224,7 @@ def _field(name: str, value: str, line: int = 3) -> Callable[[str], str]:
     [
         ("runs", lambda t: t.replace("density,", "sparsity,", 1), ":1:", "unknown: sparsity"),
         ("runs", lambda t: "", ":1:", "header is ''"),
-        ("runs", lambda t: t.replace("\n", "\r\n"), ":1:", "header"),
+        ("runs", lambda t: t.replace("\n", "\r\n"), ":1:", "a carriage return"),
         ("runs", lambda t: t[:-1], ":4:", "last line is not ended"),
         ("runs", lambda t: t[:-40], ":4:", "last line is not ended"),
         ("runs", lambda t: t + "lenet,1,2\n", ":5:", "3 fields, expected 47"),
@@ -230,13 +243,31 @@ def _field(name: str, value: str, line: int = 3) -> Callable[[str], str]:
         ("runs", _field("run_id", "lenet_s2-00000000g2"), ":3:", "run_id is"),
         ("runs", _field("run_id", "lenet_s2-002"), ":3:", "10 digits of 0-9a-f"),
         ("runs", _field("model", ""), ":3:", "model is '', expected a value"),
-        ("runs", _field("model", '"a\nb"'), ":3:", "line break"),
-        ("runs", _field("device", 'a"b\rc'), ":3:", "new-line"),
+        ("runs", _field("model", '"a\nb"'), ":3:", "a quote is opened and not closed"),
+        ("runs", _field("device", '"plain'), ":3:", "a quote is opened and not closed"),
+        ("runs", _field("device", '"plain', 4), ":4:", "a quote is opened and not closed"),
+        ("runs", _field("device", '"pl"ain'), ":3:", "expected after"),
+        ("runs", _field("device", "a\rc"), ":3:", "a carriage return"),
+        ("runs", _field("device", "a\0c"), ":3:", "a NUL byte"),
+        (
+            "runs",
+            _field("seed", "12345678901234567890123456"),
+            ":3:",
+            "from 0 to 9223372036854775807",
+        ),
+        ("runs", _field("seed", "9223372036854775808"), ":3:", "from 0 to 9223372036854775807"),
+        ("runs", _field("seed", "-2"), ":3:", "seed is '-2', expected a whole number"),
+        ("runs", _field("seed", "5"), ":3:", "expected lenet300-100_sparse_momentum_d0.05_s5-..."),
+        ("runs", _field("model", "lenet5"), ":3:", "expected lenet5_sparse_momentum_d0.05_s2-..."),
+        ("runs", _field("test_error_pct", "101"), ":3:", "'101', expected 0 to 100"),
+        ("runs", _field("val_error_pct", "-1"), ":3:", "'-1', expected 0 to 100"),
         ("runs", _field("device", "\udcff"), ":3:", "not UTF-8 (byte 0xff)"),
         ("curves", lambda t: t[:-3], ":16:", "last line is not ended"),
         ("curves", _field("epoch", "1", 4), ":4:", "epoch 1 is on line 2 already"),
         ("curves", _field("lr", "fast", 4), ":4:", "lr is 'fast'"),
         ("curves", _field("run_id", "x", 4), ":4:", "run_id is 'x'"),
+        ("curves", lambda t: t + t.split("\n")[1] + "\n", ":17:", "epoch 1 is on line 2 already"),
+        ("curves", _field("val_error_pct", "100.1", 4), ":4:", "expected 0 to 100"),
         ("layers", _field("layer", "fc0.weight"), ":3:", "layer fc0.weight is on line 2 already"),
         ("layers", lambda t: t.replace("active", "alive"), ":1:", "missing: active"),
     ],
@@ -245,10 +276,11 @@ def test_a_foreign_or_damaged_file_is_refused_with_file_and_line(
     csv: Path, file: str, edit: Callable[[str], str], place: str, message: str
 ) -> None:
     for i in (1, 2, 3):
-        plain = {name: "plain" for name, kind in COLUMNS.items() if kind is str}
+        named = ("run_id", "model", "method", "status")
+        plain = {n: "plain" for n, kind in COLUMNS.items() if kind is str and n not in named}
         append_run(
             csv,
-            make_row(i) | plain | {"run_id": make_id(i), "status": "ok"},
+            make_row(i) | plain,
             make_curves(i),
             make_layers(i),
         )
@@ -260,10 +292,35 @@ def test_a_foreign_or_damaged_file_is_refused_with_file_and_line(
     with pytest.raises(ResultsError, match=re.escape(message)) as caught:
         read(csv)
     assert str(caught.value).startswith(f"{path}{place}")
-    if file == "runs":  # and nothing is ever added to such a file
-        with pytest.raises(ResultsError):
-            add(csv, 9)
-        assert path.read_bytes() == damaged
+    before = {p: p.read_bytes() for p in csv.parent.iterdir()}
+    with pytest.raises(ResultsError):  # and nothing is ever added to such a file
+        add(csv, 9)
+    assert {p: p.read_bytes() for p in csv.parent.iterdir()} == before
+
+
+def test_a_disk_that_refuses_loses_no_row_and_is_named(
+    csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(csv, 1)
+    before = {p: p.read_bytes() for p in csv.parent.iterdir()}
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WriteError) as caught:
+            add(csv, 2)
+    assert str(caught.value).startswith(f"{layers_path(csv)}: can't be written (No space left on")
+    assert "the rows that it had are safe" in str(caught.value)
+    assert {p: p.read_bytes() for p in csv.parent.iterdir()} == before  # and no .tmp
+    assert add(csv, 2) and assert_whole(csv) == [1, 2]
+    (csv.parent / "file").touch()
+    with pytest.raises(WriteError, match=r"x\.csv: can't be written \(\S+file is no folder"):
+        add(csv.parent / "file" / "x.csv", 1)
+    (csv.parent / "folder.csv").mkdir()
+    with pytest.raises(ResultsError, match=r"folder\.csv: can't be read \(Is a directory\)"):
+        read_runs(csv.parent / "folder.csv")
 
 
 # ------------------------------------------------------------------------------- several writers
@@ -389,8 +446,8 @@ def test_a_kill_at_any_system_call_leaves_whole_rows(csv: Path) -> None:
         [sys.executable, "-c", code, str(csv)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    # lock, and write out and rename of three files, each killed before and after
-    assert int(done.stdout) >= 2 * (1 + 3 * 2)
+    # lock, write out and rename of three files, folder twice, each killed before and after
+    assert int(done.stdout) >= 2 * (1 + 3 * 2 + 2 * 2)
 
 
 def test_rows_that_a_killed_append_left_are_replaced(csv: Path) -> None:
@@ -468,7 +525,7 @@ def test_reading_and_statistics_need_no_torch() -> None:
         "        if name.split('.')[0] in ('torch', 'torchvision'):\n"
         "            raise ImportError('torch is not for this')\n"
         "sys.meta_path.insert(0, NoTorch())\n"
-        "import lib.paths, lib.results.store, lib.stats, lib.results.published\n"
+        "import lib.paths, lib.results.merge, lib.stats, lib.results.published\n"
         "print(len(lib.results.published.published('cifar10_table')))"
     )
     done = subprocess.run(

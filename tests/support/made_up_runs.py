@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lib.config import Run
 from lib.results.store import (
     COLUMNS,
     CURVE_COLUMNS,
@@ -21,13 +22,22 @@ def make_id(i: int) -> str:
     return f"lenet300-100_sparse_momentum_d0.05_s{i}-{i:010x}"
 
 
+def named_by(run: Run) -> dict[str, Any]:
+    """The id of a run, and the columns that its id must agree with."""
+    names = ("run_id", "model", "method", "density", "seed")
+    return {name: getattr(run, name) for name in names}
+
+
 def make_row(i: int, **changes: Any) -> dict[str, Any]:
     """A row of run number i, with values of every type."""
     row: dict[str, Any] = {
         name: {str: f'{name}, "x"', int: i, float: i / 7, bool: i % 2 == 0}[kind]
         for name, kind in COLUMNS.items()
     }
-    row |= {"run_id": make_id(i), "status": "ok", "seed": i, "overrides": ""}
+    run = {"model": "lenet300-100", "method": "sparse_momentum", "density": 0.05, "seed": i}
+    shares = {"density_final": 0.05, "prune_rate": 0.2}
+    errors = {"test_error_pct": i % 700 / 7, "val_error_pct": i % 700 / 7}
+    row |= {"run_id": make_id(i), "status": "ok", "overrides": "", **run, **shares, **errors}
     return row | changes
 
 

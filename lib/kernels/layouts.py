@@ -1,0 +1,87 @@
+"""Structures of the C++ sources, mirrored by hand for ctypes.
+
+Whoever changes one changes the other: on loading, the library's sizes are compared with these
+(lib/kernels/library.py). Arrays are addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_INT, _REAL, _FLOAT, _ARRAY = ctypes.c_int64, ctypes.c_double, ctypes.c_float, ctypes.c_void_p
+
+
+class Survey(ctypes.Structure):
+    """What an update has to know of a layer: how many weights are `active`, the sum of |momentum|
+    over these, the largest |weight| and |momentum| (NaN or infinite where one of them is).
+    """
+
+    _fields_ = [
+        ("active", _INT),
+        ("momentum", _REAL),
+        ("largest_weight", _FLOAT),
+        ("largest_momentum", _FLOAT),
+    ]
+
+
+class Room(ctypes.Structure):
+    """ActiveList of select.hpp: where the places and values of the active weights go."""
+
+    _fields_ = [("room", _INT), ("place", _ARRAY), ("weight", _ARRAY)]
+
+
+class Nonzeros(ctypes.Structure):
+    """Addresses of the arrays that describe the non-zeros of a matrix [rows, columns].
+
+    By row: `index` int64, their places in the flat matrix, and int32 `column`, those of row r from
+    row_start[r] to row_start[r + 1]. By column likewise `row`, and `place`, where each stands in
+    the order by row. In that order what is held there: float32 `value` and `value_momentum`.
+    """
+
+    _fields_ = [
+        ("rows", _INT),
+        ("columns", _INT),
+        ("index", _ARRAY),
+        ("row_start", _ARRAY),
+        ("column", _ARRAY),
+        ("column_start", _ARRAY),
+        ("row", _ARRAY),
+        ("place", _ARRAY),
+        ("value", _ARRAY),
+        ("value_momentum", _ARRAY),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """PerceptronLayer of perceptron.hpp."""
+
+    _fields_ = [
+        ("inputs", _INT),
+        ("outputs", _INT),
+        ("weight", _ARRAY),
+        ("momentum", _ARRAY),
+        ("multiplier", _ARRAY),
+        ("gradient", _ARRAY),
+        ("bias", _ARRAY),
+        ("bias_momentum", _ARRAY),
+        ("nonzeros", _INT),
+        ("row_start", _ARRAY),
+        ("column", _ARRAY),
+        ("value", _ARRAY),
+        ("value_momentum", _ARRAY),
+        ("column_start", _ARRAY),
+        ("row", _ARRAY),
+        ("place", _ARRAY),
+        ("scale", _ARRAY),
+        ("scale_momentum", _ARRAY),
+        ("shift", _ARRAY),
+        ("shift_momentum", _ARRAY),
+        ("mean", _ARRAY),
+        ("variance", _ARRAY),
+        ("norm_momentum", _FLOAT),
+        ("eps", _FLOAT),
+    ]
+
+
+# In the order of `sparse_sizes` in sparse.cpp.
+MIRRORED: tuple[type[ctypes.Structure], ...] = (Survey, Room, Nonzeros, Layer)
