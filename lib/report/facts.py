@@ -153,7 +153,7 @@ class Cells:
 
     experiment: str
     profiles: tuple[str, ...]
-    root: Path | None
+    root: str | Path | None
     wanted: tuple[tuple[str, Any], ...] = ()
     seen: set[str] = field(default_factory=set, compare=False)
 
@@ -276,7 +276,7 @@ _CELL += ["schedule", "momentum", "precision", "kernels", "keep_dense", "overrid
 class Clock:
     """What `python -m lib bench` measured; whose machine it was is part of every sentence."""
 
-    root: Path | None
+    root: str | Path | None
 
     @functools.cached_property
     def steps(self) -> pd.DataFrame:

@@ -37,7 +37,7 @@ def table(name: str) -> Callable[[Callable[[Names], Table]], Callable[[Names], T
 class Verdicts:
     """The verdict on each claim, at the largest scale at which its runs are."""
 
-    def __init__(self, scales: Sequence[str], root: Path | None) -> None:
+    def __init__(self, scales: Sequence[str], root: str | Path | None) -> None:
         self.scales, self.root = scales, root
 
     @functools.cached_property
@@ -235,7 +235,7 @@ def _list(values: pd.Series) -> str:
     return ", ".join(sorted({str(v) for v in values}))
 
 
-def todo(wanted: Iterable[Cells], root: Path | None) -> str:
+def todo(wanted: Iterable[Cells], root: str | Path | None) -> str:
     """What of these experiments is not computed at the paper's scale, in one paragraph; or ""."""
     parts = []
     for cells in wanted:
@@ -253,7 +253,7 @@ def todo(wanted: Iterable[Cells], root: Path | None) -> str:
 class Cost:
     """Hours that missing runs would take on the machine of the rows."""
 
-    def __init__(self, root: Path | None) -> None:
+    def __init__(self, root: str | Path | None) -> None:
         self.root = root
 
     note = ""
@@ -276,7 +276,7 @@ def really_dense() -> str:
 class Window:
     """Training FLOPs in % of dense, by network and K mini-batches of dense gradients (0: all)."""
 
-    def __init__(self, root: Path | None) -> None:
+    def __init__(self, root: str | Path | None) -> None:
         self.root = root
 
     def __getitem__(self, at: tuple[str, int]) -> float:
