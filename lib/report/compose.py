@@ -36,6 +36,7 @@ def names(source: Source) -> dict[str, Any]:
     """What the texts may use."""
     scales, root = facts.scales(source.profile), source.root
     cells = {name: Cells(name, scales, root) for name in experiments.EXPERIMENTS}
+    costs = tables.Cost(root)
     networks = cells["baseline_network"]
     their_way = {"model": "lenet300-100-bn", "update_every_steps": 300}
     return {
@@ -55,9 +56,9 @@ def names(source: Source) -> dict[str, Any]:
         "paper": facts.paper,
         "percents": facts.percents,
         "numbers": facts.NUMBERS,
-        "todo": lambda *wanted: tables.todo(wanted, root),
+        "todo": lambda *wanted: tables.todo(wanted, costs),
         "verdicts": tables.Verdicts(scales, root),
-        "cost": tables.Cost(root),
+        "cost": costs,
     }
 
 

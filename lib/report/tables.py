@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lib import claims, experiments
+from lib import claims, experiments, paths
 from lib.figures import Table
 from lib.report.facts import Cells, Value, scale_name
 from lib.results.clock import window_flops
-from lib.results.reading import METHOD_NAMES, NoRuns, Source, load, published_rows
+from lib.results.reading import METHOD_NAMES, NoRuns, Runs, Source, load, published_rows
+from lib.runs import cost
 
 Names = dict[str, Any]
 TABLES: dict[str, Callable[[Names], Table]] = {}
@@ -173,7 +175,7 @@ def experiments_name(model: str) -> str:
 
 
 @table("cost")
-def cost(names: Names) -> Table:
+def missing(names: Names) -> Table:
     """What is missing at the paper's scale, and the hours it would take."""
     lines = []
     for name, this in experiments.EXPERIMENTS.items():
@@ -186,7 +188,7 @@ def cost(names: Names) -> Table:
                     "question": this.title,
                     "runs missing": f"{runs.missing:,} of {len(runs.planned):,}",
                     "shown here": scale_name(cells.profile) if cells.profile else "not at all",
-                    "hours": names["cost"].hours(runs),
+                    "core-hours": names["cost"].hours(runs),
                 }
             )
     if not lines:
@@ -235,36 +237,66 @@ def _list(values: pd.Series) -> str:
     return ", ".join(sorted({str(v) for v in values}))
 
 
-def todo(wanted: Iterable[Cells], root: str | Path | None) -> str:
+def todo(wanted: Iterable[Cells], costs: Cost) -> str:
     """What of these experiments is not computed at the paper's scale, in one paragraph; or ""."""
     parts = []
     for cells in wanted:
-        runs = load(cells.experiment, Source(cells.profiles[0], root), **dict(cells.wanted))
+        runs = load(cells.experiment, Source(cells.profiles[0], cells.root), **dict(cells.wanted))
         if not runs.missing:
             continue
         done = len(runs.planned) - runs.missing
         state = f"{runs.missing:,} of its {len(runs.planned):,}" if done else f"{runs.missing:,}"
-        parts.append(f"`{cells.experiment}`, {state} runs{Cost(root).text(runs)}")
+        parts.append(f"`{cells.experiment}`, {state} runs{costs.text(runs)}")
     if not parts:
         return ""
     return f"*Not yet computed at {scale_name(cells.profiles[0])}:* {'; '.join(parts)}."
 
 
 class Cost:
-    """Hours that missing runs would take on the machine of the rows."""
+    """Core-hours that missing runs would take, by the rows of the processor that has most of them.
+
+    Equal rows give equal hours, on whatever machine the report is built.
+    """
 
     def __init__(self, root: str | Path | None) -> None:
-        self.root = root
+        self.root = Path(root) if root else paths.REPO / "results"
 
-    note = ""
+    @functools.cached_property
+    def _known(self) -> tuple[str, cost.Estimator] | None:
+        rows = cost.rows_under(self.root)
+        rows = rows[rows["train_seconds"] > 0]
+        if rows.empty:
+            return None
+        processor = str(rows["device"].value_counts().idxmax())
+        return processor, cost.Estimator(rows[rows["device"] == processor], "cpu")
 
-    def hours(self, runs: Any) -> str:
-        """Of the missing runs, side by side on all cores."""
-        return "–"
+    @property
+    def note(self) -> str:
+        """Whose hours these are."""
+        if self._known is None:
+            return ""
+        return (
+            f"Core-hours of {self._known[0]} by the rows in the repository; for a network without "
+            "rows by those of the network with the nearest FLOPs."
+        )
 
-    def text(self, runs: Any) -> str:
-        """ " (about 12 h)"."""
-        return ""
+    def hours(self, runs: Runs) -> str:
+        """ "12", two digits, of the missing ones among these runs."""
+        if self._known is None:
+            return "–"
+        done = {*runs.rows["run_id"], *runs.diverged["run_id"]}
+        seconds = sum(self._known[1].seconds(r) for r in runs.planned if r.run_id not in done)
+        return _two_digits(seconds / 3600)
+
+    def text(self, runs: Runs) -> str:
+        """ " (12 core-hours)"."""
+        hours = self.hours(runs)
+        return f" ({hours} core-hours)" if hours != "–" else ""
+
+
+def _two_digits(value: float) -> str:
+    digits = 1 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
 def really_dense() -> str:
