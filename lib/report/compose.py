@@ -105,19 +105,24 @@ class _Composer:
         registry = FIGURES if kind == "figure" else TABLES
         if name not in registry:
             raise ValueError(f"the report asks for a {kind} {name!r} that lib/figures doesn't have")
-        cells: Cells = self.names[registry[name].experiment]
-        profile = (cells.of(dataset=dataset) if dataset else cells).profile
+        entry = registry[name]
+        if getattr(entry, "place", ""):  # of the clock, which no scale changes
+            profile = self.source.profile
+        else:
+            cells: Cells = self.names[entry.experiment]
+            profile = (cells.of(dataset=dataset) if dataset else cells).profile
         if not profile or (kind, name, profile) in self.shown:
             return
         self.shown.add((kind, name, profile))
         try:
-            made: Plot | Table = registry[name](self.source.at(profile))
+            made: Plot | Table = entry(self.source.at(profile))
         except NoRuns:
             return
+        said = " ".join(filter(None, (caption, _plain(getattr(made, "caption", "")))))
         if isinstance(made, Table):
-            self._number(made, caption or made.caption)
+            self._number(made, said)
         else:
-            self._picture(made, caption, f"{profile}_{name}")
+            self._picture(made, said, f"{profile}_{name}")
 
     def _number(self, table: Table, caption: str) -> None:
         self.count["Table"] += 1
@@ -136,6 +141,8 @@ class _Composer:
     def _appendix(self) -> None:
         """Every table of every experiment, once, at its largest scale."""
         self.found.append(Heading(1, "Appendix: all tables", "A"))
+        self._show("table", "extensions", "What we add to the paper's claims, and what came of it.")
+        self._show("table", "values", "Published values and ours.")
         self._show("table", "experiments", "Every experiment: its runs, and where they were made.")
         for name, experiment in experiments.EXPERIMENTS.items():
             at = len(self.found)
@@ -145,3 +152,8 @@ class _Composer:
             if len(self.found) > at:
                 where = f"{experiment.title} ({facts.scale_name(self.names[name].profile)})"
                 self.found.insert(at, Heading(2, where))
+
+
+def _plain(text: str) -> str:
+    """A text as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)

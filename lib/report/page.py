@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -87,4 +88,4 @@ def _inline(text: str) -> str:
 
 def _plain(text: str) -> str:
     """For an attribute: without Markdown's signs."""
-    return html.escape(text.replace("`", "").replace("*", ""), quote=True)
+    return html.escape(html.unescape(re.sub("<[^>]+>", "", _inline(text))), quote=True)

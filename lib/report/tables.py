@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lib import claims, experiments, paths
+from lib.config import Run
 from lib.figures import Table
 from lib.report.facts import Cells, Value, scale_name
 from lib.results.clock import window_flops
@@ -37,38 +38,83 @@ def table(name: str) -> Callable[[Callable[[Names], Table]], Callable[[Names], T
 
 
 class Verdicts:
-    """The verdict on each claim, at the largest scale at which its runs are."""
+    """What the rows say about the authors' claims, about what we add, and about single values; each
+    at the largest scale that has its rows.
+    """
 
     def __init__(self, scales: Sequence[str], root: str | Path | None) -> None:
-        self.scales, self.root = scales, root
+        every = [Source(scale, root) for scale in scales]
+        self.sources = [
+            source
+            for source in every
+            if source == every[0] or any(paths.results_dir(source.profile, root).glob("*.csv"))
+        ]
 
     @functools.cached_property
-    def all(self) -> pd.DataFrame:
-        """One row per claim, with its `profile`; where no scale has runs, the first one's row."""
-        frames = [
-            claims.verdict_table(Source(scale, self.root)).assign(profile=scale)
-            for scale in self.scales
-        ]
-        chosen = frames[0].copy()
-        for frame in frames[1:]:
-            without = (chosen["verdict"] == claims.NO_RUNS) & (frame["verdict"] != claims.NO_RUNS)
-            chosen[without] = frame[without]
-        return chosen
+    def authors(self) -> pd.DataFrame:
+        """The authors' own claims (`claims.scorecard`)."""
+        return self._chosen(claims.scorecard)
 
-    def count(self, verdict: str) -> int:
-        """How many claims have this verdict."""
-        return int((self.all["verdict"] == verdict).sum())
+    @functools.cached_property
+    def extensions(self) -> pd.DataFrame:
+        """What this reproduction adds (`claims.extensions`)."""
+        return self._chosen(claims.extensions)
+
+    @functools.cached_property
+    def values(self) -> pd.DataFrame:
+        """Published values that our runs can be held against: at the paper's scale only."""
+        return claims.published_values(self.sources[0]).assign(profile=self.sources[0].profile)
+
+    def _chosen(self, table: Callable[[Source], pd.DataFrame]) -> pd.DataFrame:
+        first, *others = [table(source).assign(profile=source.profile) for source in self.sources]
+        for frame in others:
+            without = (first["verdict"] == claims.NO_RUNS) & (frame["verdict"] != claims.NO_RUNS)
+            first = first.where(~without, frame)
+        return first
+
+    @property
+    def counted(self) -> str:
+        """ "Of the authors' 25 claims 3 are reproduced, ..."."""
+        found = [f"{n} {verdict}" for verdict, n in claims.counts(self.authors).items()]
+        return f"Of the authors' {len(self.authors)} claims: {', '.join(found)}"
+
+    @property
+    def values_counted(self) -> str:
+        """The same for single published values."""
+        found = [f"{n} {verdict}" for verdict, n in claims.counts(self.values).items()]
+        return f"{len(self.values)} published values: {', '.join(found)}"
 
 
 @table("scorecard")
 def scorecard(names: Names) -> Table:
-    """The authors' claims, each with the paper's value, ours and the verdict."""
-    found = names["verdicts"].all
+    """The authors' claims, each with its place, the paper's value, ours and the verdict."""
+    return _judged(names["verdicts"].authors, "place in the paper")
+
+
+@table("extensions")
+def extensions(names: Names) -> Table:
+    """What this reproduction adds, never counted with the authors' claims."""
+    found = names["verdicts"].extensions
+    return _judged(found[found["verdict"] != claims.NO_RUNS], "about")
+
+
+@table("values")
+def values(names: Names) -> Table:
+    """Published values that our runs can be held against, those with rows."""
+    found = names["verdicts"].values
+    found = found[found["verdict"] != claims.NO_RUNS]
+    return _judged(found, "file")
+
+
+def _judged(found: pd.DataFrame, place: str) -> Table:
+    if found.empty:
+        raise NoRuns("no claim has rows")
     lines = [
         {
             "claim": row["claim"],
+            place: row["source"],
             "paper": row["paper"],
-            "ours": row["ours"],
+            "ours [95 % interval]": row["ours"],
             "n": str(row["n"] or "–"),
             "verdict": row["verdict"] + _at(row),
         }
@@ -260,6 +306,7 @@ class Cost:
 
     def __init__(self, root: str | Path | None) -> None:
         self.root = Path(root) if root else paths.REPO / "results"
+        self._found: dict[tuple[Any, ...], float] = {}
 
     @functools.cached_property
     def _known(self) -> tuple[str, cost.Estimator] | None:
@@ -285,13 +332,24 @@ class Cost:
         if self._known is None:
             return "–"
         done = {*runs.rows["run_id"], *runs.diverged["run_id"]}
-        seconds = sum(self._known[1].seconds(r) for r in runs.planned if r.run_id not in done)
-        return _two_digits(seconds / 3600)
+        left = [run for run in runs.planned if run.run_id not in done]
+        return _two_digits(sum(map(self._seconds, left)) / 3600)
+
+    def _seconds(self, run: Run) -> float:
+        """Of one run; runs that differ in nothing that costs are looked up once."""
+        key = tuple(getattr(run, name) for name in _COSTS)
+        if key not in self._found and self._known is not None:
+            self._found[key] = self._known[1].seconds(run)
+        return self._found[key]
 
     def text(self, runs: Runs) -> str:
         """ " (12 core-hours)"."""
         hours = self.hours(runs)
         return f" ({hours} core-hours)" if hours != "–" else ""
+
+
+_COSTS = ("dataset", "model", "method", "density", "kernels", "precision", "epochs")
+_COSTS += ("train_samples", "val_fraction")
 
 
 def _two_digits(value: float) -> str:
