@@ -734,8 +734,9 @@ def unique(found: Iterable[Run]) -> list[Run]:
     return list({run.run_id: run for run in found}.values())
 
 
-def select(found: Sequence[Run], only: Sequence[str]) -> list[Run]:
+def select(found: Sequence[Run], only: str | Sequence[str]) -> list[Run]:
     """The runs with all the given "field=value"; several values of one field mean any of them."""
+    only = [only] if isinstance(only, str) else only
     wanted: dict[str, list[Any]] = {}
     for text in only:
         name, separator, value = text.partition("=")
