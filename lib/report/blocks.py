@@ -39,11 +39,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table and what it shows (Markdown); `name` is its number ("Table 3")."""
+    """A table and what it shows (Markdown); `name` is its number ("Table 3"). `whole`: on one
+    page, where there is room.
+    """
 
     table: Table
     caption: str
     name: str
+    whole: bool = False
 
 
 Block = Heading | Prose | Picture | Numbers

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from lib import experiments
+from lib import claims, experiments
 from lib.figures import FIGURES, STYLE, TABLES, Plot, Table
 from lib.report import facts, tables
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
@@ -50,6 +50,7 @@ def names(source: Source) -> dict[str, Any]:
         "clock": Clock(root),
         "depth": facts.Depth(cells["depth_scaling"]),
         "readings": experiments.READINGS,
+        "rule": claims.RULE,
         "really": tables.really_dense(),
         "window": tables.Window(root),
         "gap": facts.gap,
@@ -73,6 +74,7 @@ class _Composer:
         self.folder = folder
         self.found: list[Block] = []
         self.count = {"Figure": 0, "Table": 0}
+        self.appendix = False
         self.shown: set[tuple[str, str, str]] = set()
 
     def blocks(self) -> list[Block]:
@@ -118,7 +120,7 @@ class _Composer:
             made: Plot | Table = entry(self.source.at(profile))
         except NoRuns:
             return
-        said = " ".join(filter(None, (caption, _plain(getattr(made, "caption", "")))))
+        said = caption or _plain(getattr(made, "caption", "") or entry.caption)
         if isinstance(made, Table):
             self._number(made, said)
         else:
@@ -126,7 +128,9 @@ class _Composer:
 
     def _number(self, table: Table, caption: str) -> None:
         self.count["Table"] += 1
-        self.found.append(Numbers(table, caption, f"Table {self.count['Table']}"))
+        number = f"Table {self.count['Table']}"
+        whole = not self.appendix and len(table.frame) < 26
+        self.found.append(Numbers(table, caption, number, whole))
 
     def _picture(self, plot: Plot, caption: str, stem: str) -> None:
         """Save a figure as vectors that both outputs take; equal figures give equal bytes."""
@@ -140,6 +144,7 @@ class _Composer:
 
     def _appendix(self) -> None:
         """Every table of every experiment, once, at its largest scale."""
+        self.appendix = True
         self.found.append(Heading(1, "Appendix: all tables", "A"))
         self._show("table", "extensions", "What we add to the paper's claims, and what came of it.")
         self._show("table", "values", "Published values and ours.")

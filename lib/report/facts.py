@@ -29,7 +29,7 @@ from lib.results.reading import (
     load,
     published_rows,
 )
-from lib.stats import paired_difference, t_interval
+from lib.stats import paired_difference, t_interval, wilson
 
 Side = str | Mapping[str, Any]  # a method, or fields of its runs
 
@@ -87,18 +87,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Count:
-    """k of n with Wilson's 95 % interval of the share (Wilson 1927)."""
+    """k of n with Wilson's 95 % interval of the share."""
 
     k: int
     n: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Low and high, from 0 to 1."""
-        z, p = 1.959964, self.k / self.n
-        middle, spread = p + z * z / (2 * self.n), p * (1 - p) + z * z / (4 * self.n)
-        half, scale = z * math.sqrt(spread / self.n), 1 + z * z / self.n
-        return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
     def __str__(self) -> str:
         return f"{self.k} of {self.n}"
@@ -106,8 +98,8 @@ class Count:
     @property
     def ci(self) -> str:
         """ "3 of 20 (5 to 36 %)"."""
-        low, high = (round(100 * end) for end in self.interval)
-        return f"{self} ({low} to {high} %)"
+        share = wilson(self.k, self.n)
+        return f"{self} ({100 * share.low:.0f} to {100 * share.high:.0f} %)"
 
 
 @dataclass(frozen=True)

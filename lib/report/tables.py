@@ -348,8 +348,8 @@ class Cost:
         return f" ({hours} core-hours)" if hours != "–" else ""
 
 
-_COSTS = ("dataset", "model", "method", "density", "kernels", "precision", "epochs")
-_COSTS += ("train_samples", "val_fraction")
+_COSTS = ["dataset", "model", "method", "density", "kernels", "precision", "epochs"]
+_COSTS += ["train_samples", "val_fraction"]
 
 
 def _two_digits(value: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mistune
+import pandas as pd
 
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose, is_number
 
@@ -65,12 +66,21 @@ def _table(block: Numbers) -> str:
         f"{{{_inline(block.caption)}}}",
         f"{size}pt",
         _quoted(block.table.note),
-        f"({'auto, ' * wide})",
+        f"({', '.join(_width(frame[c]) for c in frame.columns)},)",
         f"({align},)",
         f"({', '.join(map(_quoted, frame.columns))},)",
         *cells,
     ]
-    return f"#numbers({', '.join(said)})"
+    whole = str(block.whole).lower()
+    return f"#numbers(whole: {whole}, {', '.join(said)})"
+
+
+def _width(column: pd.Series) -> str:
+    """As wide as the texts, or a share of what is left where they are long."""
+    lengths = column.astype(str).str.len()
+    if lengths.max() <= 28:
+        return "auto"
+    return f"{max(lengths.mean(), 0.45 * lengths.max()) / 10:.2f}fr"
 
 
 def _parsed(text: str) -> list[dict[str, Any]]:
