@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib as mpl
 
 from lib import claims, experiments
+from lib.claims.effects import rules
+from lib.claims.learning import VARIANTS
 from lib.figures import FIGURES, STYLE, TABLES, Plot, Table
 from lib.report import facts, tables
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
@@ -33,33 +35,52 @@ def findings(source: Source) -> str:
 
 
 def names(source: Source) -> dict[str, Any]:
-    """What the texts may use."""
+    """What the texts may use: the experiments, parts of them, other rows, and words."""
     scales, root = facts.scales(source.profile), source.root
     cells = {name: Cells(name, scales, root) for name in experiments.EXPERIMENTS}
     costs = tables.Cost(root)
-    networks = cells["baseline_network"]
-    their_way = {"model": "lenet300-100-bn", "update_every_steps": 300}
     return {
         **cells,
+        **_parts(cells),
+        "depth": facts.Depth(cells["depth_scaling"]),
+        "clock": Clock(root),
+        "window": tables.Window(root),
+        "verdicts": tables.Verdicts(scales, root),
+        "cost": costs,
+        "todo": lambda *wanted: tables.todo(wanted, costs),
+        "paper": facts.paper,
+        "gap": facts.gap,
+        "really": tables.really_dense(),
+        "rule": claims.RULE,
+    }
+
+
+def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
+    """Parts of experiments, and sides to compare, by short names."""
+    networks = cells["baseline_network"]
+    start = {"method": "sparse_momentum", "prune_rate": 0.2, "schedule": "cosine", "momentum": 0.9}
+    return {
         "plain_network": networks.of(model="lenet300-100"),
         "normed_network": networks.of(
             model="lenet300-100-bn", init="uniform", update_every_steps=0
         ),
         "half_output": networks.of(model="lenet300-100-bn", init="half_output"),
-        "their_way": networks.of(**their_way),
-        "clock": Clock(root),
-        "depth": facts.Depth(cells["depth_scaling"]),
+        "their_way": networks.of(model="lenet300-100-bn", update_every_steps=300),
+        "lenet_starts": cells["initial_densities"].of(model="lenet300-100"),
+        "mnist_parts": cells["ablations"].of(dataset="mnist", model="lenet300-100"),
+        "full": rules("momentum", "momentum"),
+        "unshared": rules("none", "momentum"),
+        "random": rules("momentum", "random"),
+        "mnist_settings": cells["sensitivity"].of(dataset="mnist"),
+        "start": start,
+        "rate": lambda rate: {**start, "prune_rate": rate},
+        "momentum": lambda value, method="sparse_momentum": (
+            {**start, "momentum": value}
+            if method == "sparse_momentum"
+            else {"method": method, "momentum": value}
+        ),
         "readings": experiments.READINGS,
-        "rule": claims.RULE,
-        "really": tables.really_dense(),
-        "window": tables.Window(root),
-        "gap": facts.gap,
-        "paper": facts.paper,
-        "percents": facts.percents,
-        "numbers": facts.NUMBERS,
-        "todo": lambda *wanted: tables.todo(wanted, costs),
-        "verdicts": tables.Verdicts(scales, root),
-        "cost": costs,
+        "first_epochs": VARIANTS,
     }
 
 

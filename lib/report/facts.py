@@ -182,6 +182,13 @@ class Cells:
         return self._at(self.profile)
 
     @property
+    def full(self) -> Cells:
+        """These, at the paper's scale only: what is set beside a published value must be."""
+        if self.profile not in ("paper", ""):
+            raise NoRuns(f"{self.experiment}: rows at {self.profile}, none at the paper's scale")
+        return self
+
+    @property
     def scale(self) -> str:
         """Where these rows come from, in words."""
         rows = self.runs.rows
@@ -217,9 +224,12 @@ class Cells:
         return Value(*t_interval(errors)[:4])
 
     def learned(self, side: Side, density: float | None = None, **more: Any) -> Count:
-        """How many of a cell's runs learned."""
-        runs = self._of(side, density, more).needed()
-        return Count(len(runs.learned().rows), len(runs.rows) + len(runs.diverged))
+        """How many of a cell's runs learned; NoRuns for fewer than three of them."""
+        runs = self._of(side, density, more)
+        found = Count(len(runs.learned().rows), len(runs.rows) + len(runs.diverged))
+        if found.n < 3:
+            raise NoRuns(f"{self.experiment}: {found.n} runs of {side} at {density} are no share")
+        return found
 
     def minus(self, a: Side, b: Side, density: float | None = None, **more: Any) -> Value:
         """Test error of A minus that of B in points, over shared seeds that learned in both."""
