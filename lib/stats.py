@@ -314,6 +314,7 @@ def verdict(claim: Kind, interval: Interval, margin: float, profile: str = "pape
         REPRODUCED       nothing in the interval is worse than +m
         NOT REPRODUCED   it lies wholly above +m
     "at_least": a gain of that size or a larger one; the difference is ours - the paper's.
+        NOT COMPARABLE   the profile is not `paper`: a reduced run says nothing about the number
         REPRODUCED       nothing in the interval is less than -m
         NOT REPRODUCED   it lies wholly below -m
     "same": A and B differ by less than m, either way.
@@ -321,7 +322,7 @@ def verdict(claim: Kind, interval: Interval, margin: float, profile: str = "pape
         NOT REPRODUCED   it lies wholly outside [-m, m]
     "value": the error is the one in the paper; the difference is ours - the paper's, with the
     paper's own standard error (`value_difference`). As "same", but NOT COMPARABLE where the profile
-    is not `paper`: a reduced run says nothing about the value.
+    is not `paper`.
 
     INCONCLUSIVE otherwise, at this n: the interval straddles a bound. Raises ValueError for an
     unknown kind of claim, a margin that is negative or not finite, or an interval with low > high.
@@ -330,7 +331,7 @@ def verdict(claim: Kind, interval: Interval, margin: float, profile: str = "pape
     good, bad = _regions(claim, margin)
     if low > high:
         raise ValueError(f"the interval [{low}, {high}] is upside down.")
-    if claim == "value" and profile != "paper":
+    if claim in ("value", "at_least") and profile != "paper":
         return Verdict.NOT_COMPARABLE
     if math.isnan(low) or math.isnan(high):
         return Verdict.INCONCLUSIVE

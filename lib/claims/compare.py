@@ -19,7 +19,7 @@ import pandas as pd
 from lib.claims.claim import NAN, Found, Measure, PaperValue, Part, corrected
 from lib.claims.learning import all_learned, learning
 from lib.config import Run
-from lib.results.reading import NoRuns, Runs, Source, Where, load, planned_runs, select
+from lib.results.reading import NoRuns, Runs, Source, Where, load, model_name, planned_runs, select
 from lib.stats import Interval, holm, paired_difference, t_interval, value_difference
 
 NOTHING = Interval(NAN, NAN, NAN, 0, NAN)
@@ -131,7 +131,10 @@ class Pairs(Measure):
                 )
         models = {run.model for run in planned}
         if self.paper_network and models - {self.paper_network}:
-            notes.append(f"ours is {', '.join(sorted(models))}, the paper's {self.paper_network}")
+            notes.append(
+                f"ours is {', '.join(map(model_name, models))}, the paper's "
+                f"{model_name(self.paper_network)}"
+            )
         return Found(tuple(parts), runs, tuple(missing), "; ".join(filter(None, notes)))
 
 
@@ -263,7 +266,8 @@ class Reduction(Measure):
         said = [learning(a, *sides.values()), self._published(cells[self.over])]
         models = {run.model for run in runs.planned} - {self.network}
         if models:
-            said.append(f"ours is {', '.join(sorted(models))}, the paper's {self.network}")
+            names = ", ".join(map(model_name, models))
+            said.append(f"ours is {names}, the paper's {model_name(self.network)}")
         if by_seed.empty:
             return Found(tuple(listed), runs, ("all of them",), "; ".join(filter(None, said)))
         shown = t_interval(by_seed)
