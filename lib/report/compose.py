@@ -7,12 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
 from lib import claims, experiments
 from lib.claims.effects import rules
 from lib.claims.learning import VARIANTS
-from lib.figures import FIGURES, STYLE, TABLES, Plot, Table
+from lib.figures import FIGURES, TABLES, Plot, Table
 from lib.report import facts, tables
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
 from lib.report.facts import Cells, Clock
@@ -129,7 +127,7 @@ class _Composer:
         if name not in registry:
             raise ValueError(f"the report asks for a {kind} {name!r} that lib/figures doesn't have")
         entry = registry[name]
-        if getattr(entry, "place", ""):  # of the clock, which no scale changes
+        if entry.place:  # of the clock, which no scale changes
             profile = self.source.profile
         else:
             cells: Cells = self.names[entry.experiment]
@@ -141,7 +139,7 @@ class _Composer:
             made: Plot | Table = entry(self.source.at(profile))
         except NoRuns:
             return
-        said = caption or _plain(getattr(made, "caption", "") or entry.caption)
+        said = caption or _plain(made.caption or entry.caption)
         if isinstance(made, Table):
             self._number(made, said)
         else:
@@ -154,11 +152,10 @@ class _Composer:
         self.found.append(Numbers(table, caption, number, whole))
 
     def _picture(self, plot: Plot, caption: str, stem: str) -> None:
-        """Save a figure as vectors that both outputs take; equal figures give equal bytes."""
+        """Save a figure as vectors that both outputs take."""
         self.count["Figure"] += 1
         file = self.scratch / f"{stem}.svg"
-        with mpl.rc_context({"svg.hashsalt": stem}, fname=STYLE):
-            plot.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        file.write_bytes(plot.content("svg"))
         width, height = plot.get_size_inches()
         size = float(width), float(height)
         self.found.append(Picture(file, size, caption, f"Figure {self.count['Figure']}"))

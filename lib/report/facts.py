@@ -50,7 +50,7 @@ def scales(profile: str) -> tuple[str, ...]:
 
 def scale_name(profile: str) -> str:
     """How a profile is called in texts."""
-    return "the paper's scale" if profile == "paper" else f"reduced scale ({profile})"
+    return "the paper's scale" if profile == "paper" else f"the reduced scale {profile}"
 
 
 @dataclass(frozen=True)

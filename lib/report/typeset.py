@@ -12,6 +12,7 @@ import pandas as pd
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose, is_number
 
 _PAGE = 17.0, 17.0  # cm: width of the text, and the most a figure may take of its height
+_TALL = 10.0  # cm
 _PREAMBLE = Path(__file__).with_name("paper.typ")
 _markdown = mistune.create_markdown(renderer="ast", plugins=["table"])
 
@@ -48,7 +49,8 @@ def to_typst(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
                 shown = min(0.95 * 2.54 * width, _PAGE[0], _PAGE[1] * width / height)
                 parts.append(
                     f"#picture({_quoted(name + '.')}, {{{_inline(caption)}}}, "
-                    f"{_quoted(file.name)}, {shown:.2f}cm)"
+                    f"{_quoted(file.name)}, {shown:.2f}cm, "
+                    f"{str(shown * height / width > _TALL).lower()})"
                 )
             case Numbers():
                 parts.append(_table(block))
@@ -80,7 +82,7 @@ def _width(column: pd.Series) -> str:
     lengths = column.astype(str).str.len()
     if lengths.max() <= 28:
         return "auto"
-    return f"{max(lengths.mean(), 0.45 * lengths.max()) / 10:.2f}fr"
+    return f"{max(lengths.mean(), 0.6 * lengths.max()) / 10:.2f}fr"
 
 
 def _parsed(text: str) -> list[dict[str, Any]]:

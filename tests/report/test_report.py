@@ -49,7 +49,7 @@ def test_each_experiment_is_shown_once_at_its_largest_scale(blocks: list[Block])
     table = next(b.table for b in blocks if isinstance(b, Numbers) and "by share" in b.caption)
     assert table.frame["SET"].tolist()[0].startswith("11.45 [")
     heads = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
-    assert any(text.endswith("(reduced scale (quick))") for text in heads)
+    assert any(text.endswith("(the reduced scale quick)") for text in heads)
 
 
 def test_figures_and_tables_are_numbered_in_order(blocks: list[Block]) -> None:
@@ -148,7 +148,7 @@ def test_without_runs_it_says_so(tmp_path: Path) -> None:
     found = compose.compose(Source("smoke", tmp_path), tmp_path)
     assert not [b for b in found if isinstance(b, Picture)]
     said = " ".join(b.markdown for b in found if isinstance(b, Prose))
-    assert said.count("Not yet computed at reduced scale (smoke)") >= 5
+    assert said.count("Not yet computed at the reduced scale smoke") >= 5
     assert to_pdf("t", "s", found, tmp_path).startswith(b"%PDF-")
 
 
