@@ -42,6 +42,8 @@ def to_typst(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
         match block:
             case Heading(level, text, number):
                 words = f"{number} {text}" if number else text
+                if number == "A":  # the appendix
+                    parts.append("#pagebreak()")
                 parts.append(f"#heading(level: {level}, {_quoted(words)})")
             case Prose(text):
                 parts.append(f"#{{{_blocks(_parsed(text))}}}")
