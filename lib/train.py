@@ -37,7 +37,7 @@ from lib.kernels import available
 from lib.masking import EVERY_STEP, DivergenceError, LayerReport, Masking
 from lib.measures.features import observe_features
 from lib.measures.speedups import observe_speedups
-from lib.methods.baselines import snip_masks
+from lib.methods.snip import snip_masks
 from lib.models import build_model, layer_flops, small_dense_scale
 
 EVALUATION_BATCH = 1000

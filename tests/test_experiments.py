@@ -504,6 +504,7 @@ def test_methods_train_networks_with_batch_norm_and_dropout(
         assert grown == start  # RigL keeps the layers' densities
 
 
+@pytest.mark.filterwarnings("ignore:.* were before masks were assigned")
 def test_snip_may_cut_a_network_and_training_goes_on(one_thread: None) -> None:
     run = Run(
         dataset="cifar10", model="alexnet-s", method="snip", density=0.05, epochs=2, batch_size=5

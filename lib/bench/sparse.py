@@ -196,7 +196,6 @@ def after_updates(
     # The kernels' memory format, in which a training loop that uses them has everything.
     loop.format = torch.contiguous_format
     loop.model.to(memory_format=loop.format)
-    loop.masking._multipliers.clear()
     for state in loop.optimizer.state.values():
         state["momentum_buffer"] = state["momentum_buffer"].contiguous()
     loop.masking.masks = {name: mask.contiguous() for name, mask in loop.masking.masks.items()}

@@ -244,11 +244,15 @@ def selection(repeats: int) -> Iterator[Row]:
     for weights in (10**5, 10**6, 10**7, 10**8):
         network = nn.Linear(1000, weights // 1000, bias=False)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        masking = Masking(network, optimizer, density=0.05)
         network.weight.grad = torch.randn_like(network.weight)
         optimizer.step()
-        masking = Masking(network, optimizer, density=0.05)
         few = 1 if weights >= 10**8 else repeats
-        update = functools.partial(masking.update, 0.2)
+
+        def update(masking: Masking = masking) -> None:
+            masking.advance()
+            masking.update(0.2)
+
         times = in_turn({"update": update}, few)["update"]
         yield row(
             "mask update, a weight",

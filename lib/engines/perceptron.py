@@ -20,7 +20,7 @@ from lib.kernels.layouts import Layer, Nonzeros
 from lib.kernels.library import check, require
 from lib.kernels.select import as_floats, count, counts, put_nonzeros, take_nonzeros
 from lib.masking import LayerReport, Masking
-from lib.methods.baselines import deepr_rates, randn, signs_of, some_of
+from lib.methods.deepr import deepr_rates, randn, signs_of, some_of
 
 # Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
 # density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
@@ -347,7 +347,7 @@ class PerceptronTrainer:
     def deepr_step(self) -> None:
         """DeepR's step after the gradient step, on the non-zeros alone.
 
-        The same draws as `lib.methods.baselines.deepr_step`, and from the same numbers the same
+        The same draws as `lib.methods.deepr.deepr_step`, and from the same numbers the same
         weights and masks; these are the Masking's after `sync()`.
         """
         masking = self._masking

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ class ImageNetLoop(TrainingLoop):
         return value
 
 
-def check_alike(masks: dict[str, Tensor]) -> None:
+def check_alike(masks: Mapping[str, Tensor]) -> None:
     """RuntimeError unless all processes have the same masks."""
     digest = hashlib.sha256()
     for name, mask in masks.items():

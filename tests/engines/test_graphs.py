@@ -18,7 +18,6 @@ from lib import data as datasets
 from lib.config import Run
 from lib.engines.graphs import WARM_UP, GraphedStep, Step
 from lib.kernels import select
-from lib.masking import Masking
 from lib.train import Interrupted, TrainingLoop
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -59,10 +58,11 @@ class Keeps:
         (group,), now = self.loop.optimizer.param_groups, {}
         now.update(group)
         group.update(self.settings)
-        found, masking = [p.grad for p in self.loop.parameters], self.loop.masking
-        masking._multiplier = lambda name: masking._multipliers[name][2]  # type: ignore[method-assign]
+        found = [p.grad for p in self.loop.parameters]
+        floats = self.loop.masking._float_masks  # a graph reads them as they are
+        floats._of = lambda name, weight, mask: floats._kept[name][2]  # type: ignore[method-assign]
         self.loss.copy_(self.step(self.index))
-        del masking._multiplier
+        del floats._of
         for parameter, kept, before in zip(
             self.loop.parameters, self.gradients, found, strict=True
         ):
@@ -205,14 +205,3 @@ def test_the_draws_on_a_gpu_depend_on_the_seed_alone() -> None:
             assert torch.equal(x.cpu(), y.cpu())
         for name, mask in a.masking.masks.items():
             assert torch.equal(mask.cpu(), other.masking.masks[name].cpu())
-
-
-def test_masks_are_refreshed_in_place() -> None:
-    model = torch.nn.Linear(6, 5).double()  # no kernels for double
-    masking = Masking(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), density=0.5)
-    multiplier = masking._multipliers["weight"][2]
-    for moved in (~masking.masks["weight"], masking.masks["weight"]):
-        masking.masks["weight"] = moved
-        masking.refresh()
-        assert masking._multipliers["weight"][2] is multiplier
-        assert torch.equal(multiplier, moved.double())

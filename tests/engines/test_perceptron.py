@@ -21,7 +21,7 @@ from lib.config import Run
 from lib.engines.perceptron import _Sparse
 from lib.kernels import PerceptronTrainer, Track, library
 from lib.masking import DivergenceError, LayerReport, Masking
-from lib.methods import baselines
+from lib.methods import deepr
 from lib.train import Interrupted, TrainingLoop
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
@@ -885,7 +885,7 @@ def test_deepr_on_the_non_zeros_is_that_of_torch(
         twin = copy.deepcopy(own)
         assert twin.masking.generator is not None and own.masking.generator is not None
         active = sum(own.masking.active().values())
-        baselines.deepr_step(twin.masking)
+        deepr.deepr_step(twin.masking)
         trainer.deepr_step()
         trainer.sync()
         for name, mask in masks.items():

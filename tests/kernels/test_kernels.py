@@ -479,12 +479,12 @@ def test_compiled_once_by_whoever_is_first_and_again_when_damaged(
 
 @needs_compiler
 def test_structures_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Survey(ctypes.Structure):
-        _fields_ = [*layouts.Survey._fields_, ("added", ctypes.c_int64)]
+    class Nonzeros(ctypes.Structure):
+        _fields_ = [*layouts.Nonzeros._fields_, ("added", ctypes.c_int64)]
 
     loaded = library.require()
-    monkeypatch.setattr(library, "MIRRORED", (Survey, *layouts.MIRRORED[1:]))
-    with pytest.raises(library.KernelsUnavailable, match=r"Survey .* 32 bytes, but .* has 24"):
+    monkeypatch.setattr(library, "MIRRORED", (Nonzeros, *layouts.MIRRORED[1:]))
+    with pytest.raises(library.KernelsUnavailable, match=r"Nonzeros .* 88 bytes, but .* has 80"):
         library._declared(loaded)
 
 
