@@ -15,7 +15,7 @@ from lib import claims, experiments, paths
 from lib.config import Run
 from lib.figures import Table
 from lib.report.facts import Cells, Value, scale_name
-from lib.results.clock import window_flops
+from lib.results.clock import window_counts, window_flops
 from lib.results.reading import METHOD_NAMES, NoRuns, Runs, Source, load, published_rows
 from lib.runs import cost
 
@@ -382,3 +382,8 @@ class Window:
 
     def __getitem__(self, at: tuple[str, int]) -> float:
         return window_flops(self.root)[at]
+
+    def differing(self, window: int) -> int:
+        """Grown positions that differ from full tracking with this window, over all networks."""
+        counts = window_counts(self.root)
+        return int(counts.loc[counts["window"] == window, "differing"].sum())
