@@ -3,30 +3,86 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import errno
+import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from lib import experiments
-from lib.config import parse_field
+from lib import experiments, paths
+from lib.config import parse_field, unknown
+
+if TYPE_CHECKING:
+    from lib.results.reading import Source
+
+# What to do about an error of the system; its own message says no more than what it is.
+ADVICE = {
+    errno.EISDIR: "this is a folder: name a file",
+    errno.ENOTDIR: "a part of this path is a file: name a folder",
+    errno.ENOSPC: "make room on that disk; what is stored is safe, and the same command goes on",
+    errno.EACCES: "change its permissions, or name another folder with --results",
+    errno.EROFS: "that disk is read-only: name another folder with --results",
+    errno.ENOENT: "there is no such file or folder: check the path",
+}
+
+
+ASCII = str.maketrans({"−": "-", "–": "-", "±": "+-", "×": "x", "≥": ">=", "≤": "<="})
+COMMANDS = ("run", "merge", "status", "notebooks", "figures", "report", "verdict", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 1 with a sentence on standard error, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    _print_in_any_locale()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        print(f"error: {unknown('command', words[0], COMMANDS)}", file=sys.stderr)
+        return 1
+    options = _parser().parse_args(words)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the clean-up of Ctrl-C
     try:
+        if "profile" in options and options.profile not in experiments.PROFILES:
+            raise ValueError(unknown("profile", options.profile, experiments.PROFILES))
         options.command(options)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         if options.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in ADVICE:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; {ADVICE[error.errno]}"
+    return str(error)
+
+
+def _print_in_any_locale() -> None:
+    """Where the locale has no such character, print one that looks like it, or a question mark."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = error.object[error.start : error.end].translate(ASCII)
+        return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode(), error.end
+
+    codecs.register_error("plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -60,9 +116,14 @@ def merge(options: argparse.Namespace) -> None:
 
 def status(options: argparse.Namespace) -> None:
     """What is done, what is missing, and how long the rest will take on this machine."""
-    from lib.runs.runner import status_table
+    from lib.runs.machine import check_device
+    from lib.runs.status import status_table
 
-    print(status_table(options.profile, options.results, options.device))
+    check_device(options.device)
+    if options.results is not None:
+        _source(options)
+    names = _names(options.experiment)
+    print(status_table(options.profile, options.results, options.device, names))
 
 
 def notebooks(options: argparse.Namespace) -> None:
@@ -80,27 +141,27 @@ def notebooks(options: argparse.Namespace) -> None:
 def figures(options: argparse.Namespace) -> None:
     """Redraw every figure and table from the saved CSVs."""
     from lib.figures import draw_all
-    from lib.results.reading import Source
 
-    for path in draw_all(Source(options.profile, options.results)):
-        print(path)
+    drawn = draw_all(_source(options))
+    kinds = Counter(path.suffix.removeprefix(".") for path in drawn)
+    for folder in dict.fromkeys(path.parent for path in drawn):
+        print(f"{folder}: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}")
 
 
 def report(options: argparse.Namespace) -> None:
     """Write figures/report.pdf and report.html from the saved CSVs."""
     from lib.report.report import report as write
-    from lib.results.reading import Source
 
-    for path in write(Source(options.profile, options.results)):
+    for path in write(_source(options)):
         print(path)
 
 
 def verdict(options: argparse.Namespace) -> None:
     """Print the table: claim, the paper's value, ours, verdict."""
     from lib.claims import verdict_text
-    from lib.results.reading import Source
 
-    print(verdict_text(Source(options.profile, options.results)))
+    text = verdict_text(_source(options))
+    print(text if options.all else _first_screen(text))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -110,23 +171,33 @@ def bench(options: argparse.Namespace) -> None:
     measure(options.repeats, options.results, options.only, options.network)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
+    parser = _Parser(prog="python -m lib", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(function: object, *, profile: bool = True) -> argparse.ArgumentParser:
-        name = function.__name__  # type: ignore[attr-defined]
+    def add(function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        name = function.__name__
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(command=function)
         command.add_argument(
-            "--profile", default="quick", choices=experiments.PROFILES, help="scale of the runs"
+            "--profile",
+            default="quick",
+            metavar="NAME",
+            help=f"scale of the runs: {', '.join(experiments.PROFILES)} (default: quick)",
         )
         command.add_argument("--results", metavar="DIR", help="write to and read from DIR instead")
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
         return command
 
     command = add(run)
-    command.add_argument("experiment", nargs="+", choices=[*experiments.EXPERIMENTS, "all"])
+    command.add_argument("experiment", nargs="+", help=f"all, {', '.join(experiments.EXPERIMENTS)}")
     command.add_argument(
         "--only", action="append", default=[], metavar="FIELD=VALUE", help="keep runs that have it"
     )
@@ -158,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("sources", nargs="+", help="run CSVs; curves and layers come along")
 
     command = add(status)
+    command.add_argument("experiment", nargs="*", help="those to tell of (default: all)")
     command.add_argument("--device", default="cpu", help='"cpu" or "cuda"')
 
     command = add(notebooks)
@@ -167,7 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(figures)
     add(report)
-    add(verdict)
+    command = add(verdict)
+    command.add_argument("--all", action="store_true", help="every table, not only the first")
     command = add(bench)
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
     command.add_argument("--only", action="append", default=[], metavar="TOPIC", help="one topic")
@@ -178,7 +251,44 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _names(names: Sequence[str]) -> list[str]:
-    return list(experiments.EXPERIMENTS) if "all" in names else list(dict.fromkeys(names))
+    """The experiments named, each once; all of them for "all" and for none."""
+    for name in names:
+        if name != "all":
+            experiments.experiment(name)
+    every = "all" in names or not names
+    return list(experiments.EXPERIMENTS) if every else list(dict.fromkeys(names))
+
+
+def _first_screen(text: str) -> str:
+    """The counts of all tables, then the first table; the others are left to --all.
+
+    Tables are paragraphs whose first line counts them: "The authors' claims: 12, of them ...".
+    """
+    parts = text.split("\n\n")
+    counted = [part for part in parts if re.match(r".+: [0-9]+, of them ", part)]
+    if len(counted) < 2:
+        return text
+    counts = [part.split("\n", 1)[0] for part in counted]
+    shown = [part for part in parts if part not in counted[1:]]
+    return "\n".join((*counts, "", "\n\n".join(shown), "", "--all prints the other tables"))
+
+
+def _source(options: argparse.Namespace) -> Source:
+    """The rows of the profile, here or under --results; ValueError where there are none."""
+    from lib.results.reading import Source
+    from lib.results.store import run_paths
+
+    given = options.results
+    folder = paths.results_dir(options.profile, given)
+    if given is not None and not Path(given).is_dir():
+        what = "is a file, not a folder" if Path(given).exists() else "doesn't exist"
+        raise ValueError(f"--results {given!r} {what}: name the folder that holds the profiles")
+    if given == "" or not run_paths(folder):
+        raise ValueError(
+            f"{folder} holds no results: python -m lib run all --profile {options.profile} trains "
+            "what is missing"
+        )
+    return Source(options.profile, given)
 
 
 def _submit(name: str, options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ Block = dict[str, Any]
 class Experiment:
     """A question, the notebook that answers it, and its blocks of runs at each profile.
 
-    `measures` (lib/train.py, MEASURES) are taken of each finished network.
+    `measures` (of lib/measures) are taken of each finished network.
     """
 
     title: str
@@ -734,8 +734,9 @@ def unique(found: Iterable[Run]) -> list[Run]:
     return list({run.run_id: run for run in found}.values())
 
 
-def select(found: Sequence[Run], only: Sequence[str]) -> list[Run]:
+def select(found: Sequence[Run], only: str | Sequence[str]) -> list[Run]:
     """The runs with all the given "field=value"; several values of one field mean any of them."""
+    only = [only] if isinstance(only, str) else only
     wanted: dict[str, list[Any]] = {}
     for text in only:
         name, separator, value = text.partition("=")

@@ -14,12 +14,14 @@ from lib import experiments, paths
 from lib.config import Run
 from lib.experiments import EXPERIMENTS, KEPT_DENSE, PROFILES, runs
 from lib.masking import GROWTH, PRUNE, REDISTRIBUTION, maskable_parameters
+from lib.measures import MEASURES
 from lib.models import build_model, maskable_weights, model_spec
 from lib.results import store as results
 from lib.results.merge import merge
 from lib.results.published import published
+from lib.runs import plan as planning
 from lib.runs import runner
-from lib.train import MEASURES, TrainingLoop, train
+from lib.train import TrainingLoop, train
 from tests.support.made_up_data import cifar
 from tests.support.made_up_runs import make_curves, make_id, make_layers, make_row, named_by
 
@@ -394,7 +396,8 @@ def test_rows_are_copied_only_with_the_measures_needed(tmp_path) -> None:
     table = paths.results_csv("smoke", "cifar10_table", tmp_path)
     store(run, measure_rows(1))
     store(other, [])
-    runner._copy_rows_of_other_experiments(runner.plan("features", "smoke", results_root=tmp_path))
+    todo = runner.plan("features", "smoke", results_root=tmp_path)
+    planning.copy_rows_of_other_experiments(todo)
     mine = results.read_runs(paths.results_csv("smoke", "features", tmp_path))
     assert mine["run_id"].tolist() == [run.run_id] and mine["experiment"].tolist() == ["features"]
     assert len(results.read_measures(paths.results_csv("smoke", "features", tmp_path))) == 4
@@ -425,13 +428,13 @@ def test_a_run_of_two_experiments_is_trained_once(tmp_path, monkeypatch) -> None
     monkeypatch.setenv("CHECKPOINT_ROOT", str(tmp_path / "checkpoints"))
     trained = []
 
-    def train_all(title, tasks, jobs, threads, device, say) -> None:
+    def train_all(title, tasks, board, threads, device, say) -> None:
         for run, plan in tasks:
             trained.append(run)
             row = make_row(1) | named_by(run)
             results.append_run(plan.csv, row, (), ())
 
-    monkeypatch.setattr(runner, "_train_all", train_all)
+    monkeypatch.setattr(runner, "train_all", train_all)
     names = ["mnist_compression", "sensitivity", "ablations"]
     tables = runner.run_experiments(
         names, "smoke", only=["model=lenet300-100"], results_root=tmp_path, say=lambda text: None
@@ -446,7 +449,7 @@ def test_a_run_of_two_experiments_is_trained_once(tmp_path, monkeypatch) -> None
 
 
 def test_experiments_without_such_a_run_are_left_out(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "_train_all", lambda *args: None)
+    monkeypatch.setattr(runner, "train_all", lambda *args: None)
     found = runner.run_experiments(
         ["main_results", "ablations"],
         "smoke",
@@ -502,6 +505,7 @@ def test_methods_train_networks_with_batch_norm_and_dropout(
         assert grown == start  # RigL keeps the layers' densities
 
 
+@pytest.mark.filterwarnings("ignore:.* were before masks were assigned")
 def test_snip_may_cut_a_network_and_training_goes_on(one_thread: None) -> None:
     run = Run(
         dataset="cifar10", model="alexnet-s", method="snip", density=0.05, epochs=2, batch_size=5

@@ -16,6 +16,7 @@ import torch
 from lib.bench.conventional import Conventional
 from lib.bench.timing import Row, ratios, row, synchronize, timed_steps
 from lib.config import Run
+from lib.engines.eager import TorchEngine
 from lib.models import forward_flops, model_spec
 from lib.train import TrainingLoop
 
@@ -49,22 +50,24 @@ def one_run(
     yield row("bf16 matrix peak", f"{matrix} x {matrix}", [p / 1e12 for p in peaks], "TFLOP/s")
     for model in networks:
         loop = _loop(model, device)
-        batch, per_epoch = loop.run.batch_size, loop.steps_per_epoch
+        batch, per_epoch = loop.run.batch_size, loop.schedule.steps_per_epoch
         conventional = Conventional(model, loop.run.density, batch, device)
-        order = loop._order().split(batch)
+        order = loop.order().split(batch)
         timed_steps(loop, order, 20)
-        graphed = loop.graphed
+        engine = loop.engine
+        assert isinstance(engine, TorchEngine)
+        graphed = engine.graphed
         times: dict[str, list[float]] = {"script": [], "ours": [], "singly": [], "update": []}
         for _ in range(repeats):
             times["script"].append(conventional.steps(conventional_steps) / conventional_steps)
             times["ours"].append(timed_steps(loop, order, steps))
             start = time.perf_counter()
-            loop._update_masks()
+            loop.update_masks()
             synchronize(device)
             times["update"].append(time.perf_counter() - start)
-            loop.graphed = None
+            engine.graphed = None
             times["singly"].append(timed_steps(loop, order, steps))
-            loop.graphed = graphed
+            engine.graphed = graphed
         ours = times["ours"]
         yield row("ours, an epoch", model, [t * per_epoch for t in ours], "s")
         work = 3 * sum(forward_flops(model).values()) * batch
@@ -131,7 +134,7 @@ def _steps_of_a_process(
     model: str, device: str, steps: int, repeats: int, together: Barrier, found: Any
 ) -> None:
     loop = _loop(model, torch.device(device))
-    order = loop._order().split(loop.run.batch_size)
+    order = loop.order().split(loop.run.batch_size)
     timed_steps(loop, order, 20)
     for _ in range(repeats):
         together.wait(WAIT_SECONDS)

@@ -25,18 +25,13 @@ from torch import nn
 
 from lib import data as datasets
 from lib import paths
+from lib.bench.breakdown import breakdown
 from lib.bench.conventional import Conventional
 from lib.bench.gpu import GPU_NETWORKS, gpu
-from lib.bench.sparse import (
-    NETWORKS,
-    WINDOW_RUNS,
-    breakdown,
-    one_thread,
-    sparse_layers,
-    sparse_steps,
-    window,
-)
-from lib.bench.timing import Row, forward_backward, in_turn, row, timed_steps
+from lib.bench.layers import sparse_layers
+from lib.bench.sparse import NETWORKS, one_thread, sparse_steps
+from lib.bench.timing import Row, all_threads, forward_backward, in_turn, row, timed_steps
+from lib.bench.window import WINDOW_RUNS, window
 from lib.config import Run, unknown
 from lib.kernels import keep_freed_memory
 from lib.masking import Masking
@@ -106,7 +101,7 @@ def lenets(repeats: int) -> Iterator[Row]:
     for model, count in (("lenet300-100", 180), ("lenet5", 60)):
         conventional = Conventional(model, 0.05)
         loop = TrainingLoop(Run(model=model))
-        order = loop._order().split(loop.run.batch_size)
+        order = loop.order().split(loop.run.batch_size)
         times: dict[str, list[float]] = {"conventional": [], "threads": [], "processes": []}
         context = get_context("spawn")
         with ProcessPoolExecutor(cores, mp_context=context) as pool:
@@ -119,7 +114,7 @@ def lenets(repeats: int) -> Iterator[Row]:
                 jobs = [(model, start, len(order))] * cores
                 side_by_side = list(pool.map(_steps_in_worker, jobs))
                 times["processes"].append(statistics.mean(side_by_side) / cores)
-        steps = loop.steps_per_epoch
+        steps = loop.schedule.steps_per_epoch
         for name, label in (
             ("conventional", "conventional script, an epoch"),
             ("threads", "ours, one run with all threads, an epoch"),
@@ -136,7 +131,7 @@ def _loop_of_worker(model: str) -> tuple[TrainingLoop, Any]:
     torch.set_num_threads(1)
     keep_freed_memory()  # as every worker of the runner does
     loop = TrainingLoop(Run(model=model))
-    order = loop._order().split(loop.run.batch_size)
+    order = loop.order().split(loop.run.batch_size)
     timed_steps(loop, order, 20)
     return loop, order
 
@@ -159,7 +154,7 @@ def peak_share(repeats: int) -> Iterator[Row]:
     """
     torch.set_num_threads(1)
     loop = TrainingLoop(Run(method="dense"))  # sparse layers would not make these products
-    order = loop._order().split(loop.run.batch_size)
+    order = loop.order().split(loop.run.batch_size)
     # Forward, weight gradient, and the input gradient of all layers but the first.
     flops = forward_flops("lenet300-100")
     per_step = loop.run.batch_size * (3 * sum(flops.values()) - flops["fc1.weight"])
@@ -177,7 +172,7 @@ def peak_share(repeats: int) -> Iterator[Row]:
 
 def layouts(repeats: int) -> Iterator[Row]:
     """Forward and backward of the networks by memory format and precision, all threads."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    all_threads()
     for model in ("lenet5", "alexnet-s", "wrn-10-2"):
         shape = (1, 28, 28) if model == "lenet5" else (3, 32, 32)
         images, labels = torch.randn(64, *shape), torch.randint(0, 10, (64,))
@@ -225,14 +220,14 @@ def mask_update(repeats: int) -> Iterator[Row]:
         (Run(dataset="cifar10", model="alexnet-s", batch_size=128, epochs=250), 8),
     ):
         loop = TrainingLoop(run)
-        order = loop._order().split(run.batch_size)
+        order = loop.order().split(run.batch_size)
         shares = []
         with flushed_denormals():  # as in training
             for _ in range(4 * repeats + 1):  # short ones: seconds in all
-                epoch = loop.steps_per_epoch * timed_steps(loop, order, count)
-                loop._write_back()  # every epoch ends so, whether masks move or not
+                epoch = loop.schedule.steps_per_epoch * timed_steps(loop, order, count)
+                loop.engine.write_back()  # every epoch ends so, whether masks move or not
                 start = time.perf_counter()
-                loop._update_masks()
+                loop.update_masks()
                 shares.append(100 * (time.perf_counter() - start) / epoch)
         del shares[0]  # the warm-up
         yield row("mask update, share of an epoch", run.model, shares, "%")
@@ -244,11 +239,15 @@ def selection(repeats: int) -> Iterator[Row]:
     for weights in (10**5, 10**6, 10**7, 10**8):
         network = nn.Linear(1000, weights // 1000, bias=False)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        masking = Masking(network, optimizer, density=0.05)
         network.weight.grad = torch.randn_like(network.weight)
         optimizer.step()
-        masking = Masking(network, optimizer, density=0.05)
         few = 1 if weights >= 10**8 else repeats
-        update = functools.partial(masking.update, 0.2)
+
+        def update(masking: Masking = masking) -> None:
+            masking.advance()
+            masking.update(0.2)
+
         times = in_turn({"update": update}, few)["update"]
         yield row(
             "mask update, a weight",

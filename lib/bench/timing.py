@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,11 @@ def timed_steps(loop: TrainingLoop, order: Sequence[torch.Tensor], count: int) -
         loop.step(order[k % len(order)])
     synchronize(loop.device)
     return (time.perf_counter() - start) / count
+
+
+def all_threads() -> None:
+    """Let torch use each core that this process may use."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,1 +1,1 @@
-"""Ways to compute a training step: as CUDA graphs, and over the non-zeros by `lib.kernels`."""
+"""What computes a training step: torch, the perceptron's kernels, or sparse convolutions."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from lib import kernels as ops
-from lib.bench import kernels as bench
+from lib.engines.timing import Layer, best_times, sparse_jobs, time_layer
 from lib.kernels.library import cache_dir, cpu_id
 
 # Two densities around the usual crossover; times are linear in the non-zeros between them.
@@ -77,9 +77,9 @@ def _line(few: int, few_seconds: float, many: int, many_seconds: float) -> tuple
     return max(0.0, few_seconds - few * slope), slope
 
 
-def measure(layer: bench.Layer, batch: int, seconds: float = 0.2) -> Cost:
+def measure(layer: Layer, batch: int, seconds: float = 0.2) -> Cost:
     """Times the layer dense and at two densities; takes about `seconds` for each."""
-    rows = bench.bench_layers([layer], DENSITIES, batch=batch, seconds=seconds, rounds=2)
+    rows = time_layer(layer, DENSITIES, batch=batch, seconds=seconds, rounds=2)
     weights = layer.in_channels * layer.out_channels * layer.kernel**2
     few, many = (round(r.density * weights) for r in rows)
     forward = _line(few, rows[0].forward_ms / 1e3, many, rows[1].forward_ms / 1e3)
@@ -94,7 +94,7 @@ def measure(layer: bench.Layer, batch: int, seconds: float = 0.2) -> Cost:
     )
 
 
-def measure_gradient(layer: bench.Layer, batch: int, seconds: float = 0.1) -> GradientCost:
+def measure_gradient(layer: Layer, batch: int, seconds: float = 0.1) -> GradientCost:
     """Times the layer's weight gradient whole, both ways, and at two densities."""
     side = (layer.side + 2 * layer.padding - layer.kernel) // layer.stride + 1
     x = ops.to_blocked(torch.randn(batch, layer.in_channels, layer.side, layer.side))
@@ -113,8 +113,8 @@ def measure_gradient(layer: bench.Layer, batch: int, seconds: float = 0.1) -> Gr
         )
 
     patterns = [ops.Pattern(torch.rand(weight.shape) < density) for density in DENSITIES]
-    sparse = [bench.sparse_jobs(layer, x, p, grad, batch)[2] for p in patterns]
-    blocked, by_torch, *times = bench.best_times([whole(False), whole(True), *sparse], seconds)
+    sparse = [sparse_jobs(layer, x, p, grad, batch)[2] for p in patterns]
+    blocked, by_torch, *times = best_times([whole(False), whole(True), *sparse], seconds)
     few, many = patterns
     return GradientCost(blocked, by_torch, *_line(few.nnz, times[0], many.nnz, times[1]))
 
@@ -141,7 +141,7 @@ def _read() -> dict[str, dict]:
         ) from error
 
 
-def cost(layer: bench.Layer, batch: int) -> Cost:
+def cost(layer: Layer, batch: int) -> Cost:
     """The layer's cost on this machine with the current threads; measured if not known yet.
 
     The batch is rounded up to whole blocks of samples.  The layer's name and repeats don't matter.
@@ -150,14 +150,14 @@ def cost(layer: bench.Layer, batch: int) -> Cost:
     return Cost(**kept(_what(layer, batch), lambda: asdict(measure(layer, batch))))
 
 
-def gradient_cost(layer: bench.Layer, batch: int) -> GradientCost:
+def gradient_cost(layer: Layer, batch: int) -> GradientCost:
     """The cost of the layer's weight gradient, measured if not known yet; see `cost`."""
     batch = -(-batch // ops.LANES) * ops.LANES
     what = f"gradient {_what(layer._replace(first=False), batch)}"  # the input's is left out
     return GradientCost(**kept(what, lambda: asdict(measure_gradient(layer, batch))))
 
 
-def _what(layer: bench.Layer, batch: int) -> str:
+def _what(layer: Layer, batch: int) -> str:
     fields = [f"{k}={v}" for k, v in layer._asdict().items() if k not in ("name", "repeats")]
     return " ".join([*fields, f"batch={batch}"])
 

@@ -1,26 +1,14 @@
 """Runs a model in the batch-blocked layout, its sparse layers through the kernels.
 
 `sparse_network(model, masking.masks)` shares the model's parameters, so optimizer and Masking go
-on unchanged; call it instead of the model.
-
-Sparse momentum grows weights by the momentum of inactive ones, but reads it only when the masks
-move.  With momentum a and gradients g_t, the buffer then is
-
-    m_T = sum over t of a^(T - t) g_t = sum over the last K steps + a^K m_(T - K),
-
-so inactive weights need gradients only in the last K steps before an update: what is left out
-keeps the share a^K of its value, below 1e-7 for K = 153 at a = 0.9, less than float32 resolves.
-`dense_window` gives K; `SparseNetwork.dense_gradients` is the switch.  Active weights have their
-gradient in every step.
+on unchanged; call it instead of the model. `SparseNetwork.dense_gradients` is the switch for the
+steps in which inactive weights need gradients (lib/training/schedule.py).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 import operator
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,29 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import kernels as ops
-from lib.bench import kernels as bench
+from lib.engines import calibrate
+from lib.engines.timing import Layer
 from lib.kernels.library import require
 
-from . import calibrate
-
 MODES = ("auto", "sparse", "dense")
-
-
-def dense_window(momentum: float, tolerance: float = 1e-7) -> int:
-    """Steps K before an update in which inactive weights need gradients: momentum^K <= tolerance.
-
-    153 at 0.9 and 1e-7; at least 1.
-
-    Raises:
-        ValueError: momentum outside [0, 1) or tolerance outside (0, 1).
-    """
-    if not 0 <= momentum < 1 or not 0 < tolerance < 1:
-        raise ValueError(
-            f"momentum must be in [0, 1) and tolerance in (0, 1), got {momentum} and {tolerance}"
-        )
-    if momentum == 0:
-        return 1
-    return max(1, math.ceil(math.log(tolerance) / math.log(momentum)))
 
 
 class Choice(NamedTuple):
@@ -310,7 +280,7 @@ class SparseNetwork(nn.Module):
             )
         else:
             o, c, kernel, _ = pattern.shape
-            layer = bench.Layer(name, c, o, kernel, *geometry, max(side), first)
+            layer = Layer(name, c, o, kernel, *geometry, max(side), first)
             cost = calibrate.cost(layer, x.samples)
             choice = Choice(
                 name,
@@ -390,50 +360,3 @@ def sparse_network(
         KernelsUnavailable: the kernels cannot be built here (see `available`).
     """
     return SparseNetwork(model, masks, mode)
-
-
-class StepCost(NamedTuple):
-    """Seconds of forward and backward of one mini-batch: dense in torch's faster memory format,
-    sparse, and sparse with the gradients of inactive weights.
-    """
-
-    dense: float
-    sparse: float
-    window: float
-
-    def sparse_is_faster(self, share: float, margin: float = 0.1) -> bool:
-        """Whether the sparse network wins by the margin with `share` of its steps in a window.
-
-        The margin is for masks that move: early layers become denser than at the start.
-        """
-        return share * self.window + (1 - share) * self.sparse < (1 - margin) * self.dense
-
-
-def step_cost(what: str, model: nn.Module, density: float, images: Tensor) -> StepCost:
-    """The cost of training `model` with uniform masks, measured once per machine and `what`.
-
-    Args:
-        what: names model, density and batch; `model` and `images` [N, ...] are left as they are.
-    """
-
-    def measure() -> dict:
-        dense = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
-        twin = copy.deepcopy(model).train()
-        masks = {
-            n: torch.rand(p.shape) < density for n, p in twin.named_parameters() if p.dim() > 1
-        }
-        sparse = sparse_network(twin, masks)
-        by_channel = images.contiguous(memory_format=torch.channels_last)
-
-        def seconds(network: nn.Module, x: Tensor, window: bool) -> float:
-            sparse.dense_gradients = window
-            start = time.perf_counter()
-            network(x).sum().backward()
-            return time.perf_counter() - start
-
-        variants = ((dense, by_channel, False), (sparse, images, False), (sparse, images, True))
-        rounds = [[seconds(*variant) for variant in variants] for _ in range(3)]
-        best = [min(times) for times in list(zip(*rounds, strict=True))]
-        return dict(zip(StepCost._fields, best, strict=True))
-
-    return StepCost(**calibrate.kept(what, measure))

@@ -8,26 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-_INT, _REAL, _FLOAT, _ARRAY = ctypes.c_int64, ctypes.c_double, ctypes.c_float, ctypes.c_void_p
-
-
-class Survey(ctypes.Structure):
-    """What an update has to know of a layer: how many weights are `active`, the sum of |momentum|
-    over these, the largest |weight| and |momentum| (NaN or infinite where one of them is).
-    """
-
-    _fields_ = [
-        ("active", _INT),
-        ("momentum", _REAL),
-        ("largest_weight", _FLOAT),
-        ("largest_momentum", _FLOAT),
-    ]
-
-
-class Room(ctypes.Structure):
-    """ActiveList of select.hpp: where the places and values of the active weights go."""
-
-    _fields_ = [("room", _INT), ("place", _ARRAY), ("weight", _ARRAY)]
+_INT, _FLOAT, _ARRAY = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class Nonzeros(ctypes.Structure):
@@ -84,4 +65,4 @@ class Layer(ctypes.Structure):
 
 
 # In the order of `sparse_sizes` in sparse.cpp.
-MIRRORED: tuple[type[ctypes.Structure], ...] = (Survey, Room, Nonzeros, Layer)
+MIRRORED: tuple[type[ctypes.Structure], ...] = (Nonzeros, Layer)

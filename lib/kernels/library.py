@@ -65,12 +65,6 @@ _SIGNATURES: dict[str, list[Any]] = {
     "perceptron_wrong": [_PTR, _I64, _PTR, _PTR, _I64, _INT, _PTR],
     "mask_count": [_PTR, _I64],
     "mask_as_floats": [_PTR, _I64, _PTR],
-    "mask_flip_largest": [_INT, _PTR, _PTR, _INT, _I64, _I64, _PTR],
-    "mask_survey": [_PTR, _PTR, _PTR, _I64, _PTR, _PTR],
-    "mask_drop_smallest": [_PTR, _I64, _PTR, _I64, _I64, _PTR],
-    "mask_sum_of_magnitudes": [_PTR, _PTR, _I64],
-    "mask_clear_outside": [_PTR, _PTR, _I64, _INT],
-    "mask_clear_listed": [_PTR, _PTR, _PTR, _I64],
     "mask_take_nonzeros": [_PTR, _I64, _PTR, _PTR, _PTR],
     "mask_put_nonzeros": [_PTR, _I64, _PTR, _PTR],
     "deepr_move": [_PTR, _PTR, _PTR, _F32, _PTR],
@@ -83,13 +77,11 @@ _FALLIBLE = (
     "sparse_dense_gradient",
     "perceptron_step",
     "perceptron_wrong",
-    "mask_flip_largest",
-    "mask_drop_smallest",
     "mask_take_nonzeros",
     "deepr_move",
     "deepr_wake",
 )
-_RESULTS = {"mask_count": _I64, "mask_sum_of_magnitudes": ctypes.c_double}
+_RESULTS = {"mask_count": _I64}
 
 
 class KernelsUnavailable(RuntimeError):

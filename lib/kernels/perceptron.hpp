@@ -26,7 +26,7 @@ namespace sparse {
 // layers: not at all, m = a * m + g, or m = g (the first step of a window).
 enum Track : int32_t { kTrackNothing = 0, kTrackMore = 1, kTrackFirst = 2 };
 
-// One layer; mirrored by lib/engines/perceptron.py.  Pointers to floats are float32 in torch's memory.
+// One layer; mirrored by lib/kernels/layouts.py.  Pointers to floats are float32 in torch's memory.
 struct PerceptronLayer {
   int64_t in, out;
   float *weight, *momentum;        // [out, in]
@@ -581,7 +581,7 @@ static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t de
   return wrong;
 }
 
-// DeepR's step (deepr_step of lib/methods/baselines.py) on the non-zeros alone, in two calls: between them
+// DeepR's step (deepr_step of lib/methods/deepr.py) on the non-zeros alone, in two calls: between them
 // the caller draws which dormant connections wake.  First each value moves by `shrinkage` against its
 // sign and by its noise (null: none); those that end on the wrong side of zero are dead: column -1
 // until deepr_wake.  sign: [out, in], -1 or 1.  How many died.

@@ -146,38 +146,6 @@ void mask_as_floats(const uint8_t* mask, int64_t n, float* out) {
   std::copy(mask, mask + n, out);
 }
 
-// score: 0 the value, 1 its magnitude, 2 its smallness.
-int mask_flip_largest(int score, const float* values, const uint8_t* mask, int active, int64_t n,
-                      int64_t k, uint8_t* result) {
-  const sparse::Score by = score == 0   ? sparse::Score::value()
-                           : score == 1 ? sparse::Score::magnitude()
-                                        : sparse::Score::smallness();
-  return guarded([&] { sparse::flip_largest(by, values, {mask, active != 0}, n, k, result); });
-}
-
-void mask_survey(float* weight, const float* momentum, const uint8_t* mask, int64_t n,
-                 const sparse::ActiveList* list, sparse::Survey* seen) {
-  *seen = sparse::survey(weight, momentum, mask, n, list);
-}
-
-int mask_drop_smallest(const sparse::ActiveList* list, int64_t active, const uint8_t* mask,
-                       int64_t n, int64_t k, uint8_t* result) {
-  return guarded([&] { sparse::drop_smallest(*list, active, mask, n, k, result); });
-}
-
-double mask_sum_of_magnitudes(const float* values, const uint8_t* mask, int64_t n) {
-  return sparse::sum_of_magnitudes(values, mask, n);
-}
-
-void mask_clear_outside(float* values, const uint8_t* mask, int64_t n, int threads) {
-  sparse::clear_outside(values, mask, n, threads);
-}
-
-void mask_clear_listed(float* values, const uint8_t* mask, const sparse::ActiveList* list,
-                       int64_t active) {
-  sparse::clear_listed(values, mask, *list, active);
-}
-
 int mask_take_nonzeros(const uint8_t* mask, int64_t count, const float* weight,
                        const float* momentum, const sparse::Nonzeros* nonzeros) {
   return guarded([&] { sparse::take_nonzeros(mask, count, weight, momentum, *nonzeros); });
@@ -195,8 +163,7 @@ int deepr_move(const sparse::PerceptronLayer* layer, const int8_t* sign, const f
 
 // Of the structures that lib/kernels/layouts.py mirrors, in its order.
 void sparse_sizes(int64_t* bytes) {
-  const size_t sizes[] = {sizeof(sparse::Survey), sizeof(sparse::ActiveList),
-                          sizeof(sparse::Nonzeros), sizeof(sparse::PerceptronLayer)};
+  const size_t sizes[] = {sizeof(sparse::Nonzeros), sizeof(sparse::PerceptronLayer)};
   std::copy(std::begin(sizes), std::end(sizes), bytes);
 }
 

@@ -20,6 +20,7 @@ the clock against the dense one.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.engines.eager import TorchEngine
 from lib.models import MLP, Bottleneck, ConvClassifier, LeNet5, PreActBlock
 
 if TYPE_CHECKING:
@@ -59,8 +61,9 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], list[dict[str, Any]]]:
     `channels`, `removed_channels`, `weights`, `removed_weights` (positions that are gone), and
     `max_difference` of the two outputs, relative to the largest logit.
     """
-    loop.use_torch()  # whose time is what the paper estimates from
-    length = max(1, -(-loop.total_steps // SEGMENTS))
+    # Each layer as its module in each step, whose time is what the paper estimates from.
+    loop.use(functools.partial(TorchEngine, graphs=False))
+    length = max(1, -(-loop.schedule.total_steps // SEGMENTS))
     stride = max(1, length // SAMPLES_PER_SEGMENT)
 
     def active() -> bool:

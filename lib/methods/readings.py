@@ -20,13 +20,15 @@ effect can be measured alone (experiment `official_readings`):
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.masking import (
+from lib.methods.counts import own_rate, rounded
+from lib.methods.registry import (
+    AFTERWARDS,
     CHOOSE,
     OPTIONS,
     PRUNE,
@@ -35,12 +37,8 @@ from lib.masking import (
     GrowthRule,
     Layer,
     Rule,
-    mean_active,
-    own_rate,
-    pick,
-    prune_magnitude,
-    rounded,
 )
+from lib.methods.selection import mean_active, pick
 
 # --------------------------------------------------------------------------------------------------
 # 1. Prune
@@ -82,7 +80,7 @@ def prune_magnitude_before(
     for layer in layers:
         if not math.isnan(layer.momentum_share):
             layer.share = layer.momentum_share
-    return prune_magnitude(layers, rate, state)
+    return PRUNE["magnitude"].function(layers, rate, state)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,8 +91,7 @@ def prune_magnitude_before(
 @REDISTRIBUTION.register("momentum_after", needs="momentum")
 def redistribute_momentum_after(layer: Layer) -> Tensor | float:
     """Mean |momentum| of the weights that survived pruning; 0 where none did."""
-    mean = mean_active(layer.momentum, layer.survivors)
-    return mean.nan_to_num(0.0) if isinstance(mean, Tensor) else mean
+    return mean_active(layer.momentum, layer.survivors)
 
 
 MOST = 0.99  # of a layer's free positions that are filled
@@ -154,4 +151,14 @@ def choose_anywhere(layer: Layer, growth: Rule[GrowthRule], count: int) -> Tenso
 
 
 CHOOSE["grow_anywhere"] = choose_anywhere
-OPTIONS |= {*SHARE_OUT, *CHOOSE}
+
+
+def reset_momentum(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> None:
+    """Inactive weights get the signed mean of their layer's active momentum (PAPER.md 12d)."""
+    for layer in layers:
+        mask = masks[layer.name]
+        layer.momentum.masked_fill_(~mask, float(layer.momentum[mask].double().mean()))
+
+
+AFTERWARDS["reset_momentum"] = reset_momentum
+OPTIONS |= {*SHARE_OUT, *CHOOSE, *AFTERWARDS}

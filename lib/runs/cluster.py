@@ -15,7 +15,11 @@ from typing import Any, Literal
 
 from lib import paths
 from lib.results.merge import merge
+from lib.runs.plan import plan
 from lib.runs.runner import run_experiment
+
+# Names of submitit's parameters that hold for every kind of cluster.
+SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
 
 
 @dataclass
@@ -65,7 +69,7 @@ def submit(
     executor: Literal["local", "slurm"],
     shards: int,
     *,
-    only: Sequence[str] = (),
+    only: str | Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
     results_root: str | Path | None = None,
     device: str | None = None,
@@ -85,16 +89,30 @@ def submit(
         raise RuntimeError(
             "--executor needs submitit: `pip install submitit`, or use --shard i/n"
         ) from None
+    only = [only] if isinstance(only, str) else only
+    plan(experiment, profile, only=only, overrides=overrides)  # wrong words, before any job
     root = None if results_root is None else str(Path(results_root).resolve())
     jobs = [
         Shard(experiment, profile, i, shards, tuple(only), dict(overrides or {}), root, device)
         for i in range(1, shards + 1)
     ]
     folder = paths.cache_dir() / "jobs" / f"{experiment}-{profile}"
-    # The number of time limits a job may meet is not ours to bound: every one leaves checkpoints.
-    queue = submitit.AutoExecutor(
-        folder=folder / "%j", cluster=executor, slurm_max_num_timeout=1_000_000
-    )
-    queue.update_parameters(**{"name": f"{experiment}-{profile}", **parameters})
-    with queue.batch():
-        return [queue.submit(job) for job in jobs]
+    try:
+        # The number of time limits a job may meet is not ours to bound: each leaves checkpoints.
+        queue = submitit.AutoExecutor(
+            folder=folder / "%j", cluster=executor, slurm_max_num_timeout=1_000_000
+        )
+        try:
+            queue.update_parameters(**{"name": f"{experiment}-{profile}", **parameters})
+        except (NameError, TypeError, ValueError, AssertionError) as error:
+            raise ValueError(
+                f"--job: {str(error).splitlines()[0]} Shared names are {', '.join(SHARED)}; others "
+                "are written slurm_<name>, as slurm_partition"
+            ) from error
+        with queue.batch():
+            return [queue.submit(job) for job in jobs]
+    except RuntimeError as error:  # of submitit or of sbatch, whose message has several lines
+        raise RuntimeError(
+            f"no job was submitted ({' '.join(str(error).split())}): correct --job, or train here "
+            "without --executor, or with --executor local"
+        ) from error

@@ -14,20 +14,24 @@ the test resized to 256 and cropped in the middle.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lib.config import Run, parse_field, stream_seed
 from lib.data import DataError, Dataset
+from lib.engines.eager import TorchEngine
 from lib.models import IMAGENET_SHAPE
-from lib.train import TrainingLoop, stream, train
+from lib.train import TrainingLoop, train
+from lib.training.streams import stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -83,7 +87,9 @@ class ImageNetLoop(TrainingLoop):
             device=device,
         )
         if self.world > 1:
-            self.optimizer.register_step_pre_hook(lambda *_: self._average_gradients())
+            engine = TorchEngine(self.task, graphs=False)
+            engine.network = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.engine = engine
 
     # ---- where several processes or files make a difference ----
 
@@ -92,19 +98,20 @@ class ImageNetLoop(TrainingLoop):
         loss = super().step(index)
         return self._mean(loss)
 
-    def _order(self) -> Tensor:
+    def order(self) -> Tensor:
         """Which files in which order, the same in all processes; starts to read this one's."""
         generator = stream(self.run, "order", self.state.epoch)
         order = torch.randperm(self.images_total, generator=generator)
         size = self.run.batch_size
-        order = order[: self.steps_per_epoch * size]  # the last, incomplete batch is left out
+        order = order[
+            : self.schedule.steps_per_epoch * size
+        ]  # the last, incomplete batch is left out
         parts = order.view(-1, size)[self.state.step_in_epoch :, self.rank :: self.world]
         self.batches = self._read(self.train_files, parts.tolist(), self.state.epoch)
         return order
 
-    def _batch(
-        self, index: Tensor, augment: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """This process's part of the next mini-batch."""
         images, labels = next(self.batches)
         images = images.to(self.device, non_blocking=True, memory_format=self.format)
         return images, labels.to(self.device, non_blocking=True)
@@ -113,27 +120,27 @@ class ImageNetLoop(TrainingLoop):
     def error_pct(self, images: Tensor, labels: Tensor) -> float:
         """Top-1 error in per cent over the first len(labels) files of the validation folder."""
         self._average_statistics()
-        self.model.eval()
         mine = list(range(self.rank, len(labels), self.world))
         size = max(1, self.run.batch_size // self.world)
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        right = torch.zeros((), dtype=torch.float64, device=self.device)
+        wrong = 0
         for batch, target in self._read(self.test_files, parts, 0):
-            with self._autocast():
-                logits = self.model(batch.to(self.device, memory_format=self.format))
-            right += (logits.argmax(1) == target.to(self.device)).sum()
-        self.model.train()
+            batch = batch.to(self.device, memory_format=self.format)
+            wrong += self.engine.wrong(batch, target.to(self.device))
         if self.world > 1:
-            dist.all_reduce(right)
-        return 100.0 * (len(labels) - int(right)) / len(labels)
+            together = torch.tensor(wrong, device=self.device)
+            dist.all_reduce(together)
+            wrong = int(together)
+        return 100.0 * wrong / len(labels)
 
     def save(self, path: Path) -> None:
         """The first process writes the checkpoint; all read it."""
         if self.rank == 0:
             super().save(path)
 
-    def _update_masks(self) -> None:
-        super()._update_masks()
+    def update_masks(self) -> None:
+        """Prune, redistribute, grow; the same in all processes."""
+        super().update_masks()
         check_alike(self.masking.masks)
 
     # ---- inside ----
@@ -149,16 +156,6 @@ class ImageNetLoop(TrainingLoop):
         )
         return iter(loader)
 
-    def _average_gradients(self) -> None:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view(gradient.shape))
-
     def _average_statistics(self) -> None:
         """Batch-norm's running statistics become the mean over the processes."""
         for buffer in self.model.buffers():
@@ -173,7 +170,7 @@ class ImageNetLoop(TrainingLoop):
         return value
 
 
-def check_alike(masks: dict[str, Tensor]) -> None:
+def check_alike(masks: Mapping[str, Tensor]) -> None:
     """RuntimeError unless all processes have the same masks."""
     digest = hashlib.sha256()
     for name, mask in masks.items():
@@ -258,8 +255,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for run in todo.todo:
             checkpoint = paths.checkpoints_dir() / options.profile / f"{run.run_id}.pt"
-            loop = ImageNetLoop(run, device=device, workers=options.workers)
-            outcome = train(run, loop=loop, checkpoint=checkpoint, checkpoint_seconds=600.0)
+            outcome = train(
+                run,
+                make_loop=functools.partial(
+                    ImageNetLoop, run, device=device, workers=options.workers
+                ),
+                checkpoint=checkpoint,
+                checkpoint_seconds=600.0,
+            )
             if rank == 0:
                 row = runner.row_of(run, outcome, "imagenet", options.profile, device)
                 results.append_run(todo.csv, row, outcome.curves, outcome.layers)

@@ -27,7 +27,7 @@ def executed_dir(profile: str, results_root: str | Path | None = None) -> Path:
 
 def execute_all(
     profile: str,
-    only: Sequence[str] = (),
+    only: str | Sequence[str] = (),
     parameters: Mapping[str, Any] | None = None,
     results_root: str | Path | None = None,
     say: Callable[[str], None] = print,
@@ -40,6 +40,7 @@ def execute_all(
     end names each failure. Raises ValueError for an unknown notebook or parameter or for a value of
     the wrong type, before anything is executed.
     """
+    only = [only] if isinstance(only, str) else only
     found = {path.stem: path for path in sorted(notebooks_dir().glob("*.ipynb"))}
     names = [name.removesuffix(".ipynb") for name in only] or list(found)
     for name in names:
@@ -129,6 +130,27 @@ def checked_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, An
     return values
 
 
+def check_injected_parameters(notebook: str) -> None:
+    """In the notebook's cell after its parameters: raise ValueError for a parameter that papermill
+    injected and the notebook doesn't have, or of another type.
+
+    `notebook` is its name without ".ipynb". Papermill's own command only warns of an unknown one,
+    and the notebook would go on with its defaults.
+    """
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    cells = shell.user_ns["In"] if shell is not None else []
+    for cell in cells:
+        if cell.startswith("# Parameters\n"):  # papermill's own first line
+            given = {
+                statement.targets[0].id: ast.literal_eval(statement.value)
+                for statement in ast.parse(cell).body
+                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+            }
+            checked_parameters(notebooks_dir() / f"{notebook}.ipynb", given)
+
+
 def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
     """Execute one notebook in its own directory, as JupyterLab does; the finished copy."""
     import nbformat
@@ -144,6 +166,7 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
             language="python",
             progress_bar=False,
             cwd=str(notebook.parent),
+            **_ended_by_request(),
         )
     except papermill.PapermillExecutionError as error:
         raise RuntimeError(
@@ -156,6 +179,34 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
     target = folder / notebook.name
     os.replace(unfinished, target)
     return target
+
+
+def _ended_by_request() -> dict[str, Any]:
+    """Arguments of papermill with which a kernel that has nothing to do ends without a signal.
+
+    jupyter_client interrupts every kernel before it asks it to shut down. That meets the end of
+    papermill's last request, and ipykernel prints an error. A busy one is interrupted as ever.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+
+    busy: set[int] = set()
+
+    class Kernel(AsyncKernelManager):
+        async def _shut_down(self, now: bool = False, restart: bool = False) -> None:
+            if now or busy:
+                await super()._async_shutdown_kernel(now=now, restart=restart)
+                return
+            await self.request_shutdown(restart=restart)
+            await self.finish_shutdown(restart=restart)
+            await self.cleanup_resources(restart=restart)
+
+        shutdown_kernel = _shut_down
+
+    return {
+        "kernel_manager_class": Kernel,
+        "on_cell_execute": lambda cell, cell_index: busy.add(cell_index),
+        "on_cell_executed": lambda cell, cell_index, execute_reply: busy.discard(cell_index),
+    }
 
 
 def _strip(notebook: Any) -> None:

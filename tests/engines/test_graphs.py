@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from lib import data as datasets
 from lib.config import Run
+from lib.engines.eager import TorchEngine
 from lib.engines.graphs import WARM_UP, GraphedStep, Step
-from lib.kernels import select
-from lib.masking import Masking
 from lib.train import Interrupted, TrainingLoop
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -37,13 +35,6 @@ def mnist() -> datasets.Dataset:
 PARTS = [(part, xy) for part in ("val", "test") for xy in "xy"]
 
 
-@pytest.fixture
-def masks_as_floats(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a GPU."""
-    monkeypatch.setattr(select, "counts", lambda mask: False)
-    yield
-
-
 class Keeps:
     """A recording on the CPU."""
 
@@ -51,21 +42,21 @@ class Keeps:
         self.loop, self.step, self.index = loop, step, index
         self.settings = dict(loop.optimizer.param_groups[0])
         self.loss = torch.empty(())
-        for parameter in loop.parameters:
+        self.parameters = list(loop.model.parameters())
+        for parameter in self.parameters:
             parameter.grad = torch.empty_like(parameter)
-        self.gradients = [parameter.grad for parameter in loop.parameters]
+        self.gradients = [parameter.grad for parameter in self.parameters]
 
     def replay(self) -> None:
         (group,), now = self.loop.optimizer.param_groups, {}
         now.update(group)
         group.update(self.settings)
-        found, masking = [p.grad for p in self.loop.parameters], self.loop.masking
-        masking._multiplier = lambda name: masking._multipliers[name][2]  # type: ignore[method-assign]
+        found, masking = [p.grad for p in self.parameters], self.loop.masking
+        floats = masking._float_masks
+        floats._of = lambda name, *_: floats._kept[name][2]  # type: ignore[method-assign]
         self.loss.copy_(self.step(self.index))
-        del masking._multiplier
-        for parameter, kept, before in zip(
-            self.loop.parameters, self.gradients, found, strict=True
-        ):
+        del floats._of
+        for parameter, kept, before in zip(self.parameters, self.gradients, found, strict=True):
             assert parameter.grad is not None and kept is not None
             kept.copy_(parameter.grad)
             parameter.grad = before
@@ -90,9 +81,20 @@ class OnCpu:
 
 def graphed(run: Run, data: datasets.Dataset, fails: bool = False) -> tuple[TrainingLoop, OnCpu]:
     loop = TrainingLoop(run, data)
-    recorder = OnCpu(loop, fails)
-    loop.graphed = GraphedStep(loop._compute, loop.parameters, run.batch_size, recorder)
+    recorder, engine = OnCpu(loop, fails), torch_engine(loop)
+    engine.graphed = GraphedStep(engine.compute, engine.parameters, run.batch_size, recorder)
     return loop, recorder
+
+
+def torch_engine(loop: TrainingLoop) -> TorchEngine:
+    assert isinstance(loop.engine, TorchEngine)
+    return loop.engine
+
+
+def steps_of(loop: TrainingLoop) -> GraphedStep:
+    found = torch_engine(loop).graphed
+    assert found is not None
+    return found
 
 
 def bits(loop: TrainingLoop) -> list[Tensor]:
@@ -109,9 +111,7 @@ def same(a: TrainingLoop, b: TrainingLoop) -> bool:
 @pytest.mark.parametrize(
     ("method", "every"), [("sparse_momentum", 0), ("rigl", 7), ("set", 0), ("dense", 0)]
 )
-def test_replayed_training_is_training(
-    method: str, every: int, mnist: datasets.Dataset, masks_as_floats: None
-) -> None:
+def test_replayed_training_is_training(method: str, every: int, mnist: datasets.Dataset) -> None:
     rules = {"prune": "", "redistribution": "", "growth": "", "method_version": 0}
     run = replace(RUN, method=method, update_every_steps=every, **rules)
     plain = TrainingLoop(run, mnist)
@@ -120,14 +120,11 @@ def test_replayed_training_is_training(
     loop.run_to_end()
     assert same(plain, loop)
     assert recorder.records == 4  # one for each learning rate
-    assert loop.graphed is not None
     # 60 steps: not the last ones of the epochs (60 images), not the first ones of a learning rate.
-    assert loop.graphed.replayed == 60 - 3 - 4 * WARM_UP
+    assert steps_of(loop).replayed == 60 - 3 - 4 * WARM_UP
 
 
-def test_a_loaded_run_is_recorded_anew(
-    mnist: datasets.Dataset, masks_as_floats: None, tmp_path: Path
-) -> None:
+def test_a_loaded_run_is_recorded_anew(mnist: datasets.Dataset, tmp_path: Path) -> None:
     """In the same loop too: loading gives the momentum other addresses."""
     whole, _ = graphed(RUN, mnist)
     whole.run_to_end()
@@ -142,20 +139,18 @@ def test_a_loaded_run_is_recorded_anew(
     assert same(whole, loop) and recorder.records == 5
 
 
-def test_what_cannot_be_recorded_goes_on_as_it_is(
-    mnist: datasets.Dataset, masks_as_floats: None
-) -> None:
+def test_what_cannot_be_recorded_goes_on_as_it_is(mnist: datasets.Dataset) -> None:
     plain = TrainingLoop(RUN, mnist)
     plain.run_to_end()
     loop, recorder = graphed(RUN, mnist, fails=True)
     with pytest.warns(UserWarning, match=r"no CUDA graph could be recorded \(operation not perm"):
         loop.run_to_end()
     assert same(plain, loop) and recorder.records == 0
-    assert loop.graphed is not None and not loop.graphed.works and loop.graphed.replayed == 0
+    assert not steps_of(loop).works and steps_of(loop).replayed == 0
 
 
 def test_without_a_gpu_nothing_is_recorded(mnist: datasets.Dataset) -> None:
-    assert TrainingLoop(RUN, mnist).graphed is None
+    assert torch_engine(TrainingLoop(RUN, mnist)).graphed is None
 
 
 # ------------------------------------------------------------------------------------ on a GPU
@@ -165,7 +160,7 @@ def on_gpu(run: Run, graphs: bool) -> TrainingLoop:
     data = datasets.load(run.dataset, device="cuda", train_subset=run.train_samples)
     loop = TrainingLoop(run, data, device="cuda")
     if not graphs:
-        loop.graphed = None
+        torch_engine(loop).graphed = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loop.run_to_end()
@@ -186,7 +181,7 @@ def on_gpu(run: Run, graphs: bool) -> TrainingLoop:
 def test_graphs_on_a_gpu(run: Run) -> None:
     """The same draws and arithmetic; only sums whose order is not fixed there may differ."""
     plain, loop = on_gpu(run, graphs=False), on_gpu(run, graphs=True)
-    assert loop.graphed is not None and loop.graphed.works and loop.graphed.replayed > 20
+    assert steps_of(loop).works and steps_of(loop).replayed > 20
     first, second = (x.state.curves[0]["train_loss"] for x in (plain, loop))
     assert second == pytest.approx(first, rel=0.02)
     assert loop.masking.active() == pytest.approx(plain.masking.active(), rel=0.05)
@@ -200,19 +195,8 @@ def test_the_draws_on_a_gpu_depend_on_the_seed_alone() -> None:
     a, b = (TrainingLoop(RUN, data, device="cuda") for _ in range(2))
     on_cpu = TrainingLoop(RUN, datasets.load("mnist", train_subset=RUN.train_samples))
     for other in (b, on_cpu):
-        assert torch.equal(a._order().cpu(), other._order().cpu())
+        assert torch.equal(a.order().cpu(), other.order().cpu())
         for x, y in zip(a.model.parameters(), other.model.parameters(), strict=True):
             assert torch.equal(x.cpu(), y.cpu())
         for name, mask in a.masking.masks.items():
             assert torch.equal(mask.cpu(), other.masking.masks[name].cpu())
-
-
-def test_masks_are_refreshed_in_place() -> None:
-    model = torch.nn.Linear(6, 5).double()  # no kernels for double
-    masking = Masking(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), density=0.5)
-    multiplier = masking._multipliers["weight"][2]
-    for moved in (~masking.masks["weight"], masking.masks["weight"]):
-        masking.masks["weight"] = moved
-        masking.refresh()
-        assert masking._multipliers["weight"][2] is multiplier
-        assert torch.equal(multiplier, moved.double())

@@ -155,7 +155,7 @@ def test_claims_without_times_have_no_verdict(tmp_path: Path) -> None:
 
 
 def test_events_belong_to_one_part() -> None:
-    from lib.bench.sparse import part_of
+    from lib.bench.breakdown import part_of
 
     backward = "autograd::engine::evaluate_function: "
     for event, part in {
@@ -176,7 +176,8 @@ def test_events_belong_to_one_part() -> None:
 
 def test_profiled_parts_sum_to_the_step() -> None:
     torch = pytest.importorskip("torch")
-    from lib.bench.sparse import profiled, training_step
+    from lib.bench.breakdown import profiled
+    from lib.bench.sparse import training_step
 
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 10)
@@ -197,7 +198,7 @@ def test_window_differences_vanish_with_a_long_window() -> None:
     run itself takes the masks of the full momentum.
     """
     torch = pytest.importorskip("torch")
-    from lib.bench.sparse import window_differences
+    from lib.bench.window import window_differences
     from lib.config import Run
     from lib.data import Dataset
 
@@ -220,7 +221,7 @@ def test_window_differences_vanish_with_a_long_window() -> None:
     found = list(window_differences(run, 2, (1, steps - 1), data))
     assert [update for update, *_ in found] == [1, 2]
     for _, grown, differing, loop in found:
-        assert grown > 0 and loop.sparse is None and loop.perceptron is None
+        assert grown > 0 and loop.engine.name == "torch"
         assert differing[1] > differing[steps - 1]
     with pytest.raises(ValueError, match="more than the window"):
         next(iter(window_differences(run, 1, (steps,), data)))

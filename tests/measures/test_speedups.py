@@ -17,6 +17,7 @@ from lib.measures.speedups import (
     SEGMENTS,
     ConvPlusMap,
     estimates,
+    observe_speedups,
     remove_empty_channels,
     time_in_turns,
 )
@@ -159,7 +160,7 @@ def test_rows_of_a_run_and_of_a_resumed_one(tmp_path) -> None:
         dataset="cifar10", model="wrn-10-1", density=0.1, epochs=2, batch_size=10, dropout=0.0
     )
     data = cifar(60)
-    whole = train(run, data, measures=("speedups",))
+    whole = train(run, data, measures=[observe_speedups])
     rows = {(r["layer"], r["quantity"], r["position"]): r["value"] for r in whole.measures}
     assert len(rows) == len(whole.measures)
     convolutions = {layer for layer, _, _ in rows if layer != NETWORK}
@@ -184,11 +185,11 @@ def test_rows_of_a_run_and_of_a_resumed_one(tmp_path) -> None:
         train(
             run,
             data,
-            measures=("speedups",),
+            measures=[observe_speedups],
             checkpoint=tmp_path / "x.pt",
             should_stop=lambda: next(stops),
         )
-    resumed = train(run, data, measures=("speedups",), checkpoint=tmp_path / "x.pt")
+    resumed = train(run, data, measures=[observe_speedups], checkpoint=tmp_path / "x.pt")
     keys = Counter((r["layer"], r["quantity"], r["position"]) for r in resumed.measures)
     assert keys == Counter(rows.keys())
     again = {(r["layer"], r["quantity"], r["position"]): r["value"] for r in resumed.measures}

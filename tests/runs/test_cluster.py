@@ -60,6 +60,19 @@ def test_no_shards():
         submit("main_results", "smoke", "local", 0)
 
 
+def test_what_slurm_says_becomes_one_sentence(tmp_path, monkeypatch):
+    import submitit
+
+    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path)
+
+    def refused(**named):
+        raise RuntimeError("sbatch: error: invalid partition\nsbatch: error: failed")
+
+    monkeypatch.setattr(submitit, "AutoExecutor", refused)
+    with pytest.raises(RuntimeError, match=r"no job was submitted \(sbatch: .* failed\): correct"):
+        submit("main_results", "smoke", "slurm", 1)
+
+
 def slurm_answers():
     """Whether a controller answers: Slurm's programs may be installed where none runs."""
     if shutil.which("sinfo") is None:

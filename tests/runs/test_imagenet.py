@@ -40,11 +40,11 @@ dist.init_process_group("gloo")
 run = Run(dataset="imagenet", model="resnet50", density=0.2, epochs=1, batch_size=4)
 loop = ImageNetLoop(run, workers=0)
 loop.model.train()
-loop.step(loop._order()[:4])
-own, all_parts = loop.parameters[0].detach(), [None, None]
+loop.step(loop.order()[:4])
+own, all_parts = next(loop.model.parameters()).detach(), [None, None]
 dist.all_gather_object(all_parts, own)
 assert torch.equal(*all_parts), "weights differ"
-momentum = loop.optimizer.state[loop.parameters[0]]["momentum_buffer"]
+momentum = loop.optimizer.state[next(loop.model.parameters())]["momentum_buffer"]
 dist.all_gather_object(all_parts, momentum)
 assert torch.equal(*all_parts), "momentum differs"
 print("equal", flush=True)
@@ -151,7 +151,7 @@ def test_the_epoch_is_shared_out_without_overlap(
     orders = []
     for rank in (0, 1):
         loop.rank, loop.world = rank, 2
-        orders.append(loop._order())
+        orders.append(loop.order())
     assert torch.equal(*orders)
     assert all(len(part) == 2 for parts in read.values() for part in parts)
     assert sorted(i for parts in read.values() for part in parts for i in part) == list(range(12))

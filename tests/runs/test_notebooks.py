@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.provisioning import LocalProvisioner
 
 from lib import experiments, paths
 from lib.results import store as results
@@ -57,10 +60,9 @@ def test_the_setup_finds_the_repository(
     assert sys.path[0] == str(paths.REPO)
 
 
-def test_every_experiment_names_a_notebook_by_its_form() -> None:
-    assert MAIN in {path.stem for path in COMMITTED}
+def test_every_experiment_names_a_notebook_that_is_there() -> None:
     named = {e.notebook for e in experiments.EXPERIMENTS.values()}
-    assert {path.stem for path in COMMITTED} <= named
+    assert MAIN in named and named <= {path.stem for path in COMMITTED}
 
 
 # -------------------------------------------------------------------------------------- executed
@@ -176,6 +178,51 @@ def write(path: Path, parameters: str, *more: str) -> Path:
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-p", "numbr", "3"], "unknown parameter of a 'numbr': did you mean 'number'"),
+        (["-p", "number", "x"], "a: number='x' is str, but the parameter is int"),
+        (["-p", "number", "3"], ""),
+    ],
+)
+def test_papermills_own_command_stops_at_an_unknown_parameter(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    parameters = 'profile = "quick"\nresults = ""\nnumber = 1'
+    setup = f"import sys\nsys.path.insert(0, {str(paths.REPO)!r})"
+    check = f"{setup}\nfrom lib.runs.notebooks import check_injected_parameters\n"
+    check += f"check_injected_parameters({str(tmp_path / 'a')!r})"
+    path = write(tmp_path / "a.ipynb", parameters, check, "print('went on')")
+    command = [sys.executable, "-m", "papermill", "--language", "python", "-k", "python3"]
+    done = subprocess.run(
+        [*command, str(path), str(tmp_path / "out.ipynb"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == bool(message), done.stderr
+    assert message in done.stderr
+    (last,) = read(tmp_path / "out.ipynb").cells[-1:]
+    assert bool(last.outputs) != bool(message)
+
+
+def test_an_idle_kernel_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that meets the end of the last request makes the kernel print an error."""
+    signals: list[int] = []
+    send = LocalProvisioner.send_signal
+
+    async def recorded(self: LocalProvisioner, signum: int) -> None:
+        signals.append(signum)
+        await send(self, signum)
+
+    monkeypatch.setattr(LocalProvisioner, "send_signal", recorded)
+    monkeypatch.setattr(notebooks, "notebooks_dir", lambda: tmp_path)
+    write(tmp_path / "a.ipynb", 'profile = "quick"\nresults = ""', "1 + 1")
+    notebooks.execute_all("smoke", "a", {}, tmp_path / "results", say=lambda _: None)
+    assert signal.SIGINT not in signals
 
 
 def test_a_failing_notebook_leaves_its_copy_and_the_others_go_on(

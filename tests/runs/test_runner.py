@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lib import experiments, paths
-from lib.__main__ import main
+from lib.__main__ import _first_screen, main
 from lib.config import Run
 from lib.results import store as results
-from lib.runs import runner
+from lib.runs import machine, progress, runner, single
 
 REPO = Path(__file__).parents[2]
 TINY = ["--set", "epochs=1", "--set", "train_samples=1000"]
@@ -155,6 +157,63 @@ def test_ctrl_c_keeps_checkpoints_and_the_same_command_goes_on(folder):
     assert not list(locks.iterdir())
 
 
+def test_ctrl_c_tells_the_truth_where_no_checkpoint_can_be_written(folder):
+    process = start(folder, *SET, "--only", "seed=1", "--set", "epochs=9999")
+    checkpoints = folder / "checkpoints" / "smoke"
+    wait_for(lambda: list(checkpoints.glob("*.lock")))
+    time.sleep(1.0)
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("no folder any more")
+    out = interrupt(process)
+    assert "no checkpoint yet, it starts anew" in out and "stopped" in out
+    assert not list((folder / "checkpoints").rglob("*.tmp"))
+
+
+def test_a_killed_worker_costs_its_run_alone(folder):
+    """The run is named, the other one goes on in a new worker, and the exit code says so."""
+    words = [*SET, *TINY, "--set", "epochs=150", "--set", "val_fraction=0.01"]
+    process = start(folder, *words)
+    checkpoints = folder / "checkpoints" / "smoke"
+    wait_for(lambda: list(checkpoints.glob("*.lock")))
+    (lock,) = checkpoints.glob("*.lock")
+    time.sleep(0.5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    spawned = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    (worker,) = [
+        c for c in spawned if b"resource_tracker" not in Path(f"/proc/{c}/cmdline").read_bytes()
+    ]
+    os.kill(int(worker), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err and err.count("\n") == 1, err
+    assert f"{lock.stem}: its worker was killed (SIGKILL)" in out and "other runs go on" in out
+    assert (
+        err.startswith("error: 1 of 2 runs of main_results (smoke) aren't done")
+        and lock.stem in err
+    )
+    assert len(rows(folder)) == 1 and lock.stem not in rows(folder)
+
+
+def test_a_result_that_cannot_be_appended_waits_for_the_next_call(folder, monkeypatch):
+    run = experiments.runs("main_results", "smoke")[0].overridden(epochs=1, train_samples=1000)
+    whole = folder / "whole" / "smoke" / "main_results.csv"
+    assert single.train_and_store(run, "main_results", "smoke", whole) == "ok"
+
+    def full(*args, **named):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(single.results, "append_run", full)
+        with pytest.raises(RuntimeError, match=r"is trained, .*No space left.* adds it from"):
+            single.train_and_store(run, "main_results", "smoke", csv(folder))
+    assert rows(folder) == []
+    monkeypatch.setattr("lib.train.train", lambda *args, **named: pytest.fail("trained again"))
+    assert single.train_and_store(run, "main_results", "smoke", csv(folder)) == "ok"
+    other, same = (results.read_runs(path) for path in (whole, csv(folder)))
+    assert same["test_error_pct"].equals(other["test_error_pct"])
+    assert results.read_curves(csv(folder)).equals(results.read_curves(whole))
+    assert not list((folder / "checkpoints" / "smoke").iterdir())
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(folder, how):
     """Whoever stops the command, its workers leave their checkpoint and end."""
@@ -216,7 +275,7 @@ def test_a_worker_that_fails_is_one_sentence(folder):
         (["--only", "set"], "--only 'set': write field=value"),
         (["--set", "epoch=3"], "unknown field of a run 'epoch': did you mean 'epochs'"),
         (["--set", "epochs=x"], "epochs='x' can't be read as int (default 100)"),
-        (["--set", "epochs=0"], "epochs must be positive, got 0"),
+        (["--set", "epochs=0"], "epochs must be in [1, 2**63), got 0"),
         (["--set", "epochs"], "--set 'epochs': write name=value"),
         (["--shard", "3/2"], "shard 3/2: the first number goes from 1 to 2"),
         (["--shard", "two"], "--shard 'two': write i/n"),
@@ -234,16 +293,84 @@ def test_bad_words_are_one_sentence(words, message, folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "main_result"], "'main_results'"),
-        (["run", "main_results", "--profile", "quik"], "'quik'"),
-        (["rum"], "'rum'"),
+        (["run", "main_result"], "unknown experiment 'main_result': did you mean 'main_results'"),
+        (["run", "main_results", "--profile", "quik"], "unknown profile 'quik': did you mean"),
+        (["status", "main_result"], "unknown experiment 'main_result': did you mean"),
+        (["rum"], "unknown command 'rum': did you mean 'run'"),
+        (["run", "main_results", "--jobs", "0"], "jobs must be from 1 to 10000, got 0"),
+        (["run", "main_results", "--threads", "-2"], "threads must be from 1 to 10000, got -2"),
+        (["run", "main_results", "--device", "tpu"], "unknown device 'tpu': known are cpu"),
+        (["run", "main_results", "--device", ""], "unknown device ''"),
+        (["run", "main_results", "--device", "cuda:99"], "device 'cuda:99': torch finds"),
+        (["run", "main_results", "--set", "model=resnet50"], "resnet50 is a network for imagenet"),
+        (["run", "main_results", "--set", "model=lenet"], "unknown model 'lenet'; did you mean"),
+        (["run", "main_results", "--set", "growth=randm"], "unknown growth rule 'randm': did you"),
+        (["run", "main_results", "--set", "init=er"], "unknown init 'er'"),
+        (["run", "main_results", "--set", "keep_dense=nosuch"], "unknown keep_dense name 'nosuch'"),
+        (["run", "main_results", "--set", "val_fraction=0.00000001"], "val_fraction=1e-08 leaves"),
+        (["run", "main_results", "--set", "method_version=7"], "method_version can't be set"),
+        (["run", "main_results", "--executor", "local", "--job", "tiemout=3"], "--job: Parameter"),
     ],
 )
-def test_bad_names_are_usage_errors(words, message, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(words)
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_work_is_said_before_the_first_step(words, message, folder, capsys):
+    where = [] if words[0] == "rum" or words[0] == "status" else ["--results", str(folder)]
+    profile = ["--profile", "smoke"] if words[0] == "run" and "--profile" not in words else []
+    assert main([*words, *profile, *where]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert not list(folder.rglob("*.csv"))
+
+
+@pytest.mark.parametrize("command", ["status", "verdict", "figures", "report"])
+def test_a_results_path_without_results_is_one_sentence(command, folder, capsys):
+    (folder / "file").write_text("")
+    for path, message in (
+        (folder / "file", "is a file, not a folder"),
+        (folder / "nosuch", "doesn't exist"),
+        (folder, "holds no results: python -m lib run all --profile smoke"),
+    ):
+        assert main([command, "--profile", "smoke", "--results", str(path)]) == 1
+        said = capsys.readouterr()
+        assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_folders_and_disk_space_are_looked_at_first(folder, capsys, monkeypatch):
+    (folder / "file").write_text("")
+    args = ["run", "main_results", "--profile", "smoke", "--results"]
+    assert main([*args, str(folder / "file")]) == 1
+    assert "file/smoke can't be written to (Not a directory)" in capsys.readouterr().err
+    full = SimpleNamespace(total=0, used=0, free=1000)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: full)
+    assert main([*args, str(folder)]) == 1
+    assert "has 0 MB free, but checkpoints and results take up to" in capsys.readouterr().err
+    assert not list(folder.rglob("*.csv"))
+
+
+def test_a_locale_without_utf8_stops_nothing():
+    code = (
+        "import lib.__main__ as m; m._print_in_any_locale(); print('1\\u00a0000 \\u2212 3 \\u2265')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"1 000 - 3 >=\n"
+
+
+def test_the_verdict_begins_with_the_counts_of_all_tables():
+    text = "Reduced\n\nClaims: 2, of them 1 holds\na\nb\n\nValues: 9, of them 9 x\nc\n\nThe rule."
+    first = "Claims: 2, of them 1 holds"
+    said = f"{first}\nValues: 9, of them 9 x\n\nReduced\n\n{first}\na\nb\n\nThe rule.\n\n"
+    assert _first_screen(text) == f"{said}--all prints the other tables"
+    assert _first_screen("Claims: 2, of them 1 holds\na\n\nThe rule.").endswith("The rule.")
+
+
+def test_one_condition_may_be_a_string(folder):
+    made = runner.plan("main_results", "smoke", only="method=set", results_root=folder)
+    assert {run.method for run in made.todo} == {"set"}
 
 
 def test_status_counts(folder, capsys):
@@ -262,18 +389,18 @@ def test_an_imported_kernel_is_no_notebook(capsys):
     import ipykernel.kernelapp  # noqa: F401
     import IPython.display  # noqa: F401
 
-    runner.print_line()("3 of 7 runs\n")
+    progress.print_line()("3 of 7 runs\n")
     assert capsys.readouterr().out.strip() == "3 of 7 runs"
 
 
 def test_a_run_is_claimed_once(folder):
     checkpoint = folder / "checkpoints" / "a.pt"
-    with runner._claim(checkpoint) as first:
-        with runner._claim(checkpoint) as second:
+    with single.claim(checkpoint) as first:
+        with single.claim(checkpoint) as second:
             assert first and not second
-        with runner._claim(checkpoint) as third:
+        with single.claim(checkpoint) as third:
             assert not third
-    with runner._claim(checkpoint) as fourth:
+    with single.claim(checkpoint) as fourth:
         assert fourth
     assert not list(checkpoint.parent.iterdir())
 
@@ -318,8 +445,8 @@ def test_runs_side_by_side(monkeypatch):
     for runs, device, jobs in (
         ([small] * 40, "cpu", 16),
         ([small] * 3, "cpu", 3),
-        ([small] * 40, "cuda", runner.GPU_JOBS),
+        ([small] * 40, "cuda", machine.GPU_JOBS),
         ([small] * 3, "cuda", 3),
         ([small, large], "cuda", 1),
     ):
-        assert runner.default_jobs(runs, device) == (jobs, 1)
+        assert machine.default_jobs(runs, device) == (jobs, 1)

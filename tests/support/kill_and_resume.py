@@ -20,7 +20,7 @@ import torch
 
 from lib import paths
 from lib.config import Run
-from lib.runs import runner
+from lib.runs import runner, single
 
 
 def run_of(method: str) -> Run:
@@ -86,7 +86,7 @@ def main() -> None:
     kills = {}
     for method in methods:
         run = run_of(method)
-        runner._dataset(run.dataset, "cpu", run.val_fraction, run.train_samples)
+        single.dataset(run.dataset, "cpu", run.val_fraction, run.train_samples)
         _, status = os.waitpid(start(run, folder / method / "whole.csv"), 0)
         assert status == 0, status
         kills[method] = train_with_kills(run, folder / method / "killed.csv", random.Random(method))

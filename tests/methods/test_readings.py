@@ -13,17 +13,11 @@ import torch
 from lib import Masking
 from lib import data as datasets
 from lib.config import Run
-from lib.masking import allocate
+from lib.methods.counts import allocate
 from lib.train import Interrupted, TrainingLoop
-from tests.test_masking import Net, made, oracle_fill, random_case, sgd
+from tests.support.masked import Net, made, oracle_fill, random_case, sgd
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def case_of(seed: int, density: float = 0.4):
@@ -191,6 +185,7 @@ def test_feedback_over_several_updates(seed: int) -> None:
         pruned = np.ceil(np.round(rate * before, 6)).astype(int)
         expected = oracle.grow(share, pruned, zeros)
         report = kept.update(0.3)
+        kept.advance()
         assert [line.pruned for line in report] == pruned.tolist()
         assert [line.grown for line in report] == expected.tolist()
         after = sum(kept.active().values())
@@ -215,6 +210,7 @@ def test_an_isolated_deficit_is_answered_with_three_quarters_too_many() -> None:
     state["feedback/budget"] = sum(kept.active().values()) + 8
     state["feedback/correction"] = 0.0
     state["feedback/deficits"] = state["feedback/updates"] = 0
+    kept.advance()
     kept.update(0.1)
     assert state["feedback/correction"] == 1.75 * 8
 
@@ -284,6 +280,21 @@ def test_growth_may_choose_active_weights_again(seed: int) -> None:
 # ----------------------------------------------------------------------------------------- options
 
 
+def test_momentum_can_be_reset_after_an_update():
+    rng = np.random.default_rng(5)
+    case = random_case(rng, [(8, 9), (5, 7)], 0.4, coarse=False)
+    _, kept = made(*case, options={"reset_momentum": 1.0})
+    _, plain = made(*case)
+    kept.update(0.3), plain.update(0.3)
+    for name, mask in kept.masks.items():
+        assert torch.equal(mask, plain.masks[name])
+        buffer = kept.optimizer.state[kept.parameters[name]]["momentum_buffer"]
+        old = plain.optimizer.state[plain.parameters[name]]["momentum_buffer"]
+        assert torch.equal(buffer[mask], old[mask])
+        mean = old[mask].double().mean()
+        assert torch.allclose(buffer[~mask].double(), mean, atol=1e-7)
+
+
 def test_options_that_are_off_change_nothing() -> None:
     weights, masks, momenta = case_of(3)
     off = {"feedback": 0.0, "keep_regrown": 0.0, "grow_anywhere": 0.0, "anneal_every_steps": 0.0}
@@ -320,7 +331,7 @@ def test_all_together_train_and_resume_to_the_same_bits(tmp_path: Path) -> None:
     second = TrainingLoop(run, data)
     second.load(tmp_path / "checkpoint")
     second.run_to_end()
-    for a, b in zip(whole.parameters, second.parameters, strict=True):
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert whole.masking.rule_state == second.masking.rule_state
     assert whole.masking.rule_state["feedback/updates"] == 2  # three updates, corrected twice

@@ -1,4 +1,4 @@
-"""Times sparse layers against torch's dense ones, alternating in one process."""
+"""Times a sparse layer against torch's dense one, alternating in one process."""
 
 from __future__ import annotations
 
@@ -28,41 +28,21 @@ class Layer(NamedTuple):
     repeats: int = 1  # how often a network has it
 
 
-def _vgg16_d() -> tuple[Layer, ...]:
-    sizes = [(3, 64, 32, 1), (64, 64, 32, 1), (64, 128, 16, 1), (128, 128, 16, 1), (128, 256, 8, 1)]
-    sizes += [(256, 256, 8, 2), (256, 512, 4, 1), (512, 512, 4, 2), (512, 512, 2, 3)]
-    return tuple(
-        Layer(f"{c}-{o} at {s}x{s}", c, o, 3, 1, 1, s, first=c == 3, repeats=n)
-        for c, o, s, n in sizes
-    )
-
-
-VGG16_D = _vgg16_d()  # its thirteen convolutions on CIFAR-10
-
-
 @dataclass(frozen=True)
-class Row:
+class LayerTimes:
     """Times of one layer at one density, milliseconds per mini-batch; each the best of several.
 
     dense_backward_ms holds both gradients, as torch computes them in one call.
     """
 
-    layer: str
-    in_channels: int
-    out_channels: int
-    kernel: int
-    stride: int
-    side: int
-    repeats: int
-    batch: int
-    threads: int
+    layer: Layer
     density: float  # realised, 0..1
+    channels_last: bool  # memory format in which the dense layer was faster
     forward_ms: float
     backward_input_ms: float  # 0 for a first layer
     backward_weight_ms: float
     dense_forward_ms: float
     dense_backward_ms: float
-    channels_last: bool  # memory format in which the dense layer was faster
 
     @property
     def sparse_ms(self) -> float:
@@ -78,11 +58,6 @@ class Row:
     def ratio(self) -> float:
         """How many times faster the sparse layer is, forward plus backward."""
         return self.dense_ms / self.sparse_ms
-
-    @property
-    def forward_ratio(self) -> float:
-        """How many times faster the sparse layer is in the forward pass."""
-        return self.dense_forward_ms / self.forward_ms
 
 
 def best_times(
@@ -149,86 +124,44 @@ def sparse_jobs(
     )
 
 
-def bench_layers(
-    layers: Iterable[Layer] = VGG16_D,
-    densities: Iterable[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
-    *,
-    batch: int = 128,
-    seconds: float = 0.3,
-    rounds: int = 3,
-    masks: dict[str, Tensor] | None = None,
-) -> list[Row]:
-    """Times every layer at every density with uniform random masks, or with `masks` by layer name.
+def time_layer(
+    layer: Layer, densities: Iterable[float], *, batch: int, seconds: float, rounds: int
+) -> list[LayerTimes]:
+    """Times the layer at every density with uniform random masks.
 
     The dense layer runs in contiguous and in channels-last memory format, and the faster of the
-    two counts; both sides reuse freed memory (keep_freed_memory). `seconds` is the time per layer
-    and density, `rounds` the least number of turns.
+    two counts; both sides reuse freed memory (keep_freed_memory). `seconds` is the time per
+    density, `rounds` the least number of turns.
 
     Raises:
         KernelsUnavailable: the kernels cannot be built here.
-        KeyError: `masks` lacks a layer.
     """
     require()
     keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for layer in layers:
-        shape = (layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
-        x = torch.randn(batch, layer.in_channels, layer.side, layer.side)
-        weight = torch.randn(shape)
-        grad = torch.randn_like(torch.conv2d(x, weight, None, layer.stride, layer.padding))
-        dense = [
-            job
-            for layout in (torch.contiguous_format, torch.channels_last)
-            for job in dense_jobs(
-                layer, *(t.contiguous(memory_format=layout) for t in (x, weight, grad))
-            )
-        ]
-        blocked, blocked_grad = ops.to_blocked(x), ops.to_blocked(grad)
-        for density in [None] if masks else densities:
-            if density is None:
-                assert masks is not None
-                mask = masks[layer.name]
-            else:
-                mask = torch.rand(shape, generator=generator) < density
-            pattern = ops.Pattern(mask)
-            sparse = list(sparse_jobs(layer, blocked, pattern, blocked_grad, batch))
-            if layer.first:
-                del sparse[1]
-            times = [1e3 * t for t in best_times([*dense, *sparse], seconds, least=rounds)]
-            plain, last, own = times[:2], times[2:4], times[4:]
-            channels_last = sum(last) < sum(plain)
-            dense_forward, dense_backward = last if channels_last else plain
-            if layer.first:
-                own.insert(1, 0.0)
-            rows.append(
-                Row(
-                    layer=layer.name,
-                    in_channels=layer.in_channels,
-                    out_channels=layer.out_channels,
-                    kernel=layer.kernel,
-                    stride=layer.stride,
-                    side=layer.side,
-                    repeats=layer.repeats,
-                    batch=batch,
-                    threads=torch.get_num_threads(),
-                    density=pattern.density,
-                    forward_ms=own[0],
-                    backward_input_ms=own[1],
-                    backward_weight_ms=own[2],
-                    dense_forward_ms=dense_forward,
-                    dense_backward_ms=dense_backward,
-                    channels_last=channels_last,
-                )
-            )
-    return rows
-
-
-def total_ratio(rows: Iterable[Row], *, forward_only: bool = False) -> float:
-    """Dense over sparse time of all rows together, each counted as often as a network has it."""
-    rows = list(rows)
-    if forward_only:
-        sparse = sum(r.repeats * r.forward_ms for r in rows)
-        return sum(r.repeats * r.dense_forward_ms for r in rows) / sparse
-    sparse = sum(r.repeats * r.sparse_ms for r in rows)
-    return sum(r.repeats * r.dense_ms for r in rows) / sparse
+    shape = (layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
+    x = torch.randn(batch, layer.in_channels, layer.side, layer.side)
+    weight = torch.randn(shape)
+    grad = torch.randn_like(torch.conv2d(x, weight, None, layer.stride, layer.padding))
+    dense = [
+        job
+        for layout in (torch.contiguous_format, torch.channels_last)
+        for job in dense_jobs(
+            layer, *(t.contiguous(memory_format=layout) for t in (x, weight, grad))
+        )
+    ]
+    blocked, blocked_grad = ops.to_blocked(x), ops.to_blocked(grad)
+    found = []
+    for density in densities:
+        pattern = ops.Pattern(torch.rand(shape, generator=generator) < density)
+        sparse = list(sparse_jobs(layer, blocked, pattern, blocked_grad, batch))
+        if layer.first:
+            del sparse[1]
+        times = [1e3 * t for t in best_times([*dense, *sparse], seconds, least=rounds)]
+        plain, last, own = times[:2], times[2:4], times[4:]
+        channels_last = sum(last) < sum(plain)
+        if layer.first:
+            own.insert(1, 0.0)
+        faster = last if channels_last else plain
+        found.append(LayerTimes(layer, pattern.density, channels_last, *own, *faster))
+    return found

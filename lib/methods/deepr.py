@@ -1,87 +1,16 @@
-"""The other methods' rules, each after its own paper, registered beside sparse momentum's.
-
-SET (Mocanu et al. 2018) and RigL (Evci et al. 2020) need nothing beyond the rules of
-`lib/masking.py`. Here are DSR (Mostafa and Wang 2019), DeepR (Bellec et al. 2018) and SNIP
-(Lee et al. 2019). Numbers a rule can be given are read from `Masking(options={...})`.
-"""
+"""DeepR (Bellec et al. 2018): signs are fixed, a weight that crosses zero is re-wired at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lib.masking import (
-    EVERY_STEP,
-    GROWTH,
-    PRUNE,
-    REDISTRIBUTION,
-    DivergenceError,
-    Layer,
-    Masking,
-    grow_random,
-    pick,
-)
-
-# --------------------------------------------------------------------------------------------------
-# DSR: one global threshold that adapts until it prunes the wanted number
-# --------------------------------------------------------------------------------------------------
-
-
-@PRUNE.register("adaptive_threshold")
-def prune_adaptive_threshold(
-    layers: Sequence[Layer], rate: float, state: dict[str, Any]
-) -> list[Tensor]:
-    """Every active |w| below one threshold goes; then the threshold adapts.
-
-    It starts at 0.001, doubles when fewer than 0.9 of rate * active went, and halves when more
-    than 1.1 of it went (Mostafa and Wang 2019, algorithm 1).
-    """
-    threshold = state.setdefault("threshold", 1e-3)
-    survivors = [layer.mask & (layer.weight.abs() >= threshold) for layer in layers]
-    left = torch.stack([s.sum() for s in survivors]).tolist()
-    active = sum(layer.active for layer in layers)
-    pruned, target = active - sum(left), rate * active
-    if pruned < 0.9 * target:
-        state["threshold"] = threshold * 2
-    elif pruned > 1.1 * target:
-        state["threshold"] = threshold / 2
-    return survivors
-
-
-# --------------------------------------------------------------------------------------------------
-# SET and DSR as the code of DSR's authors trains them (PAPER.md 12c). Their DSR prunes as above, a
-# constant number of weights: a constant rate, since the number of active weights never changes.
-# --------------------------------------------------------------------------------------------------
-
-
-@PRUNE.register("magnitude_and_one")
-def prune_magnitude_and_one(
-    layers: Sequence[Layer], rate: float, state: dict[str, Any]
-) -> list[Tensor]:
-    """In each layer the int(rate * active) + 1 smallest |w| go."""
-    return [
-        layer.without_smallest(min(layer.active, math.floor(rate * layer.active) + 1))
-        for layer in layers
-    ]
-
-
-@GROWTH.register("random_elsewhere")
-def grow_random_elsewhere(layer: Layer) -> Tensor:
-    """Uniformly at random among the weights that were not pruned just now, these only if all
-    others are active.
-    """
-    scores = grow_random(layer)
-    return scores - (layer.mask & ~layer.survivors).to(scores.dtype)
-
-
-# --------------------------------------------------------------------------------------------------
-# DeepR: signs are fixed, a weight that crosses zero is re-wired at once
-# --------------------------------------------------------------------------------------------------
+from lib.methods.registry import EVERY_STEP, PRUNE, REDISTRIBUTION, Layer, Masked
 
 
 @PRUNE.register("sign_flip")
@@ -100,7 +29,7 @@ def redistribute_inactive(layer: Layer) -> float:
     return layer.numel - layer.active + layer.pruned
 
 
-def deepr_step(masking: Masking) -> None:
+def deepr_step(masking: Masked) -> None:
     """One step of DeepR after the gradient step (Bellec et al. 2018, algorithm 1).
 
     With w = sign * theta: theta shrinks by lr * l1 and takes a random step of standard deviation
@@ -135,7 +64,7 @@ def deepr_step(masking: Masking) -> None:
         _wake(masking, died, alive)
 
 
-def deepr_rates(masking: Masking) -> tuple[float, float]:
+def deepr_rates(masking: Masked) -> tuple[float, float]:
     """What one step takes off each |w|, and the standard deviation of its noise (`deepr_step`)."""
     lr = float(masking.optimizer.param_groups[0]["lr"])
     l1 = masking.options.get("l1", 1e-4)
@@ -159,7 +88,7 @@ def _index(tensor: Tensor, places: Tensor) -> Any:
     return places if tensor.is_contiguous() else torch.unravel_index(places, tensor.shape)
 
 
-def _wake(masking: Masking, count: int, alive: Sequence[Tensor]) -> None:
+def _wake(masking: Masked, count: int, alive: Sequence[Tensor]) -> None:
     """Activate `count` dormant connections, uniform without replacement over the network."""
     names = list(masking.masks)
     sizes = [masking.masks[name].numel() for name in names]
@@ -227,40 +156,3 @@ def randn(count: int, like: Tensor, generator: torch.Generator | None) -> Tensor
 
 
 EVERY_STEP["deepr"] = deepr_step
-
-
-# --------------------------------------------------------------------------------------------------
-# SNIP: masks chosen once, before training
-# --------------------------------------------------------------------------------------------------
-
-
-def snip_masks(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    density: float,
-    loss: Callable[[], Tensor],
-) -> dict[str, Tensor]:
-    """Masks of the round(density * weights) largest |gradient * weight| over all layers.
-
-    `loss()` is the loss of one mini-batch with all weights present (Lee et al. 2019, algorithm 1);
-    the model's gradients and buffers are left as they were. Raises DivergenceError for a gradient
-    or weight that isn't finite.
-    """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = torch.autograd.grad(loss(), list(parameters.values()))
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    score = torch.cat(
-        [
-            (g * p.detach()).abs().reshape(-1)
-            for g, p in zip(gradients, parameters.values(), strict=True)
-        ]
-    )
-    if not math.isfinite(total := float(score.sum(dtype=torch.float64))):
-        raise DivergenceError(f"SNIP: the sum of |gradient * weight| is {total}")
-    chosen = pick(score, torch.ones_like(score, dtype=torch.bool), round(density * score.numel()))
-    parts = chosen.split([p.numel() for p in parameters.values()])
-    return {
-        name: part.view(p.shape).clone()
-        for (name, p), part in zip(parameters.items(), parts, strict=True)
-    }

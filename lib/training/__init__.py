@@ -1,0 +1,1 @@
+"""What the training loop (lib/train.py) is made of."""

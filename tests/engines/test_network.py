@@ -1,0 +1,253 @@
+"""Whole networks by the sparse kernels against torch, and what it is that decides between them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib.engines import calibrate
+from lib.engines.network import SparseNetwork, sparse_network
+from lib.engines.optimizer import SparseSGD
+from lib.engines.timing import Layer
+from lib.kernels import library
+from lib.masking import Masking
+from lib.models import build_model
+from lib.training.schedule import dense_window
+
+needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
+
+
+def masked_model(
+    name: str, density: float = 0.5, *, momentum: float = 0.9, **options: float
+) -> tuple[torch.nn.Module, torch.optim.SGD, Masking]:
+    torch.manual_seed(10)
+    model = build_model(name, **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+    generator = torch.Generator().manual_seed(11)
+    return model, optimizer, Masking(model, optimizer, density, 0.3, generator=generator)
+
+
+MODELS = {
+    "lenet300-100": ((1, 28, 28), {}),
+    "lenet5": ((1, 28, 28), {}),
+    "alexnet-s": ((3, 32, 32), {"width_scale": 0.1}),
+    "vgg16-d": ((3, 32, 32), {"width_scale": 0.1}),
+    "vgg16-c": ((3, 32, 32), {"width_scale": 0.1}),
+    "wrn-10-1": ((3, 32, 32), {"dropout": 0.0}),
+}
+
+
+def check_network(
+    network: SparseNetwork, masking: Masking, shape: tuple[int, ...], dense: bool
+) -> None:
+    """Outputs, gradients and running statistics against the model in double precision."""
+    reference = copy.deepcopy(network.model).double()
+    x, target = torch.randn(40, *shape), torch.randint(0, 10, (40,))
+    network.dense_gradients = dense
+    network.model.zero_grad()
+    got, want = network(x), reference(x.double())
+    assert got.shape == want.shape
+    F.cross_entropy(got, target).backward()
+    F.cross_entropy(want, target).backward()
+    assert (got - want).norm() <= 1e-3 * want.norm()
+    wanted = dict(reference.named_parameters())
+    for name, parameter in network.model.named_parameters():
+        if name not in masking.masks:
+            continue
+        gradient, exact = parameter.grad, wanted[name].grad
+        assert gradient is not None and exact is not None
+        choice = network.choices[name, True]
+        if not dense and choice.sparse and not choice.whole_gradient:
+            assert not gradient[~masking.masks[name]].any()
+            exact = exact * masking.masks[name]
+        assert (gradient - exact).norm() <= 1e-2 * exact.norm(), name  # a ReLU may flip
+    buffers = dict(reference.named_buffers())
+    for name, buffer in network.model.named_buffers():
+        assert torch.allclose(buffer.double(), buffers[name].double(), rtol=1e-3, atol=1e-5), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", MODELS)
+def test_network_matches_its_model(name: str) -> None:
+    shape, options = MODELS[name]
+    model, optimizer, masking = masked_model(name, **options)
+    network = sparse_network(model, masking.masks, mode="sparse")
+    for dense in (False, True):
+        check_network(network, masking, shape, dense)
+    assert {c.name for c in network.choices.values() if c.sparse} == set(masking.masks)
+
+    # Masks move, weights move: the network follows.
+    optimizer.step()
+    masking.step()
+    before = {k: v.clone() for k, v in masking.masks.items()}
+    masking.update()
+    assert any(not torch.equal(before[k], v) for k, v in masking.masks.items())
+    check_network(network, masking, shape, dense=False)
+
+    network.eval()
+    x = torch.randn(19, *shape)
+    with torch.no_grad():
+        want = model(x)
+        assert torch.allclose(network(x), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["vgg16-d", "wrn-10-1"])
+def test_network_mixes_sparse_and_dense_layers(
+    name: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other layer dense by its (invented) calibration: conversions on all the borders."""
+    shape, options = MODELS[name]
+    model, _, masking = masked_model(name, **options)
+    order = list(masking.masks)
+
+    def cost(layer: Layer, batch: int) -> calibrate.Cost:
+        sparse = order.index(layer.name) % 2
+        return calibrate.Cost(1.0, 1.0, channels_last, *(4 * [0.0 if sparse else 2.0]))
+
+    def gradient_cost(layer: Layer, batch: int) -> calibrate.GradientCost:
+        whole, by_torch = order.index(layer.name) % 4 == 1, order.index(layer.name) % 3 == 0
+        return calibrate.GradientCost(1.0, 0.5 if by_torch else 1.5, 2.0 if whole else 0.0, 0.0)
+
+    monkeypatch.setattr(calibrate, "cost", cost)
+    monkeypatch.setattr(calibrate, "gradient_cost", gradient_cost)
+    network = sparse_network(model, masking.masks)
+    for dense in (False, True):
+        check_network(network, masking, shape, dense)
+    choices = [network.choices[n, True] for n in order]
+    assert [c.sparse for c in choices] == [bool(k % 2) for k in range(len(order))]
+    assert [c.whole_gradient for c in choices] == [k % 4 == 1 for k in range(len(order))]
+    assert {c.gradient_by_torch for c in choices if c.sparse} == {True, False}
+
+
+@needs_compiler
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sparse_sgd_takes_the_steps_of_torch(nesterov: bool) -> None:
+    """Steps with and without the gradients of inactive weights, and masks that move."""
+    found = []
+    for compact in (False, True):
+        model, _, masking = masked_model("lenet5", 0.2)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.05, momentum=0.9, nesterov=nesterov, weight_decay=1e-3
+        )
+        masking.optimizer = optimizer
+        network = sparse_network(model, masking.masks, mode="sparse")
+        sparse = SparseSGD(network, optimizer, masking) if compact else None
+        generator = torch.Generator().manual_seed(12)
+        for step in range(9):
+            network.dense_gradients = step % 4 == 0
+            optimizer.param_groups[0]["lr"] = 0.05 if step < 5 else 0.02
+            x = torch.randn(20, 1, 28, 28, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), torch.arange(20) % 10).backward()
+            if sparse is None:
+                optimizer.step()
+                masking.step()
+            else:
+                sparse.step()
+                masking.advance()
+                whole = model.get_parameter("fc3.weight").grad is not None
+                assert whole == network.dense_gradients
+            if step == 6:
+                if sparse is not None:
+                    assert set(sparse.pending.values()) == {2}
+                    sparse.sync()
+                masking.update()
+        if sparse is not None:
+            sparse.sync()
+        found.append((model, optimizer, masking))
+    (model, optimizer, masking), (other, other_optimizer, other_masking) = found
+    assert masking.steps == other_masking.steps == 9
+    for name, parameter in model.named_parameters():
+        twin = other.get_parameter(name)
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        other_momentum = other_optimizer.state[twin]["momentum_buffer"]
+        assert torch.allclose(twin, parameter, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(other_momentum, momentum, rtol=1e-4, atol=1e-6), name
+        if name in masking.masks:
+            assert torch.equal(masking.masks[name], other_masking.masks[name])
+            assert not twin[~masking.masks[name]].any()
+    inactive = ~masking.masks["fc3.weight"]
+    assert optimizer.state[model.get_parameter("fc3.weight")]["momentum_buffer"][inactive].any()
+
+
+@needs_compiler
+def test_sparse_sgd_refuses_other_optimizers() -> None:
+    model, _, masking = masked_model("lenet5")
+    network = sparse_network(model, masking.masks)
+    with pytest.raises(ValueError, match="Adam"):
+        SparseSGD(network, torch.optim.Adam(model.parameters()), masking)
+    with pytest.raises(ValueError, match="with momentum"):
+        SparseSGD(network, torch.optim.SGD(model.parameters()), masking)
+
+
+@needs_compiler
+def test_dropout_acts_in_training_only() -> None:
+    model, _, masking = masked_model("wrn-10-1", dropout=0.5)
+    network = sparse_network(model, masking.masks, mode="sparse")
+    x = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(network(x), network(x))
+        network.eval()
+        assert torch.equal(network(x), network(x))
+
+
+@needs_compiler
+def test_window_grows_the_weights_of_full_tracking() -> None:
+    """Dense gradients in the last K steps give the masks of dense gradients in all of them."""
+
+    def masks_after(window: int | None, steps: int = 60) -> list[torch.Tensor]:
+        model, optimizer, masking = masked_model("lenet300-100", 0.05, momentum=0.6)
+        network = sparse_network(model, masking.masks, mode="sparse")
+        generator = torch.Generator().manual_seed(12)
+        for step in range(steps):
+            x = torch.randn(32, 1, 28, 28, generator=generator)
+            target = (x.flatten(1)[:, :10]).argmax(1)
+            network.dense_gradients = window is None or step >= steps - window
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), target).backward()
+            optimizer.step()
+            masking.step()
+        masking.update()
+        return list(masking.masks.values())
+
+    full, window = masks_after(None), masks_after(dense_window(0.6))
+    active = sum(int(m.sum()) for m in full)
+    assert sum(int((a != b).sum()) for a, b in zip(full, window, strict=True)) <= active // 1000
+    short = masks_after(1)
+    assert sum(int((a != b).sum()) for a, b in zip(full, short, strict=True)) > active // 100
+
+
+@needs_compiler
+def test_calibration_is_measured_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.require()  # before the cache moves
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path))
+    calibrate._memory.cache_clear()
+    layer = Layer("a", 8, 8, 3, 1, 1, 8)
+    cost = calibrate.cost(layer, 30)
+    assert cost.dense_total > cost.dense_forward > 0
+    assert cost.sparse(0, True) >= 0 and cost.sparse(500, False) <= cost.sparse(500, True)
+    calibrate._memory.cache_clear()
+    monkeypatch.setattr(calibrate, "measure", None)  # a second measurement would fail
+    assert calibrate.cost(layer._replace(name="b"), 32) == cost
+    (file,) = tmp_path.glob("calibration-*.json")
+    assert len(json.loads(file.read_text())) == 1
+    calibrate._memory.cache_clear()
+    file.write_text("{")
+    with pytest.raises(RuntimeError, match="delete it"):
+        calibrate.cost(layer, 30)
+
+
+def test_calibration_draws_the_line() -> None:
+    # 1 ms + 1 us per weight against 5 ms: equal at 4000 weights.
+    cost = calibrate.Cost(2e-3, 5e-3, False, 1e-3, 1e-7, 1e-3, 1e-6)
+    assert cost.sparse_is_faster(3999, True) and not cost.sparse_is_faster(4001, True)
+    assert cost.sparse_is_faster(9999, False) and not cost.sparse_is_faster(10001, False)
