@@ -219,7 +219,9 @@ def _strip(notebook: Any) -> None:
 
 @contextlib.contextmanager
 def _kernel_of_this_interpreter() -> Iterator[None]:
-    """Inside, the kernel "python3" is this interpreter, whatever kernels the user has installed."""
+    """Inside, the kernel "python3" is this interpreter, whatever kernels the user has installed,
+    and `lib` this repository's, also where the package is not installed (make PYTHON=...).
+    """
     from ipykernel.kernelspec import make_ipkernel_cmd, write_kernel_spec
 
     # Errors only: a kernel's remarks on its sockets are no concern of the notebook's reader.
@@ -227,7 +229,8 @@ def _kernel_of_this_interpreter() -> Iterator[None]:
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "kernels" / "python3"
-        write_kernel_spec(str(spec), overrides={"argv": command})
+        path = os.pathsep.join(filter(None, (str(paths.REPO), os.environ.get("PYTHONPATH"))))
+        write_kernel_spec(str(spec), overrides={"argv": command, "env": {"PYTHONPATH": path}})
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (folder, before)))
         try:
             yield

@@ -48,16 +48,10 @@ def test_parameters_are_literals_with_the_usual_defaults(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-@pytest.mark.parametrize("start", [paths.REPO, paths.REPO / "notebooks"])
-def test_the_setup_finds_the_repository(
-    path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Started in the folder of the notebook (JupyterLab, papermill) or in the repository."""
-    setup = next(cell.source for cell in read(path).cells if cell.cell_type == "code")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(start)
-    exec(setup, {})
-    assert sys.path[0] == str(paths.REPO)
+def test_each_checks_its_injected_parameters_and_needs_no_search_path(path: Path) -> None:
+    source = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert f'check_injected_parameters("{path.stem}")' in source
+    assert "sys.path" not in source
 
 
 def test_every_experiment_names_a_notebook_that_is_there() -> None:
