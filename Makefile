@@ -86,6 +86,9 @@ format: env ## format the code and repair what ruff can repair
 bench: env ## measure the training speed against a conventional DataLoader script
 	$(PYTHON) -m lib bench
 
+soak: env ## kill, misuse and wear out everything for up to 20 minutes, into results/bench/soak.csv
+	$(PYTHON) -m tests.soak --csv results/bench/soak.csv $(ARGS)
+
 lab: env ## open the notebooks in JupyterLab
 	$(PYTHON) -m jupyterlab notebooks
 

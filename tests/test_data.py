@@ -1,6 +1,7 @@
 """The data sets: real MNIST and CIFAR-10 below DATA_ROOT, their failures, and the augmentation."""
 
 import fcntl
+import hashlib
 import os
 import pickle
 import threading
@@ -144,7 +145,10 @@ def test_subsets_and_validation_shares() -> None:
     assert torch.equal(half.val_x[-6000:], few.val_x)
     none = data.load("mnist", val_fraction=0.0)
     assert (len(none.train_x), len(none.val_x), len(none.val_y)) == (60_000, 0, 0)
-    assert few.sha256 == half.sha256 == none.sha256
+    raw = hashlib.sha256()
+    for name, header in zip(MNIST_FILES, (16, 8, 16, 8), strict=True):
+        raw.update((paths.data_root() / "MNIST/raw" / name).read_bytes()[header:])
+    assert few.sha256 == half.sha256 == none.sha256 == raw.hexdigest()  # of what was read
 
 
 def test_impossible_arguments_name_their_values() -> None:
@@ -240,18 +244,24 @@ def test_a_download_of_another_process_is_waited_for(tmp_path: Path) -> None:
     assert len(loaded) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "changed"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "longer"])
 def test_damaged_mnist_names_the_file(damage: str, tmp_path: Path) -> None:
     path = link("MNIST/raw", MNIST_FILES, tmp_path) / MNIST_FILES[2]
     content = bytearray(path.read_bytes())
     content[1_000_000] ^= 1
-    content = {"cut": content[:3_000_000], "empty": bytearray(), "changed": content}[damage]
+    content = {
+        "cut": content[:3_000_000],
+        "empty": bytearray(),
+        "changed": content,
+        "longer": content + b"\0",
+    }[damage]
     replace(path, bytes(content))
     with pytest.raises(data.DataError) as caught:
         data.load("mnist", tmp_path)
     message = str(caught.value)
     assert f"MNIST is damaged in {path.parent}: {path.name} ({len(content):,} bytes" in message
-    assert "delete it" in message
+    assert "instead of 2646ac647ad5339dbf082846283269ea)" in message  # the published md5
+    assert "delete it" in message and "\n" not in message
     assert not any(name in message for name in MNIST_FILES if name != path.name)
 
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from lib import kernels as ops
 from lib.engines.timing import Layer, best_times, sparse_jobs, time_layer
-from lib.kernels import ops
 from lib.kernels.library import cache_dir, cpu_id
 
 # Two densities around the usual crossover; times are linear in the non-zeros between them.

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lib import kernels as ops
 from lib.engines import calibrate
 from lib.engines.timing import Layer
-from lib.kernels import ops
 from lib.kernels.library import require
 
 MODES = ("auto", "sparse", "dense")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib.kernels import ops
+from lib import kernels as ops
 from lib.kernels.library import keep_freed_memory, require
 
 

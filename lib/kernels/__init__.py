@@ -6,20 +6,10 @@ on first use.
 
 from typing import TYPE_CHECKING, Any
 
+from .blocked import LANES, from_blocked, to_blocked
 from .library import available, keep_freed_memory, require
-from .ops import (
-    LANES,
-    Pattern,
-    batch_norm,
-    conv2d,
-    dense_gradient,
-    from_blocked,
-    gather,
-    linear,
-    max_pool2d,
-    mean_pool2d,
-    to_blocked,
-)
+from .norm_and_pool import batch_norm, max_pool2d, mean_pool2d
+from .ops import Pattern, conv2d, dense_gradient, gather, linear
 
 if TYPE_CHECKING:
     from lib.engines.network import sparse_network

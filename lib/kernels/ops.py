@@ -1,8 +1,7 @@
-"""Autograd operators over the kernels.
+"""Convolution and linear layers over the non-zeros of a weight, with autograd.
 
-Activations are batch-blocked: float32 [ceil(N / 16), C, H, W, 16], contiguous; lanes beyond sample
-N - 1 mean nothing in activations and are zero in gradients.  Weights are the values of the
-non-zeros, float32 [nnz], in the row-major order of the mask.
+Activations are batch-blocked (lib/kernels/blocked.py).  Weights are the values of the non-zeros,
+float32 [nnz], in the row-major order of the mask.
 """
 
 from __future__ import annotations
@@ -14,44 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .blocked import LANES, as_blocked, as_float, pointer, thread_count, unblock
 from .library import check, require
-
-LANES = 16
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _float(tensor: Tensor, name: str) -> Tensor:
-    """`tensor`, contiguous.
-
-    Raises:
-        TypeError: it is not a float32 tensor on the CPU.
-    """
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-        raise TypeError(
-            f"sparse kernels take float32 on the CPU, but {name} is {tensor.dtype} on "
-            f"{tensor.device}; use masked dense layers for it"
-        )
-    return tensor.contiguous()
-
-
-def _blocked(x: Tensor, name: str, samples: int) -> Tensor:
-    x = _float(x, name)
-    blocks = -(-samples // LANES)
-    if x.dim() != 5 or x.shape[0] != blocks or x.shape[4] != LANES or samples < 1:
-        raise ValueError(
-            f"{name} must be batch-blocked [{blocks}, C, H, W, {LANES}] for {samples} samples, "
-            f"got {list(x.shape)}; use to_blocked"
-        )
-    return x
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 class _Plan:
@@ -77,12 +41,14 @@ class Pattern:
         index: int64 [nnz], places of the non-zeros in the flattened weight, ascending.
 
     Raises:
-        ValueError: the mask is not 2- or 4-dimensional.
+        ValueError: the mask is not 2- or 4-dimensional, or has no place.
     """
 
     def __init__(self, mask: Tensor) -> None:
-        if mask.dim() not in (2, 4):
-            raise ValueError(f"a mask must have 2 or 4 dimensions, got {list(mask.shape)}")
+        if mask.dim() not in (2, 4) or not mask.numel():
+            raise ValueError(
+                f"a mask must have 2 or 4 dimensions and no empty one, got {list(mask.shape)}"
+            )
         if mask.dim() == 2:
             mask = mask[:, :, None, None]
         self.shape = tuple(mask.shape)
@@ -104,7 +70,7 @@ class Pattern:
         self, height: int, width: int, stride: int, padding: int, blocks: int, transposed: bool
     ) -> list[_Plan]:
         """The library's plans for inputs of this size (one, or one per phase of the stride)."""
-        threads = _threads()
+        threads = thread_count()
         key = (height, width, stride, padding, blocks, transposed, threads)
         if key not in self._plans:
             shape = torch.tensor([*self.shape, stride, padding, height, width])
@@ -165,8 +131,8 @@ class _Conv2d(torch.autograd.Function):
         weight: Tensor | None,
         by_torch: bool,
     ) -> Tensor:
-        x, values = _blocked(x, "input", samples), _float(values, "values")
-        bias = None if bias is None else _float(bias, "bias")
+        x, values = as_blocked(x, "input", samples), as_float(values, "values")
+        bias = None if bias is None else as_float(bias, "bias")
         o, c, kh, kw = pattern.shape
         blocks, channels, h, w, _ = x.shape
         out_h = (h + 2 * padding - kh) // stride + 1
@@ -189,10 +155,10 @@ class _Conv2d(torch.autograd.Function):
                 plan.handle,
                 values.data_ptr(),
                 x.data_ptr(),
-                _pointer(bias),
+                pointer(bias),
                 y.data_ptr(),
                 blocks,
-                _threads(),
+                thread_count(),
             )
         )
         if weight is None:
@@ -207,9 +173,9 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *weight = ctx.saved_tensors
         pattern, stride, padding, samples = ctx.geometry
-        grad = _blocked(grad, "gradient", samples)
+        grad = as_blocked(grad, "gradient", samples)
         blocks, _, h, w, _ = x.shape
-        library, threads = require(), _threads()
+        library, threads = require(), thread_count()
         dx = dvalues = dbias = dweight = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
@@ -273,7 +239,7 @@ def dense_gradient(
         by_torch: convert to torch's layout and leave it to torch, which is faster for linear layers
             and small images.
     """
-    x, grad = _blocked(x, "input", samples), _blocked(grad, "gradient", samples)
+    x, grad = as_blocked(x, "input", samples), as_blocked(grad, "gradient", samples)
     if not by_torch:
         out = torch.empty(weight.shape)
         kernel = (*weight.shape, 1, 1)[2:4]
@@ -287,11 +253,11 @@ def dense_gradient(
             )
         check(
             require().sparse_dense_gradient(
-                sizes, x.data_ptr(), grad.data_ptr(), out.data_ptr(), samples, _threads()
+                sizes, x.data_ptr(), grad.data_ptr(), out.data_ptr(), samples, thread_count()
             )
         )
         return out
-    x, grad = _unblock(x, samples), _unblock(grad, samples)
+    x, grad = unblock(x, samples), unblock(grad, samples)
     if weight.numel() == weight.shape[0] * weight.shape[1] and x.shape[2:] == (1, 1):
         return (grad.flatten(1).T @ x.flatten(1)).view(weight.shape)
     wanted = [False, True, False]
@@ -352,237 +318,9 @@ def linear(
 
 def channel_sum(x: Tensor, samples: int) -> Tensor:
     """Sum over samples and pixels of a batch-blocked tensor, [C]."""
-    x = _blocked(x, "input", samples)
+    x = as_blocked(x, "input", samples)
     out = x.new_empty(x.shape[1])
     require().sparse_channel_sum(
-        x.data_ptr(), out.data_ptr(), samples, x.shape[1], x.shape[2] * x.shape[3], _threads()
+        x.data_ptr(), out.data_ptr(), samples, x.shape[1], x.shape[2] * x.shape[3], thread_count()
     )
     return out
-
-
-def _convert(plain: Tensor, blocked: Tensor, to_blocked: bool) -> None:
-    n, c, h, w = plain.shape
-    last = plain.is_contiguous(memory_format=torch.channels_last) and not plain.is_contiguous()
-    strides = (c * h * w, 1, c) if last else (c * h * w, h * w, 1)
-    require().sparse_convert(
-        int(to_blocked), plain.data_ptr(), *strides, blocked.data_ptr(), n, c, h * w, _threads()
-    )
-
-
-def _block(x: Tensor) -> Tensor:
-    if x.dim() != 4 or x.shape[0] < 1:
-        raise ValueError(f"to_blocked takes [N, C, H, W] with N > 0, got {list(x.shape)}")
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise TypeError(f"sparse kernels take float32 on the CPU, got {x.dtype} on {x.device}")
-    n, c, h, w = x.shape
-    out = x.new_empty(-(-n // LANES), c, h, w, LANES)
-    _convert(x, out, True)
-    return out
-
-
-def _unblock(
-    x: Tensor, samples: int, memory_format: torch.memory_format = torch.contiguous_format
-) -> Tensor:
-    x = _blocked(x, "input", samples)
-    shape = (samples, *x.shape[1:4])
-    out = torch.empty(shape, dtype=x.dtype, memory_format=memory_format)
-    _convert(out, x, False)
-    return out
-
-
-class _ToBlocked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.samples = x.shape[0]
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        ctx.format = torch.channels_last if last else torch.contiguous_format
-        return _block(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _unblock(grad, ctx.samples, ctx.format)
-
-
-class _FromBlocked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, samples: int, memory_format: torch.memory_format) -> Tensor:
-        return _unblock(x, samples, memory_format)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _block(grad), None, None
-
-
-def to_blocked(x: Tensor) -> Tensor:
-    """[N, C, H, W] (contiguous or channels last) to [ceil(N / 16), C, H, W, 16], zero-padded."""
-    return _ToBlocked.apply(x)
-
-
-def from_blocked(
-    x: Tensor, samples: int, memory_format: torch.memory_format = torch.contiguous_format
-) -> Tensor:
-    """[B, C, H, W, 16] to [samples, C, H, W] in the given memory format."""
-    return _FromBlocked.apply(x, samples, memory_format)
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        training: bool,
-        eps: float,
-        relu: bool,
-        samples: int,
-    ) -> Tensor:
-        x = _blocked(x, "input", samples)
-        weight, bias = _float(weight, "weight"), _float(bias, "bias")
-        channels = x.shape[1]
-        sizes = {t.numel() for t in (weight, bias, mean, var)}
-        if sizes != {channels}:
-            raise ValueError(f"batch norm of {channels} channels got parameters of {sizes}")
-        y = torch.empty_like(x)
-        shape = (samples, channels, x.shape[2] * x.shape[3], _threads())
-        require().sparse_norm_forward(
-            *(t.data_ptr() for t in (x, y, mean, var, weight, bias)),
-            eps,
-            int(relu),
-            int(training),
-            *shape,
-        )
-        ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.arguments = (eps, int(relu), int(not training), *shape)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, var = ctx.saved_tensors
-        grad = _float(grad, "gradient")
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        require().sparse_norm_backward(
-            *(_pointer(t) for t in (x, grad, dx, dweight, dbias, mean, var, weight, bias)),
-            *ctx.arguments,
-        )
-        return dx, dweight, dbias, *[None] * 6
-
-
-def batch_norm(x: Tensor, norm: _BatchNorm, samples: int, *, relu: bool = False) -> Tensor:
-    """Batch normalisation (training or evaluation, as `norm` is set), with ReLU if asked.
-
-    The same as relu(norm(.)) on the ordinary layout, running statistics included.
-
-    Args:
-        x: batch-blocked [B, C, H, W, 16].
-        norm: an affine module; its running statistics are updated in training.
-        samples: batch size without padding; the statistics ignore the rest.
-
-    Raises:
-        ValueError: the module has no weight and bias, or training sees one value per channel.
-    """
-    if norm.weight is None or norm.bias is None:
-        raise ValueError("batch_norm needs an affine module (weight and bias)")
-    count = samples * x.shape[2] * x.shape[3]
-    training = norm.training or norm.running_mean is None or norm.running_var is None
-    if training:
-        if count < 2:
-            raise ValueError(
-                f"batch norm needs more than one value per channel in training, got {count}"
-            )
-        mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-    else:
-        assert norm.running_mean is not None and norm.running_var is not None
-        mean, var = norm.running_mean, norm.running_var
-    y = _Norm.apply(x, norm.weight, norm.bias, mean, var, training, norm.eps, relu, samples)
-    if norm.training and norm.running_mean is not None and norm.running_var is not None:
-        with torch.no_grad():
-            rate = norm.momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if rate is None:
-                    rate = 1.0 / float(norm.num_batches_tracked)
-            assert rate is not None
-            norm.running_mean.lerp_(mean, rate)
-            norm.running_var.lerp_(var * (count / (count - 1)), rate)
-    return y
-
-
-class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, stride: int, relu: bool) -> Tensor:
-        blocks, channels, h, w, _ = x.shape
-        shape = (blocks, channels, (h - size) // stride + 1, (w - size) // stride + 1, LANES)
-        y, which = x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
-        ctx.pool = (blocks * channels, h, w, size, stride)
-        require().sparse_max_pool(
-            0, int(relu), *ctx.pool, x.data_ptr(), y.data_ptr(), which.data_ptr(), _threads()
-        )
-        ctx.save_for_backward(which)
-        ctx.shape = x.shape
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (which,) = ctx.saved_tensors
-        grad = _float(grad, "gradient")
-        dx = grad.new_empty(ctx.shape)
-        require().sparse_max_pool(
-            1, 0, *ctx.pool, grad.data_ptr(), dx.data_ptr(), which.data_ptr(), _threads()
-        )
-        return dx, None, None, None
-
-
-class _MeanPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, stride: int) -> Tensor:
-        blocks, channels, h, w, _ = x.shape
-        y = x.new_empty(blocks, channels, (h - size) // stride + 1, (w - size) // stride + 1, LANES)
-        ctx.pool, ctx.shape = (blocks * channels, h, w, size, stride), x.shape
-        require().sparse_mean_pool(0, *ctx.pool, x.data_ptr(), y.data_ptr(), _threads())
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = _float(grad, "gradient")
-        dx = grad.new_empty(ctx.shape)
-        require().sparse_mean_pool(1, *ctx.pool, grad.data_ptr(), dx.data_ptr(), _threads())
-        return dx, None, None
-
-
-def _pool_input(x: Tensor, size: int, stride: int) -> Tensor:
-    x = _float(x, "input")
-    if x.dim() != 5 or x.shape[4] != LANES or not 1 <= size <= min(x.shape[2:4]) or stride < 1:
-        raise ValueError(
-            f"pooling of size {size}, stride {stride} does not fit an input of {list(x.shape)}"
-        )
-    if size > 16:
-        raise ValueError(f"pooling windows go up to 16 x 16, got {size} x {size}")
-    return x
-
-
-def max_pool2d(x: Tensor, size: int, stride: int | None = None, *, relu: bool = False) -> Tensor:
-    """Max pooling without padding of a batch-blocked tensor; stride `size` by default.
-
-    With `relu`, of windows up to 15 x 15: the same as relu(max_pool2d(.)).
-    """
-    stride = stride or size
-    if relu and size > 15:
-        raise ValueError(f"with ReLU pooling windows go up to 15 x 15, got {size} x {size}")
-    return _MaxPool.apply(_pool_input(x, size, stride), size, stride, relu)
-
-
-def mean_pool2d(x: Tensor, size: int, stride: int | None = None) -> Tensor:
-    """Average pooling without padding of a batch-blocked tensor; stride `size` by default."""
-    stride = stride or size
-    return _MeanPool.apply(_pool_input(x, size, stride), size, stride)

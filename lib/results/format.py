@@ -13,12 +13,14 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from lib.config import Run, valid
 from lib.results.columns import (
     COLUMNS,
     MAX_INT,
@@ -34,6 +36,11 @@ from lib.results.columns import (
 _INT = re.compile(r"[0-9]{1,19}")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: UTF-8 has no bytes for it
 _FLOAT = re.compile(r"-?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+_CORRECT = "correct the row, or remove it and the run is done again."
+# Columns that are fields of a run as they stand: `keep_dense` is one text there, and `kernels` says
+# what "auto" was.
+_RUN_FIELDS = {item.name for item in fields(Run)} & set(COLUMNS) - {"keep_dense", "kernels"}
 
 
 class ResultsError(ValueError):
@@ -202,10 +209,7 @@ def _decode(path: Path, name: str, kind: type, fields: list[str]) -> list[Any]:
 
 
 def _refuse(path: Path, i: int, name: str, field: str, expected: str) -> None:
-    raise ResultsError(
-        f"{path}:{i + 2}: {name} is {field!r}, expected {expected}; correct the row, or remove it "
-        "and the run is done again."
-    )
+    raise ResultsError(f"{path}:{i + 2}: {name} is {field!r}, expected {expected}; {_CORRECT}")
 
 
 def _check_runs(table: Table) -> None:
@@ -230,6 +234,14 @@ def _check_runs(table: Table) -> None:
             )
     if table.columns is not COLUMNS:
         return
+    for name in _RUN_FIELDS:
+        for value in set(values[name]) - {None}:
+            if value == value:  # not NaN, which is no value
+                try:
+                    valid(name, value)
+                except ValueError as error:
+                    line = values[name].index(value) + 2
+                    raise ResultsError(f"{path}:{line}: {error}; {_CORRECT}") from None
     slugs = map(slug, *(values[name] for name in ("model", "method", "density", "seed")))
     for i, (status, start) in enumerate(zip(values["status"], slugs, strict=True)):
         if values["run_id"][i][:-10] != start:

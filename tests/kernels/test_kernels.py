@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import kernels
-from lib.kernels import layouts, library
+from lib.kernels import layouts, library, select
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
@@ -362,6 +363,96 @@ def test_clear_errors() -> None:
         kernels.batch_norm(torch.zeros(1, 3, 1, 1, 16), torch.nn.BatchNorm2d(3), 1)
 
 
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same values, one element past where torch would put them."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values with gaps between them."""
+    return torch.empty(*x.shape, 2, dtype=x.dtype)[..., 0].copy_(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("awkward", [misaligned, strided])
+def test_misaligned_and_strided_input_gives_the_same_bits(
+    awkward: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Every operator and every pass over masks: where a tensor lies does not matter."""
+    torch.manual_seed(4)
+    mask = torch.rand(6, 5, 3, 3) < 0.4
+    weight, bias, x = torch.randn(6, 5, 3, 3), torch.randn(6), torch.randn(20, 5, 8, 8)
+    grad = torch.randn(20, 6, 8, 8)
+    norm = torch.nn.BatchNorm2d(6)
+    torch.nn.init.normal_(norm.weight)
+
+    def everything(lay: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        pattern = kernels.Pattern(lay(mask))
+        leaves = [lay(t).requires_grad_() for t in (x, weight, bias)]
+        blocked = lay(kernels.to_blocked(leaves[0]))
+        values = lay(kernels.gather(leaves[1], pattern))
+        y = kernels.conv2d(blocked, values, leaves[2], pattern, padding=1, samples=20)
+        trained = copy.deepcopy(norm)
+        z = kernels.batch_norm(lay(y), trained, 20, relu=True)
+        pooled = kernels.max_pool2d(lay(z), 2) + kernels.mean_pool2d(lay(z), 2)
+        out = kernels.from_blocked(lay(z), 20)
+        still = copy.deepcopy(trained).eval()
+        still.running_mean, still.running_var = lay(still.running_mean), lay(still.running_var)
+        used = kernels.batch_norm(lay(y), still, 20)
+        found = [y, z, pooled, out, used, trained.running_var]
+        found += torch.autograd.grad(
+            [out, pooled], leaves, [lay(grad), lay(torch.ones_like(pooled))]
+        )
+        for by_torch in (False, True):
+            arguments = {"padding": 1, "samples": 20, "by_torch": by_torch}
+            found.append(
+                kernels.dense_gradient(
+                    lay(blocked.detach()), lay(kernels.to_blocked(grad)), lay(weight), **arguments
+                )
+            )
+        if select.counts(lay(mask)):
+            ones = torch.empty(mask.shape)
+            select.as_floats(lay(mask), ones)
+            found += [ones, torch.tensor(select.count(lay(mask)))]
+        return found
+
+    for got, want in zip(everything(awkward), everything(torch.clone), strict=False):
+        assert torch.equal(got, want)
+    assert select.counts(awkward(mask)) == (awkward is misaligned)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1), (4, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize("density", [0.0, 1.0])
+@pytest.mark.parametrize("batch", [1, 17])
+def test_the_smallest_layers_match_torch(
+    shape: tuple[int, int, int, int], density: float, batch: int
+) -> None:
+    """One weight, one channel, one sample; nothing active and all active."""
+    torch.manual_seed(5)
+    mask = torch.full(shape, density > 0)
+    check_conv(batch, shape, (3, 4), 1, shape[2] // 2, mask, bias=True)
+
+
+@needs_compiler
+def test_an_empty_batch_or_layer_is_refused() -> None:
+    pattern = kernels.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="N > 0"):
+        kernels.to_blocked(torch.zeros(0, 3, 4, 4))
+    nothing = torch.zeros(0, 3, 4, 4, 16)
+    for call in (
+        lambda: kernels.conv2d(nothing, torch.zeros(54), None, pattern, samples=0),
+        lambda: kernels.from_blocked(nothing, 0),
+        lambda: kernels.batch_norm(nothing, torch.nn.BatchNorm2d(3).eval(), 0),
+        lambda: kernels.dense_gradient(nothing, nothing, torch.zeros(3, 3, 1, 1), samples=0),
+        lambda: kernels.Pattern(torch.ones(0, 3, dtype=torch.bool)),
+    ):
+        with pytest.raises(ValueError, match=r"got \[0|for 0 samples"):
+            call()
+    for pool in (kernels.max_pool2d, kernels.mean_pool2d):  # as in torch
+        assert pool(nothing, 2).shape == (0, 3, 2, 2, 16)
+
+
 def test_without_a_compiler_one_line_and_no_crash(tmp_path: Path) -> None:
     code = (
         "from lib import kernels\n"
@@ -485,31 +576,39 @@ def test_structures_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch)
 @needs_compiler
 # The passes over masks have a form for AVX-512 and one without.
 @pytest.mark.parametrize(
-    ("program", "flags"),
+    ("program", "sanitizer", "flags"),
     [
-        ("selftest", ["-march=native"]),
-        ("select_selftest", ["-march=native"]),
-        ("select_selftest", ["-mno-avx512f"]),
+        ("selftest", "address,undefined", ["-march=native"]),
+        ("selftest", "thread", ["-march=native"]),
+        ("select_selftest", "address,undefined", ["-march=native"]),
+        ("select_selftest", "address,undefined", ["-mno-avx512f"]),
     ],
-    ids=["kernels", "select", "select without AVX-512"],
+    ids=["kernels", "threads of the kernels", "select", "select without AVX-512"],
 )
-def test_sanitizers(tmp_path: Path, program: str, flags: list[str]) -> None:
-    """Kernels against plain loops on exactly sized buffers, address and undefined behaviour."""
+def test_sanitizers(tmp_path: Path, program: str, sanitizer: str, flags: list[str]) -> None:
+    """Kernels against plain loops on exactly sized buffers: memory, undefined behaviour, races."""
     if "-mno-avx512f" in flags and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("a compiler flag of x86")
-    binary, source = tmp_path / program, ROOT / "tests" / "native" / f"{program}.cpp"
-    flags = [*flags, "-std=c++17", "-O0", "-fopenmp", "-Wno-psabi"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags += ["-I", str(ROOT / "lib" / "kernels")]
-    command = [str(library.compiler()), *flags, str(source), "-o", str(binary)]
-    built = subprocess.run(command, check=False, capture_output=True, text=True)
-    if built.returncode and "cannot find" in built.stderr:
-        pytest.skip(f"the compiler has no sanitizer runtime: {built.stderr.splitlines()[-1]}")
-    assert built.returncode == 0, built.stderr
+    native, compiled, binary = ROOT / "tests" / "native", tmp_path / "test.o", tmp_path / "test"
+    command = [str(library.compiler()), "-std=c++17", f"-fsanitize={sanitizer}"]
+    flags = [*flags, "-O0", "-fno-sanitize-recover=all", "-fopenmp", "-Wno-psabi"]
+    flags += ["-I", str(ROOT / "lib" / "kernels"), "-c", str(native / f"{program}.cpp")]
+    threads = (
+        [str(native / "openmp_on_threads.cpp"), "-pthread"]
+        if sanitizer == "thread"
+        else ["-fopenmp"]
+    )
+    for step in ([*flags, "-o", str(compiled)], [str(compiled), *threads, "-o", str(binary)]):
+        built = subprocess.run([*command, *step], check=False, capture_output=True, text=True)
+        if built.returncode and "cannot find" in built.stderr:
+            pytest.skip(f"the compiler has no sanitizer runtime: {built.stderr.splitlines()[-1]}")
+        assert built.returncode == 0, built.stderr
     # The OpenMP runtime keeps its threads' memory until exit, which is no leak of ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [str(binary)], env=environment, check=False, capture_output=True, text=True
     )
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer can't run with this kernel's address layout")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "ok"

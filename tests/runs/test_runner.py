@@ -45,7 +45,8 @@ def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         command(folder, *words), cwd=REPO, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    told = done.stderr.splitlines()  # the first run on a machine compiles the kernels
+    assert [line for line in told if "compiling the CPU kernels" not in line] == []
     return done
 
 

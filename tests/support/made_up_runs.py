@@ -34,10 +34,11 @@ def make_row(i: int, **changes: Any) -> dict[str, Any]:
         name: {str: f'{name}, "x"', int: i, float: i / 7, bool: i % 2 == 0}[kind]
         for name, kind in COLUMNS.items()
     }
-    run = {"model": "lenet300-100", "method": "sparse_momentum", "density": 0.05, "seed": i}
-    shares = {"density_final": 0.05, "prune_rate": 0.2}
+    run = {name: value for name, value in vars(Run(seed=i)).items() if name in COLUMNS}
+    run |= {"keep_dense": 'a,b "c"', "prune_rate": 1 / (i + 3), "lr": 1 / (i + 3)}
     errors = {"test_error_pct": i % 700 / 7, "val_error_pct": i % 700 / 7}
-    row |= {"run_id": make_id(i), "status": "ok", "overrides": "", **run, **shares, **errors}
+    row |= {"status": "ok", "overrides": "", "density_final": 0.05}
+    row |= run | errors | {"run_id": make_id(i)}
     return row | changes
 
 
