@@ -149,7 +149,7 @@ def figures(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write figures/report.pdf and report.html from the saved CSVs."""
+    """Write figures/report.pdf and report.html, and the findings of README, from the CSVs."""
     from lib.report.report import report as write
 
     for path in write(_source(options)):

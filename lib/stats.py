@@ -8,7 +8,7 @@ left out, and reported, by the caller.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-NAN = math.nan
+NAN, INF = math.nan, math.inf
 
 
 class Interval(NamedTuple):
@@ -288,13 +288,20 @@ def sensitivity(
     )
 
 
-def verdict(
-    claim: Literal["lower", "match", "value"],
-    interval: Interval,
-    margin: float,
-    profile: str = "paper",
-) -> Verdict:
-    """The verdict on one claim, by this rule.  The first line that applies decides.
+# Where an interval of a difference must lie whole for "reproduced", and for "not reproduced", by
+# kind of claim; m is the margin.
+_REGIONS: dict[str, tuple[Callable[[float], list[tuple[float, float]]], ...]] = {
+    "lower": (lambda m: [(-INF, 0)], lambda m: [(0, INF), (-m, m)]),
+    "match": (lambda m: [(-INF, m)], lambda m: [(m, INF)]),
+    "at_least": (lambda m: [(-m, INF)], lambda m: [(-INF, -m)]),
+    "same": (lambda m: [(-m, m)], lambda m: [(m, INF), (-INF, -m)]),
+    "value": (lambda m: [(-m, m)], lambda m: [(m, INF), (-INF, -m)]),
+}
+Kind = Literal["lower", "match", "at_least", "same", "value"]
+
+
+def verdict(claim: Kind, interval: Interval, margin: float, profile: str = "paper") -> Verdict:
+    """The verdict on one claim, by this rule.
 
     The interval is the two-sided 95 % Student-t interval of a difference, the margin m (percentage
     points of error, >= 0) is stated with the claim and is what counts as no difference in practice.
@@ -303,43 +310,131 @@ def verdict(
     "lower": A has lower error than B; the difference is A - B, paired by seed.
         REPRODUCED       the interval lies wholly below zero
         NOT REPRODUCED   it lies wholly above zero, or wholly inside (-m, m)
-        INCONCLUSIVE     otherwise, at this n
     "match": A is as good as B; the difference is A - B, paired by seed.
-        REPRODUCED       no value in the interval is worse than +m: it lies inside (-m, m), or
-                         reaches beyond it on the better side only
+        REPRODUCED       nothing in the interval is worse than +m
         NOT REPRODUCED   it lies wholly above +m
-        INCONCLUSIVE     otherwise, at this n
-    "value": the error is the one in the paper; the difference is ours - the paper's, with the
-    paper's own standard error (`value_difference`).
-        NOT COMPARABLE   the profile is not `paper`: a reduced run says nothing about the value
+    "at_least": a gain of that size or a larger one; the difference is ours - the paper's.
+        NOT COMPARABLE   the profile is not `paper`: a reduced run says nothing about the number
+        REPRODUCED       nothing in the interval is less than -m
+        NOT REPRODUCED   it lies wholly below -m
+    "same": A and B differ by less than m, either way.
         REPRODUCED       the interval lies inside (-m, m)
         NOT REPRODUCED   it lies wholly outside [-m, m]
-        INCONCLUSIVE     otherwise, at this n
+    "value": the error is the one in the paper; the difference is ours - the paper's, with the
+    paper's own standard error (`value_difference`). As "same", but NOT COMPARABLE where the profile
+    is not `paper`.
 
-    Raises ValueError for an unknown kind of claim, a margin that is negative or not finite, or an
-    interval with low > high.
+    INCONCLUSIVE otherwise, at this n: the interval straddles a bound. Raises ValueError for an
+    unknown kind of claim, a margin that is negative or not finite, or an interval with low > high.
     """
     low, high = interval.low, interval.high
-    if claim not in ("lower", "match", "value"):
-        raise ValueError(f"unknown kind of claim {claim!r}; known are 'lower', 'match', 'value'.")
-    if not (math.isfinite(margin) and margin >= 0):
-        raise ValueError(f"the margin must be a number >= 0 in percentage points, got {margin}.")
+    good, bad = _regions(claim, margin)
     if low > high:
         raise ValueError(f"the interval [{low}, {high}] is upside down.")
-    if claim == "value" and profile != "paper":
+    if claim in ("value", "at_least") and profile != "paper":
         return Verdict.NOT_COMPARABLE
     if math.isnan(low) or math.isnan(high):
         return Verdict.INCONCLUSIVE
-    inside = -margin < low and high < margin
-    if claim == "lower":
-        good, bad = high < 0, low > 0 or inside
-    elif claim == "match":
-        good, bad = high < margin, low > margin
-    else:
-        good, bad = inside, low > margin or high < -margin
-    if good:
+    if any(bottom < low and high < top for bottom, top in good):
         return Verdict.REPRODUCED
-    return Verdict.NOT_REPRODUCED if bad else Verdict.INCONCLUSIVE
+    if any(bottom < low and high < top for bottom, top in bad):
+        return Verdict.NOT_REPRODUCED
+    return Verdict.INCONCLUSIVE
+
+
+def p_reproduced(claim: Kind, interval: Interval, margin: float) -> float:
+    """Two-sided p of the t-test behind REPRODUCED: below 0.05 if and only if the 95 % interval with
+    n - 1 degrees of freedom lies where it must (two bounds: the larger of their p).
+
+    NaN where the interval is no Student-t interval (no standard deviation).
+    """
+    if not interval.sd >= 0 or interval.n < 2:
+        return NAN
+    se = interval.sd / math.sqrt(interval.n)
+    (bottom, top), *_ = _regions(claim, margin)[0]
+    inner = min(interval.mean - bottom, top - interval.mean)  # to the nearest bound
+    if se == 0 or math.isinf(inner):
+        return 0.0 if inner > 0 else 1.0
+    return float(min(1.0, 2 * stats.t.sf(inner / se, interval.n - 1)))
+
+
+def n_needed(claim: Kind, interval: Interval, margin: float) -> int | None:
+    """The least number of seeds at which the 95 % interval would decide, with the same mean and
+    standard deviation; None where 10,000 do not or the standard deviation is not known.
+    """
+    if not interval.sd >= 0:
+        return None
+    good, bad = _regions(claim, margin)
+    room = max(min(interval.mean - low, high - interval.mean) for low, high in (*good, *bad))
+    n = np.arange(2, 10_001)
+    half = stats.t.ppf(0.975, n - 1) * interval.sd / np.sqrt(n)
+    enough = n[half < room]
+    return int(enough[0]) if len(enough) else None
+
+
+def widened(interval: Interval, tests: int, level: float = 0.95) -> Interval:
+    """The interval of one of `tests` settings, at the level 1 - (1 - level) / tests (Bonferroni):
+    what an extreme that was picked out of them is tested by.
+
+    An interval without a standard deviation comes back as it is.
+    """
+    if tests < 2 or not interval.sd >= 0 or math.isnan(interval.low):
+        return interval
+    wide = _t_quantile(1 - (1 - level) / tests, interval.n - 1)
+    factor = wide / _t_quantile(level, interval.n - 1)
+    mean, low, high = interval[:3]
+    return interval._replace(low=mean - factor * (mean - low), high=mean + factor * (high - mean))
+
+
+class Share(NamedTuple):
+    """k of n with Wilson's interval; share, low and high from 0 to 1 (NaN at n = 0)."""
+
+    k: int
+    n: int
+    share: float
+    low: float
+    high: float
+
+
+def wilson(k: int, n: int, level: float = 0.95) -> Share:
+    """The share k / n with Wilson's score interval (Wilson 1927), without continuity correction.
+
+    Raises ValueError unless 0 <= k <= n.
+    """
+    _check_level(level)
+    if not 0 <= k <= n:
+        raise ValueError(f"a share needs 0 <= k <= n, got {k} of {n}.")
+    if n == 0:
+        return Share(0, 0, NAN, NAN, NAN)
+    found = stats.binomtest(k, n).proportion_ci(level, method="wilson")
+    return Share(k, n, k / n, float(found.low), float(found.high))
+
+
+def share_difference(a: Share, b: Share) -> Interval:
+    """Difference a - b of two independent shares with Newcombe's hybrid score interval (Newcombe
+    1998, method 10); n is the smaller of the two, sd unknown.
+    """
+    mean = a.share - b.share
+    low = mean - math.hypot(a.share - a.low, b.high - b.share)
+    high = mean + math.hypot(a.high - a.share, b.share - b.low)
+    return Interval(mean, low, high, min(a.n, b.n), NAN)
+
+
+def fisher(a: Share, b: Share) -> float:
+    """Two-sided p of Fisher's exact test that the two shares are one; NaN where one has no runs."""
+    if not (a.n and b.n):
+        return NAN
+    table = np.array([[a.k, a.n - a.k], [b.k, b.n - b.k]])
+    return float(stats.fisher_exact(table).pvalue)
+
+
+def _regions(claim: Kind, margin: float) -> list[list[tuple[float, float]]]:
+    if claim not in _REGIONS:
+        known = ", ".join(map(repr, _REGIONS))
+        raise ValueError(f"unknown kind of claim {claim!r}; known are {known}.")
+    if not (math.isfinite(margin) and margin >= 0):
+        raise ValueError(f"the margin must be a number >= 0 in percentage points, got {margin}.")
+    return [of(margin) for of in _REGIONS[claim]]
 
 
 def _t_quantile(level: float, df: float) -> float:

@@ -11,20 +11,27 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from lib.results.published import published
 from lib.stats import (
     Interval,
     Verdict,
+    fisher,
     holm,
     levene,
+    n_needed,
+    p_reproduced,
     paired_difference,
     sensitivity,
+    share_difference,
     t_interval,
     trend,
     value_difference,
     verdict,
+    widened,
     wilcoxon,
+    wilson,
 )
 
 errors = st.floats(0, 100, allow_nan=False)
@@ -338,3 +345,85 @@ def test_a_narrower_interval_never_turns_a_verdict_round(
     here = verdict("match", interval(middle - half, middle + half), margin)
     worse = verdict("match", interval(middle + 1 - half, middle + 1 + half), margin)
     assert order.index(worse) <= order.index(here)
+
+
+def test_at_least_and_same_by_hand() -> None:
+    assert verdict("at_least", interval(-0.1, 9), 0.2) is Verdict.REPRODUCED
+    assert verdict("at_least", interval(-0.1, 9), 0.2, "quick") is Verdict.NOT_COMPARABLE
+    assert verdict("at_least", interval(-9, -0.3), 0.2) is Verdict.NOT_REPRODUCED
+    assert verdict("at_least", interval(-0.3, 9), 0.2) is Verdict.INCONCLUSIVE
+    assert verdict("same", interval(-0.1, 0.1), 0.2, "quick") is Verdict.REPRODUCED
+    assert verdict("same", interval(-0.4, -0.3), 0.2, "quick") is Verdict.NOT_REPRODUCED
+    assert verdict("same", interval(0.1, 0.3), 0.2, "quick") is Verdict.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("claim", ["lower", "match", "at_least", "same", "value"])
+@given(values=st.lists(st.floats(-2, 2), min_size=3, max_size=6), margin=st.floats(0.1, 1))
+@settings(max_examples=60)
+def test_the_p_value_is_the_one_behind_the_verdict(
+    claim: Any, values: list[float], margin: float
+) -> None:
+    one = t_interval(values)
+    p = p_reproduced(claim, one, margin)
+    if abs(p - 0.05) > 1e-9:
+        assert (p < 0.05) is (verdict(claim, one, margin) is Verdict.REPRODUCED)
+
+
+RANGE = Interval(0.0, -1.0, 1.0, 3, math.nan)  # of repeats: no standard deviation
+
+
+def test_p_reproduced_by_hand() -> None:
+    # differences -1, -2, -3: t = -2 / (1 / sqrt(3)) = -3.464, two-sided p = 0.0742
+    assert p_reproduced("lower", t_interval([-1, -2, -3]), 0.1) == pytest.approx(0.07418, abs=1e-5)
+    assert math.isnan(p_reproduced("lower", RANGE, 0.1))
+
+
+def test_n_needed_is_the_first_that_decides() -> None:
+    one = Interval(-0.1, -0.3, 0.1, 4, 0.1257)
+    needed = n_needed("lower", one, 0.05)
+    assert needed is not None
+    for n, decides in ((needed - 1, False), (needed, True)):
+        half = float(stats.t.ppf(0.975, n - 1)) * one.sd / math.sqrt(n)
+        again = Interval(one.mean, one.mean - half, one.mean + half, n, one.sd)
+        assert (verdict("lower", again, 0.05) is not Verdict.INCONCLUSIVE) is decides
+    assert n_needed("lower", RANGE, 0.05) is None
+    assert n_needed("match", Interval(0.05, 0, 0.1, 4, 1.0), 0.05) is None  # on the bound
+
+
+def test_an_extreme_of_several_has_a_wider_interval() -> None:
+    one = t_interval([1.0, 2.0, 3.0, 4.0])
+    wide = widened(one, 5)
+    half = float(stats.t.ppf(0.995, 3)) * one.sd / 2  # 1 - 0.05 / 5 / 2
+    assert (wide.low, wide.high) == pytest.approx((2.5 - half, 2.5 + half))
+    assert widened(one, 1) == one and widened(RANGE, 5) is RANGE
+
+
+# ---------------------------------------------------------------------------------------- shares
+
+
+def test_wilson_by_hand_and_published() -> None:
+    # Newcombe 1998, table I: 81 of 263 has 0.2553 to 0.3662, 0 of 20 has 0 to 0.1611
+    assert wilson(81, 263)[2:] == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+    assert wilson(0, 20)[3:] == pytest.approx((0, 0.1611), abs=5e-5)
+    z = 1.959964
+    centre, half = (7 + z**2 / 2) / (10 + z**2), z / (10 + z**2) * math.sqrt(2.1 + z**2 / 4)
+    assert wilson(7, 10)[3:] == pytest.approx((centre - half, centre + half), abs=1e-6)
+    assert math.isnan(wilson(0, 0).share)
+    with pytest.raises(ValueError, match="0 <= k <= n"):
+        wilson(3, 2)
+
+
+def test_difference_of_shares_as_published() -> None:
+    # Newcombe 1998 (interval estimation for the difference), table II, method 10: 56/70 - 48/80
+    found = share_difference(wilson(56, 70), wilson(48, 80))
+    assert found[:3] == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    # ... and 10/10 - 0/10: 0.6075 to 1
+    assert share_difference(wilson(10, 10), wilson(0, 10))[1:3] == pytest.approx(
+        (0.6075, 1.0), abs=5e-5
+    )
+
+
+def test_fisher_by_hand() -> None:
+    # tea: 3 of 4 against 1 of 4: (16 + 1 + 16 + 1) / 70
+    assert fisher(wilson(3, 4), wilson(1, 4)) == pytest.approx(34 / 70)
+    assert math.isnan(fisher(wilson(0, 0), wilson(1, 4)))

@@ -1,39 +1,48 @@
 """The paper's claims as data, and what the runs say about each.  Imports no torch.
 
-`verdicts` says what a claim is; the other files add the claims of one topic each.
+`claim` says what a claim is, `statements` holds the authors' own, `values` the published numbers,
+`extensions` what this reproduction adds; `judge` makes the tables of verdicts. The other files are
+the measures that they use.
 """
 
-from lib.claims import ablations, computing, main_results, measured  # noqa: F401
-from lib.claims.verdicts import (
-    CLAIMS,
+from lib.claims.claim import Claim, Published
+from lib.claims.compare import differences
+from lib.claims.extensions import EXTENSIONS
+from lib.claims.judge import (
     NO_RUNS,
     RULE,
-    Claim,
-    Difference,
-    Level,
-    Published,
-    Reduction,
-    add,
-    differences,
+    counts,
+    details,
+    extensions,
+    published_values,
     scales,
+    scorecard,
     sentences,
     verdict_table,
     verdict_text,
 )
+from lib.claims.learning import trainability
+from lib.claims.statements import STATEMENTS
+
+CLAIMS: tuple[Claim, ...] = (*STATEMENTS, *EXTENSIONS)
 
 __all__ = [
     "CLAIMS",
+    "EXTENSIONS",
     "NO_RUNS",
     "RULE",
+    "STATEMENTS",
     "Claim",
-    "Difference",
-    "Level",
     "Published",
-    "Reduction",
-    "add",
+    "counts",
+    "details",
     "differences",
+    "extensions",
+    "published_values",
     "scales",
+    "scorecard",
     "sentences",
+    "trainability",
     "verdict_table",
     "verdict_text",
 ]

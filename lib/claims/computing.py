@@ -1,20 +1,13 @@
-"""Whether the way of computing a run changes its error: the comparison and its claims.
-
-The claims belong to CLAIMS of lib/claims/verdicts.py, which says what a claim is.
-Imports no torch.
-"""
+"""Whether the way of computing a run changes its error.  Imports no torch."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lib.claims import verdicts as claims
-from lib.claims.effects import decisive, untrained
-from lib.claims.main_results import TABLE_MARGIN
-from lib.claims.verdicts import TEN_IMAGES, Claim, Measured, PaperValue
-from lib.results.reading import NoRuns, Runs, Source, Where, interval_text, load, model_name
+from lib.claims.claim import TABLE_MARGIN, TEN_IMAGES, Found, Measure, PaperValue
+from lib.claims.compare import compared
+from lib.results.reading import NoRuns, Runs, Source, Where, load, model_name
 from lib.stats import PairedDifference, paired_difference, t_interval
 
 EXPERIMENT = "computing"
@@ -50,12 +43,13 @@ def computed(runs: Runs, way: str) -> Runs:
 
 def differences(runs: Runs, way: str) -> dict[str, PairedDifference]:
     """Test error of a way minus that of masked dense float32, in points and paired by seed, of each
-    network that has both.
+    network that has both; of seeds that learned in both.
     """
     found = {}
     for model in dict.fromkeys(run.model for run in runs.planned):
         here = runs.where(model=model)
-        pair = paired_difference(computed(here, way).by_seed(), computed(here, "masked").by_seed())
+        other, base = (computed(here, one).learned().by_seed() for one in (way, "masked"))
+        pair = paired_difference(other, base)
         if pair.n:
             found[model] = pair
     return found
@@ -63,68 +57,37 @@ def differences(runs: Runs, way: str) -> dict[str, PairedDifference]:
 
 def spread(runs: Runs, model: str) -> float:
     """Standard deviation of the test error over the seeds, masked dense float32, in points."""
-    return t_interval(computed(runs.where(model=model), "masked").by_seed()).sd
+    return t_interval(computed(runs.where(model=model), "masked").learned().by_seed()).sd
 
 
 @dataclass(frozen=True)
-class SameError:
-    """The difference between a way of computing and masked dense float32, in absolute value: of
-    the network that decides (`effects.decisive`).
+class SameError(Measure):
+    """Test error of a way of computing minus that of masked dense float32, in points; one part per
+    network.
     """
 
     dataset: str
     way: str
     experiment: str = EXPERIMENT
 
-    def cells(self, profile: str) -> list[Any] | None:
-        """One cell: nothing is averaged over."""
-        return None
-
-    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
-        """The difference in the network that decides; each network, and the spread over seeds."""
+    def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
+        """The differences, and the spread over seeds in the notes."""
         every = load(self.experiment, source, dataset=self.dataset)
         sides = [computed(every, way) for way in ("masked", self.way)]
         for side in sides:
             side.needed()
-        pairs = differences(every, self.way)
-        if not pairs:
+        parts, missing = [], []
+        for model in dict.fromkeys(run.model for run in every.planned):
+            base, other = (side.where(model=model) for side in sides)
+            part = compared(model_name(model), other, base, "", margin)
+            if part is None:
+                missing.append(model_name(model))
+                continue
+            note = f"standard deviation over seeds {spread(every, model):.2f}"
+            parts.append(replace(part, note="; ".join(filter(None, (note, part.note)))))
+        if not parts:
             raise NoRuns(f"{self.experiment} ({source.profile}): no seed was computed in both ways")
-        model, one = decisive(pairs, MARGINS[self.dataset])
-        listed = ", ".join(
-            f"{interval_text(pair.mean, math.nan, math.nan, sign=True)} in {model_name(at)} "
-            f"(standard deviation over seeds {spread(every, at):.2f})"
-            for at, pair in pairs.items()
-        )
-        detail = [f"decided by {model_name(model)}: {listed}" if len(pairs) > 1 else listed]
         runs = every.only(run for side in sides for run in side.planned)
-        if lost := len(runs.rows) - sum(len(side.rows) for side in sides):
-            detail.append(f"{lost} runs that asked for the kernels were computed by torch")
-        if len(runs.diverged):
-            detail.append(f"{len(runs.diverged)} runs diverged")
-        detail.append(untrained(runs))
-        return Measured(one, one, runs, "; ".join(filter(None, detail)))
-
-
-_WORDS = {
-    "sparse": "sparse layers over their non-zero weights (lib/kernels) have the error of masked "
-    "dense ones",
-    "bf16": "bfloat16 has the error of float32",
-}
-_NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
-
-claims.add(
-    *(
-        Claim(
-            id=f"computing_{way}_{dataset}",
-            statement=f"{_NAMES[dataset]}: {words}, seed by seed",
-            source="not of the paper: a check of this reproduction",
-            kind="match",
-            margin=MARGINS[dataset],
-            ours=SameError(dataset, way),
-            paper=None,
-            notebook="05_speedups",
-        )
-        for dataset in _NAMES
-        for way, words in _WORDS.items()
-    )
-)
+        lost = len(runs.rows) - sum(len(side.rows) for side in sides)
+        note = f"{lost} runs that asked for the kernels were computed by torch" * bool(lost)
+        return Found(tuple(parts), runs, tuple(missing), note)

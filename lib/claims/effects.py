@@ -42,6 +42,9 @@ WITHOUT = {"redistribution": rules("none", "momentum"), "growth": rules("momentu
 # The paper leaves momentum 0.99 out of its test: neither kind of network trains well there.
 MOMENTA = (0.5, 0.95)
 REFERENCE = {"prune_rate": 0.2, "momentum": 0.9}
+# The ranges that are called safe, and all that the official files cover.
+NARROW = {"prune_rate": (0.2, 0.5), "momentum": (0.7, 0.9)}
+WHOLE = {"prune_rate": (0.2, 0.7), "momentum": MOMENTA}
 
 
 def untrained(runs: Runs) -> str:
@@ -60,9 +63,6 @@ _DRAINED = 0.5  # of its weights are left, or fewer
 def drained(runs: Runs) -> str:
     """Which layers lost half of their weights or more where the redistribution means to keep them,
     with the active weights at the first and at the last recorded epoch; "" for none.
-
-    That is rounding: ceil(rate * active) weights go from every layer, at least one at the smallest
-    rate, and a layer whose share is less than one weight gets none back.
     """
     table = runs.layers()
     found: dict[str, None] = {}
@@ -77,11 +77,7 @@ def drained(runs: Runs) -> str:
                 found[f"{rule} {layer} from {first} to {last}"] = None
     if not found:
         return ""
-    return (
-        f"Rounding drains small layers: {', '.join(found)} active weights. Pruning rounds up in "
-        "every layer, and a share of less than one weight grows none (the official code rounds it "
-        "up, at the cost of the budget)."
-    )
+    return f"Layers that lost half of their weights or more: {', '.join(found)} active weights."
 
 
 # ------------------------------------------------------------------------------ effect against size
@@ -105,7 +101,7 @@ class Scaling:
     doubling of the size, mean and interval of the slopes of the single seeds, `p` its t-test.
     `line`: least squares through the means (a test over networks instead of seeds) with the rank
     correlation; None for fewer than three sizes. `by_seed`: [seeds, models]. `unlearned`: networks
-    that are in none of these, as no run learned, with the part or without.
+    that are in none of these, as no seed learned in both, with the part and without.
     """
 
     cells: pd.DataFrame
@@ -155,17 +151,22 @@ def families(models: Iterable[str]) -> list[Family]:
 def scaling(runs: Runs, family: Family, part: str) -> Scaling:
     """The benefit of `part` ("redistribution" or "growth") across a family, paired by seed.
 
-    A seed counts for the slope when it has every network of the family that has any pair.
+    Only seeds that learned, with the part and without, are compared; a seed counts for the slope
+    when it has every network of the family that has any pair.
     """
     columns: dict[str, pd.Series] = {}
     lines, unlearned = [], []
+    learned = runs.learned()
     for model, size in family.sizes.items():
-        without = runs.by_seed(model=model, **WITHOUT[part])
-        full = runs.by_seed(model=model, **FULL)
+        without = learned.by_seed(model=model, **WITHOUT[part])
+        full = learned.by_seed(model=model, **FULL)
         pair = paired_difference(without, full)
-        if pair.n and min(without.min(), full.min()) > CHANCE:
-            unlearned.append(model)
-        elif pair.n:
+        if not pair.n:
+            sides = [runs.where(model=model, **where) for where in (WITHOUT[part], FULL)]
+            done = all(len(side.rows) + len(side.diverged) for side in sides)
+            if done and not all(len(side.learned().rows) for side in sides):
+                unlearned.append(model)
+        else:
             columns[model] = (without - full).dropna()
             lines.append((model, size, pair.mean, pair.low, pair.high, pair.n, pair.p_t))
     cells = pd.DataFrame(lines, columns=["model", "size", "mean", "low", "high", "n", "p"])

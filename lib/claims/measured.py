@@ -1,71 +1,69 @@
-"""The claims on class specialisation and on speed-ups.  Imports no torch.
-
-They belong to CLAIMS of lib/claims/verdicts.py, which says what a claim is.
-"""
+"""Measures of class specialisation and of speed-ups.  Imports no torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from lib.claims import verdicts as claims
-from lib.claims.verdicts import Claim, Measured, PaperValue, Published
-from lib.results import clock as kernel_rows
-from lib.results import measured
-from lib.results.measured import EQUAL, POOLED, WEIGHTINGS
-from lib.results.reading import MODEL_NAMES, NoRuns, Runs, Source, load, model_name, planned_runs
+from lib.claims.claim import NAN, Found, Measure, PaperValue, Part
+from lib.claims.learning import learning
+from lib.results import clock, measured
+from lib.results.reading import (
+    NoRuns,
+    Source,
+    load,
+    model_name,
+    planned_runs,
+)
 from lib.stats import Interval, paired_difference, t_interval
 
-# A third of what the official data show where the claim holds clearly (AlexNet-s, 1.7 points).
-_SPECIALISATION_MARGIN = 0.5  # percentage points
-_ESTIMATE_MARGIN = 0.5  # times faster: a tenth to a fifth of the published values
-_CLOCK_MARGIN = 5.0  # per cent of the time; two clocks of one network differ by as much
+# Name -> our networks, of which the first that a profile plans is taken (reduced: narrower ones).
+NETWORKS = {"AlexNet-s": ("alexnet-s",), "VGG16-D": ("vgg16-d",), "WRN": ("wrn-28-2", "wrn-10-1")}
+_SIDES = ["dense", "sparse_momentum"]
 
 
 @dataclass(frozen=True)
-class Specialisation:
-    """Class specialisation of sparse momentum minus that of dense, paired by seed, in points.
-
-    `models`: the first that the profile plans is taken; reduced profiles have narrower networks.
+class Specialisation(Measure):
+    """Class specialisation of sparse momentum minus that of dense, paired by seed, in points; one
+    part per network.
     """
 
-    models: tuple[str, ...]
     weighting: str
     experiment: str = "features"
 
-    def cells(self, profile: str) -> list[Any] | None:
-        """One cell: nothing is averaged over."""
-        return None
-
-    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
-        """The paired difference, and the two means."""
+    def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
+        """The paired differences, and the two means."""
         planned = {run.model for run in planned_runs(self.experiment, source.profile)}
-        model = next((name for name in self.models if name in planned), self.models[0])
-        every = load(
-            self.experiment,
-            source,
-            model=model,
-            method=["dense", "sparse_momentum"],
-        )
-        found = measured.specialisation(every).set_index("seed")
-        dense, sparse = (
-            100 * found.loc[found["method"] == method, self.weighting]
-            for method in ("dense", "sparse_momentum")
-        )
-        pair = paired_difference(sparse, dense)
-        if pair.n == 0:
-            raise NoRuns(
-                f"{self.experiment} ({source.profile}): no seed of {model} has both networks"
+        every = load(self.experiment, source, method=_SIDES)
+        parts, missing = [], []
+        for name, models in NETWORKS.items():
+            model = next((one for one in models if one in planned), models[0])
+            runs = every.where(model=model)
+            try:
+                found = measured.specialisation(runs.learned()).set_index("seed")
+            except NoRuns:
+                missing.append(name)
+                continue
+            dense, sparse = (
+                100 * found.loc[found["method"] == method, self.weighting] for method in _SIDES
             )
-        detail = f"{sparse.mean():.2f} % against {dense.mean():.2f} %"
-        if model != self.models[0]:
-            detail += f"; ours is {model.upper()}, the paper's {MODEL_NAMES[self.models[0]]}"
-        return Measured(pair.interval, pair.interval, every, detail)
+            pair = paired_difference(sparse, dense)
+            if pair.n == 0:
+                missing.append(name)
+                continue
+            note = [f"{sparse.mean():.2f} % against {dense.mean():.2f} %", learning(runs)]
+            if model != models[0]:
+                note.append(f"ours is {model_name(model)}, the paper's {model_name(models[0])}")
+            said = "; ".join(filter(None, note))
+            parts.append(Part(name, pair.interval, pair.interval, said))
+        if not parts:
+            every.needed()
+            raise NoRuns(f"{self.experiment} ({source.profile}): no seed has both networks")
+        return Found(tuple(parts), every, tuple(missing))
 
 
 @dataclass(frozen=True)
@@ -86,22 +84,23 @@ class PublishedSpecialisation:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Measure):
     """The least or the largest speed-up over the networks that sparse momentum trained, per seed;
     in times faster than dense.  A seed counts when every network has it.
+
+    `kind`: "full" (sparse convolution) or "channel" (dense convolution); `models`: only these.
     """
 
     which: Literal["min", "max"]
     kind: str = "full"
+    models: tuple[str, ...] = ()
+    above: float = 0.0  # what ours is held against where the paper has no number
     experiment: str = "speedups"
 
-    def cells(self, profile: str) -> list[Any] | None:
-        """One cell: the extreme over networks is taken seed by seed."""
-        return None
-
-    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
-        """Ours minus the paper's, and ours; the dense networks' own estimates in the detail."""
-        runs = load(self.experiment, source, method=["dense", "sparse_momentum"])
+    def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
+        """Ours minus the paper's, and ours; the dense networks' own estimates in the note."""
+        only = {"model": list(self.models)} if self.models else {}
+        runs = load(self.experiment, source, method=_SIDES, **only)
         found = measured.speedups(runs)
         ours = found[found["method"] == "sparse_momentum"]
         wide = ours.pivot(index="seed", columns=["model", "density"], values=self.kind)
@@ -113,59 +112,43 @@ class Estimate:
                 "networks"
             )
         shown = t_interval(getattr(whole, self.which)(axis=1))
-        off = paper.value if paper else 0.0
+        off = papers[""].value if papers else self.above
         decides = shown._replace(mean=shown.mean - off, low=shown.low - off, high=shown.high - off)
         dense = found.loc[found["method"] == "dense", self.kind]
         shares = ", ".join(f"{100 * share:g}" for share in sorted({d for _, d in planned}))
-        detail = f"at {shares} % of the weights"
+        note = f"at {shares} % of the weights"
         if len(dense):
-            detail += (
+            note += (
                 f"; the dense networks get {dense.min():.2f} to {dense.max():.2f} by the same "
                 "formula, for zeros of the activations alone"
             )
-        return Measured(decides, shown, runs, detail)
+        return Found((Part("", decides, shown, note),), runs)
 
 
 @dataclass(frozen=True)
-class OnTheClock:
+class OnTheClock(Measure):
     """Time of a forward pass without the empty channels against the dense network's, in per cent
     more (negative: less), per seed the mean over the networks that sparse momentum trained.
     """
 
     experiment: str = "speedups"
 
-    def cells(self, profile: str) -> list[Any] | None:
-        """One cell: the mean over networks is taken seed by seed."""
-        return None
-
-    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
+    def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
         """The mean over networks, and how many channels could be taken out."""
         runs = load(self.experiment, source, method="sparse_momentum")
         found = measured.speedups(runs)
         more = pd.Series(100 * (1 / found["removed"] - 1)).groupby(found["seed"])
-        whole = more.mean()[more.size() == more.size().max()]
-        shown = t_interval(whole)
+        shown = t_interval(more.mean()[more.size() == more.size().max()])
         share = 100 * found["removed_channels"].mean()
-        return Measured(
-            shown, shown, runs, f"{share:.1f} % of the hidden channels could be removed"
-        )
+        note = f"{share:.1f} % of the hidden channels could be removed"
+        return Found((Part("", shown, shown, note),), runs)
 
 
 @dataclass(frozen=True)
-class _Timed(Runs):
-    """Runs whose scale is that of the benchmark: its machine in place of seeds and epochs."""
-
-    machine: str = ""
-
-    def scale(self) -> str:
-        """Where and how often the clock was read."""
-        return self.machine
-
-
-@dataclass(frozen=True)
-class SparseKernels:
+class SparseKernels(Measure):
     """Whole training steps over the non-zero weights alone, with masks that sparse momentum moved,
-    against torch's dense fp32 (results/bench/kernels.csv); the interval is the range of repeats.
+    against torch's dense fp32 (results/bench/kernels.csv). Repeats of a clock are no seeds: what is
+    given is their range, not an interval.
 
     `which`: "least", the network that gains least at `density`, as per cent of the dense time;
     "largest", the one that gains most, in times faster, minus the paper's.
@@ -175,125 +158,27 @@ class SparseKernels:
     density: float = 0.05  # that of VGG in the paper's table
     experiment: str = "speedups"
 
-    def cells(self, profile: str) -> list[Any] | None:
-        """One cell: the extreme over networks is taken."""
-        return None
-
-    def measure(self, source: Source, paper: PaperValue | None) -> Measured:
-        """The extreme, and every network in the detail."""
-        found = kernel_rows.whole_steps(source.root)
-        here = found[
-            np.isclose(found["density"], self.density) & (found["threads"] == kernel_rows.ALL)
-        ]
+    def measure(self, source: Source, papers: Mapping[str, PaperValue], margin: float) -> Found:
+        """The extreme, and every network in the note."""
+        found = clock.whole_steps(source.root)
+        here = found[np.isclose(found["density"], self.density) & (found["threads"] == clock.ALL)]
         if here.empty:
             raise NoRuns(f"speedups: no training step was timed at {100 * self.density:g} %")
         rows = here.to_dict("records")
         extreme = min if self.which == "least" else max
         row = extreme(rows, key=lambda r: float(r["training"]))
-        ends = (row["training"], row["training_low"], row["training_high"])
-        value, low, high = (float(end) for end in ends)
+        value, low, high = (float(row[f"training{end}"]) for end in ("", "_low", "_high"))
         count = int(row["n"])
         if self.which == "least":
             value, low, high = (100 * (1 / end - 1) for end in (value, high, low))
-            decides = shown = Interval(value, low, high, count, math.nan)
+            decides = shown = Interval(value, low, high, count, NAN)
         else:
-            shown = Interval(value, low, high, count, math.nan)
-            theirs = paper.value if paper else math.nan
-            decides = Interval(theirs - value, theirs - high, theirs - low, count, math.nan)
+            shown = Interval(value, low, high, count, NAN)
+            theirs = papers[""].value if papers else NAN
+            decides = Interval(theirs - value, theirs - high, theirs - low, count, NAN)
         each = ", ".join(f"{model_name(r['model'])} {r['training']:.2f} ×" for r in rows)
-        detail = f"whole training steps at {100 * self.density:g} % of the weights: {each}"
-        base = load(self.experiment, source)
-        machine = f"clock of {row['machine']}; interval: range of {count} repeats"
-        fields = {name: getattr(base, name) for name in Runs.__dataclass_fields__}
-        return Measured(decides, shown, _Timed(**fields, machine=machine), detail)
-
-
-def _published(quantity: str, setting: str, says: str) -> Published:
-    return Published(
-        "headline_and_speedup_claims",
-        {"dataset": "cifar10", "quantity": quantity, "setting": setting},
-        column="value",
-        says=says,
-    )
-
-
-_NETWORKS = {"AlexNet-s": ("alexnet-s",), "VGG16-D": ("vgg16-d",), "WRN": ("wrn-28-2", "wrn-10-1")}
-
-_FEATURES = tuple(
-    Claim(
-        id=f"features_more_general_{models[0]}_{weighting}",
-        statement=f"{name}: sparse features are more general (class specialisation, "
-        f"{WEIGHTINGS[weighting]})",
-        source="abstract, version 1 (not in version 2); official code, results/feature_data.tar.gz",
-        kind="lower",
-        margin=_SPECIALISATION_MARGIN,
-        ours=Specialisation(models, weighting),
-        paper=PublishedSpecialisation(models[0], weighting),
-        notebook="06_features",
-    )
-    for name, models in _NETWORKS.items()
-    for weighting in (POOLED, EQUAL)
-)
-
-_SPEEDUPS = (
-    Claim(
-        id="speedup_estimate_least",
-        statement="CIFAR-10: least estimated speed-up of a network (sparse convolution)",
-        source="the paper's table, as a review quotes it",
-        kind="value",
-        margin=_ESTIMATE_MARGIN,
-        ours=Estimate("min"),
-        paper=_published("speedup_min_x", "version 2 (table)", "{value:g} ×"),
-        notebook="05_speedups",
-        unit="×",
-    ),
-    Claim(
-        id="speedup_estimate_largest",
-        statement="CIFAR-10: largest estimated speed-up of a network (sparse convolution)",
-        source="abstract, version 2",
-        kind="value",
-        margin=_ESTIMATE_MARGIN,
-        ours=Estimate("max"),
-        paper=_published("speedup_max_x", "version 2", "{value:g} ×"),
-        notebook="05_speedups",
-        unit="×",
-    ),
-    Claim(
-        id="speedup_measured",
-        statement="CIFAR-10: sparse networks take less time, measured: a forward pass without "
-        "the empty channels against dense",
-        source='abstract, version 2 ("faster training"; there an estimate)',
-        kind="lower",
-        margin=_CLOCK_MARGIN,
-        ours=OnTheClock(),
-        paper=_published("speedup_max_x", "version 2", "up to {value:g} × faster (estimate)"),
-        notebook="05_speedups",
-        unit="%",
-    ),
-    Claim(
-        id="speedup_clock",
-        statement="CIFAR-10: sparse training takes less time, measured: whole training steps with "
-        "sparse kernels on the CPU against dense, 5 % of the weights, the network that gains least",
-        source='abstract, version 2 ("faster training"; there an estimate)',
-        kind="lower",
-        margin=_CLOCK_MARGIN,
-        ours=SparseKernels("least"),
-        paper=_published("speedup_min_x", "version 2 (table)", "{value:g} × faster (estimate)"),
-        notebook="05_speedups",
-        unit="%",
-    ),
-    Claim(
-        id="speedup_clock_up_to",
-        statement="CIFAR-10: training is up to 5.61 × faster on the clock too (whole training "
-        "steps with sparse kernels on the CPU, the network that gains most)",
-        source="abstract, version 2",
-        kind="match",
-        margin=_ESTIMATE_MARGIN,
-        ours=SparseKernels("largest"),
-        paper=_published("speedup_max_x", "version 2", "{value:g} × (estimate)"),
-        notebook="05_speedups",
-        unit="×",
-    ),
-)
-
-claims.add(*_SPEEDUPS, *_FEATURES)
+        note = f"whole training steps at {100 * self.density:g} % of the weights: {each}"
+        runs = load(self.experiment, source)
+        scale = f"clock of {row['machine']}; range of {count} repeats"
+        unit = f"{'%' if self.which == 'least' else '×'} (range of {count} repeats)"
+        return Found((Part("", decides, shown, note, unit=unit),), runs, scale=scale)

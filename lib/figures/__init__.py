@@ -1,50 +1,37 @@
 """Every figure and table, drawn from the saved CSVs.  Imports no torch.
 
-`plots` has what they share; the other files register the figures of one topic each.
+`plots` is the vocabulary, `gallery` the registry; the other files have the figures of one topic.
 """
 
 from lib.figures import (  # noqa: F401
     ablations,
+    cifar10,
     computing,
-    initial_densities,
-    kernels,
-    main_results,
-    measured,
+    features,
+    mnist,
     readings,
     sensitivity,
+    speed,
+    trainability,
 )
-from lib.figures.main_results import meaning
-from lib.figures.plots import (
-    FIGURES,
-    MARKERS,
-    PALETTE,
-    STYLE,
-    TABLES,
-    Plot,
-    Table,
-    draw_all,
-    main_results_lenet,
-    main_results_lenet_differences,
-    main_results_lenet_table,
-    output_dir,
-    show,
-    verdicts,
-)
+from lib.figures.gallery import FIGURES, TABLES, Absent, Entry, draw_all, output_dir, show
+from lib.figures.plots import LOOKS, MARKERS, PALETTE, STYLE, Plot
+from lib.figures.tables import Table
+from lib.figures.verdicts import meaning
 
 __all__ = [
     "FIGURES",
+    "LOOKS",
     "MARKERS",
     "PALETTE",
     "STYLE",
     "TABLES",
+    "Absent",
+    "Entry",
     "Plot",
     "Table",
     "draw_all",
-    "main_results_lenet",
-    "main_results_lenet_differences",
-    "main_results_lenet_table",
     "meaning",
     "output_dir",
     "show",
-    "verdicts",
 ]

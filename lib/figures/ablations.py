@@ -1,31 +1,16 @@
-"""Figures and tables of the experiments `ablations` and `depth_scaling`.  Imports no torch."""
+"""What redistribution and growth contribute, and how that changes with depth and width."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from lib.claims.effects import FULL, Family, Scaling, drained, families, rules, scaling, untrained
-from lib.figures.plots import (
-    PALETTE,
-    Plot,
-    Table,
-    draw_ours,
-    figure,
-    legend_below,
-    n_text,
-    new_plot,
-    stamp,
-    table,
-)
+from lib.claims.effects import FULL, WITHOUT, Scaling, families, rules, scaling
+from lib.figures.gallery import figure, table
+from lib.figures.plots import LOOKS, Plot, effect, finish, heat_map, panels
+from lib.figures.tables import INITS, Table, difference, groups, records
 from lib.results.reading import (
     NoRuns,
     Runs,
@@ -34,452 +19,309 @@ from lib.results.reading import (
     load,
     model_name,
     p_text,
-    range_text,
     sentence,
 )
-from lib.stats import holm, paired_difference, t_interval
-
-_TREND = (0, (5, 2))
+from lib.stats import holm, paired_difference
 
 # From most to least informed.
-REDISTRIBUTION_NAMES = {
+REDISTRIBUTIONS = {
     "momentum": "momentum",
     "magnitude": "magnitude",
     "nonzeros": "non-zeros",
     "layer_size": "layer size",
     "none": "none",
 }
-GROWTH_NAMES = {"momentum": "momentum", "random": "random", "gradient": "gradient"}
+GROWTHS = ("momentum", "random", "gradient")
 WHICH_NONE = (
     "“None”: each layer regrows as many weights as it lost, as in the official code of July 2019, "
     "the paper's first version; “layer size”: what the official code calls none since August 2019."
 )
-PARTS = {
-    "redistribution": "momentum redistribution instead of none",
-    "growth": "momentum growth instead of random growth",
-}
+_LIMIT = {"mnist": 0.5, "cifar10": 2.0}  # points: the ends of the colour scale
 
 
-def _untrained(runs: Runs) -> str:
-    said = untrained(runs)
-    return f" {said}: their differences mean nothing." if said else ""
+# ------------------------------------------------------------------------------------- ablations
 
 
-def _drained(runs: Runs) -> str:
-    said = drained(runs)
-    return f" {said}" if said else ""
+def variants(source: Source) -> pd.DataFrame:
+    """Each planned variant against full sparse momentum in the same network, paired by seed, of
+    seeds that learned in both.
 
-
-# --------------------------------------------------------------------------------- 02: ablations
-
-
-def _variants(runs: Runs) -> pd.DataFrame:
-    """Each planned variant against full sparse momentum in the same network, paired by seed.
-
-    Columns: model, redistribution, growth, error (mean, %), mean, low, high, n (of the difference;
-    of full itself its seeds), p, p_holm (adjusted over the variants of a network), diverged.
+    Columns: dataset, model, density, redistribution, growth, error (mean, %), mean, low, high, n,
+    p, p_holm (of the difference, in points; Holm over the variants of a network; full itself: mean
+    0), learned, done (runs). NoRuns where no variant is done.
     """
+    runs = load("ablations", source).needed()
     found: list[dict[str, Any]] = []
-    for model in dict.fromkeys(run.model for run in runs.planned):
-        here = runs.where(model=model)
-        full = here.by_seed(**FULL)
+    for model, density in dict.fromkeys((run.model, run.density) for run in runs.planned):
+        here = runs.where(model=model, density=density)
+        full = here.learned().by_seed(**FULL)
         lines: list[dict[str, Any]] = []
-        for redistribution in REDISTRIBUTION_NAMES:
-            for growth in GROWTH_NAMES:
+        for redistribution in REDISTRIBUTIONS:
+            for growth in GROWTHS:
                 cell = here.where(**rules(redistribution, growth))
                 if not cell.planned:
                     continue
-                errors = cell.by_seed()
-                is_full = rules(redistribution, growth) == FULL
+                errors, outcomes = cell.learned().by_seed(), cell.outcomes()
                 pair = paired_difference(errors, full)
+                is_full = rules(redistribution, growth) == FULL
                 lines.append(
                     {
+                        "dataset": cell.planned[0].dataset,
                         "model": model,
+                        "density": density,
                         "redistribution": redistribution,
                         "growth": growth,
-                        "full": is_full,
-                        "error": t_interval(errors) if len(errors) else None,
-                        "mean": math.nan if is_full else pair.mean,
-                        "low": math.nan if is_full else pair.low,
-                        "high": math.nan if is_full else pair.high,
-                        "n": len(errors) if is_full else pair.n,
+                        "error": errors.mean(),
+                        **{name: getattr(pair, name) for name in ("mean", "low", "high", "n")},
                         "p": math.nan if is_full else pair.p_t,
-                        "diverged": len(cell.diverged),
+                        "learned": int(outcomes["learned"].sum()),
+                        "done": len(outcomes),
                     }
                 )
         for line, p in zip(lines, holm(line["p"] for line in lines), strict=True):
             line["p_holm"] = p
-        if any(line["error"] is not None for line in lines):
+        if any(line["done"] for line in lines):
             found += lines
-    if not found:
-        raise NoRuns(f"{runs.experiment} ({runs.profile}): no variant is done")
+    if not any(line["n"] for line in found):
+        raise NoRuns(f"ablations ({source.profile}): no seed has finished full and another variant")
     return pd.DataFrame(found)
 
 
-def _cell_text(row: Mapping[Any, Any]) -> str:
-    """The lines of one cell of the heat map."""
-    n = f"n = {row['n']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
-    if row["full"]:
-        error = row["error"]
-        return f"full\n{error.mean:.2f} %\n{n}" if error else "full\nno runs"
+def _cell_text(row: Any) -> str:
+    """Two lines: the difference and half its interval; of full its error."""
     if not row["n"]:
-        return f"{row['diverged']} diverged" if row["diverged"] else "no runs"
-    lines = [interval_text(row["mean"], math.nan, math.nan, sign=True)]
-    if not math.isnan(row["low"]):
-        lines.append(range_text(row["low"], row["high"], sign=True))
-    if row["p_holm"] < 0.05:
-        lines[0] += " *"
-    return "\n".join([*lines, n])
+        return f"0 of {row['done']}\nlearned" if row["done"] else "no runs"
+    lost = f"\n{row['learned']} of {row['done']}" if row["learned"] < row["done"] else ""
+    if rules(row["redistribution"], row["growth"]) == FULL:
+        return f"full:\n{row['error']:.2f} %{lost}"
+    star = " *" if row["p_holm"] < 0.05 else ""
+    half = row["high"] - row["mean"]
+    spread = "" if math.isnan(half) else f"\n± {half:.2f}"
+    return f"{row['mean']:+.2f}{star}{spread}{lost}".replace("-", "−")
 
 
-_FAR = 10.0  # points; larger differences have the last colour, where there are smaller ones
-
-
-def _heat_map(ax: Axes, cells: pd.DataFrame, density: float) -> None:
-    model = cells["model"].iloc[0]
-    down = [name for name in REDISTRIBUTION_NAMES if name in set(cells["redistribution"])]
-    across = [name for name in GROWTH_NAMES if name in set(cells["growth"])]
-    at = {(row["redistribution"], row["growth"]): row for row in cells.to_dict("records")}
-    values = np.full((len(down), len(across)), np.nan)  # [redistribution, growth]
-    for i, redistribution in enumerate(down):
-        for j, growth in enumerate(across):
-            if (redistribution, growth) in at:
-                row = at[(redistribution, growth)]
-                values[i, j] = 0.0 if row["full"] else row["mean"]
-    sizes = np.abs(values[np.isfinite(values)])
-    # A rule that keeps a network from learning must not take the colour of all others.
-    near = sizes[sizes <= _FAR]
-    largest = float(near.max(initial=0.0) or sizes.max(initial=0.0)) or 1.0
-    norm = Normalize(-largest, largest)
-    ax.set_facecolor("#EEEEEE")
-    image = ax.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto")
-    for i, redistribution in enumerate(down):
-        for j, growth in enumerate(across):
-            if (redistribution, growth) not in at:
-                ax.text(j, i, "not planned", ha="center", va="center", fontsize=6, color="0.35")
-                continue
-            row = at[(redistribution, growth)]
-            strong = abs(values[i, j]) > 0.55 * largest
-            ax.text(
-                j,
-                i,
-                _cell_text(row),
-                ha="center",
-                va="center",
-                fontsize=6.4,
-                linespacing=1.25,
-                color="white" if strong else "black",
-            )
-    ax.set_xticks(range(len(across)), [GROWTH_NAMES[name] for name in across])
-    ax.set_yticks(range(len(down)), [REDISTRIBUTION_NAMES[name] for name in down])
-    ax.tick_params(length=0)
-    ax.grid(False)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    ax.set_xticks(np.arange(1, len(across)) - 0.5, minor=True)
-    ax.set_yticks(np.arange(1, len(down)) - 0.5, minor=True)
-    ax.tick_params(which="minor", length=0)
-    ax.grid(True, which="minor", axis="both", color="white", linewidth=1.5)
-    ax.set_title(f"{model_name(model)}, {100 * density:g} % of the weights")
-    ax.set_xlabel("growth")
-    beyond = "both" if sizes.max(initial=0.0) > largest else "neither"
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02, extend=beyond)
-    bar.locator = MaxNLocator(5)
-    bar.update_ticks()
-    bar.ax.yaxis.set_major_formatter(
-        FuncFormatter(lambda v, _: "0" if abs(v) < 1e-9 else f"{v:+g}".replace("-", "−"))
-    )
-    bar.outline.set_visible(False)
-    bar.ax.set_title("points", fontsize=6.5, fontweight="normal", loc="left")
-    bar.ax.tick_params(labelsize=6.5)
-
-
-@figure("ablations", experiment="ablations")
+@figure("ablations", "ablations")
 def ablations(source: Source) -> Plot:
-    """Heat map of test error minus that of full sparse momentum; one panel per network."""
-    runs = load("ablations", source).needed()
-    cells = _variants(runs)
-    models = list(dict.fromkeys(cells["model"]))
-    across = 2 if len(models) in (2, 4) else min(3, len(models))
-    down = -(-len(models) // across)
-    wide = {m: cells.loc[cells["model"] == m, "growth"].nunique() for m in models}
-    columns = [max(wide[m] for m in models[i::across]) for i in range(across)]
-    width = max(4.6, sum(0.86 * count + 1.25 for count in columns))
-    plot, axes = new_plot(
-        down, across, size=(width, 3.3 * down + 0.7), width_ratios=[c + 0.6 for c in columns]
+    """What each rule of redistribution (down) and growth (across) does: test error minus that of
+    full sparse momentum, in percentage points; red is worse.
+    """
+    runs, cells = load("ablations", source), variants(source)
+    networks = groups(cells, ["model", "density"])
+    titles = [f"{model_name(model)}, {100 * share:g} %" for (model, share), _ in networks]
+    plot, axes = panels(titles, across=2, height=3.0)
+    beyond = []
+    for ax, title, (_, part) in zip(axes, titles, networks, strict=True):
+        part = part.assign(text=[_cell_text(row) for row in part.to_dict("records")])
+        grids = [
+            part.pivot(index="redistribution", columns="growth", values=column).reindex(
+                index=[name for name in REDISTRIBUTIONS if name in set(part["redistribution"])],
+                columns=[name for name in GROWTHS if name in set(part["growth"])],
+            )
+            for column in ("mean", "text")
+        ]
+        texts = grids[1].fillna("")
+        for grid in (grids[0], texts):
+            grid.index = [REDISTRIBUTIONS[name] for name in grid.index]
+        limit = _LIMIT[part["dataset"].iloc[0]]
+        found = heat_map(ax, grids[0], texts, limit, "points")
+        ax.set_xlabel("growth")
+        ax.tick_params(labelsize=8)
+        beyond += [f"{title}: {', '.join(found)}"] if found else []
+    how = (
+        "Mean difference ± half the paired Student-t 95 % interval over shared seeds that learned "
+        "in both; * p < 0.05 after Holm within a network; “k of n”: the seeds that learned."
     )
-    for ax in axes.flat[len(models) :]:
-        ax.set_visible(False)
-    for ax, model in zip(axes.flat, models, strict=False):
-        density = next(run.density for run in runs.planned if run.model == model)
-        _heat_map(ax, cells[cells["model"] == model], density)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("redistribution")
-    stamp(
-        plot,
-        runs,
-        "Test error minus that of full sparse momentum in percentage points (red: worse), with the "
-        "paired 95 % interval over shared seeds; * p < 0.05 after Holm within the network. "
-        f"{WHICH_NONE}{_untrained(runs)}{_drained(runs)}",
-    )
-    return plot
+    cut = f"Beyond the colour scale (dashed frame): {'; '.join(beyond)}." if beyond else ""
+    return finish(plot, runs, how, WHICH_NONE, cut)
 
 
-@table("ablations", experiment="ablations")
+@table("ablations", "ablations")
 def ablations_table(source: Source) -> Table:
     """Each variant's error and its difference to full sparse momentum, paired by seed."""
-    runs = load("ablations", source).needed()
-    lines = []
-    for row in _variants(runs).to_dict("records"):
-        if row["error"] is None:
-            continue
-        lines.append(
-            {
-                "network": model_name(row["model"]),
-                "redistribution": REDISTRIBUTION_NAMES[row["redistribution"]],
-                "growth": GROWTH_NAMES[row["growth"]],
-                "test error (%)": f"{row['error'].mean:.2f}",
-                "difference to full (points)": "full"
-                if row["full"]
-                else interval_text(row["mean"], math.nan, math.nan, sign=True),
-                "95 % interval": range_text(row["low"], row["high"], sign=True),
-                "n": f"{row['n']}" + (f" ({row['diverged']} diverged)" if row["diverged"] else ""),
-                "p": p_text(row["p"]),
-                "p (Holm)": p_text(row["p_holm"]),
-            }
-        )
+    lines = [
+        {
+            "network": model_name(row["model"]),
+            "weights (%)": f"{100 * row['density']:g}",
+            "redistribution": REDISTRIBUTIONS[row["redistribution"]],
+            "growth": row["growth"],
+            "test error (%)": interval_text(row["error"], math.nan, math.nan),
+            "difference to full (points)": "full"
+            if rules(row["redistribution"], row["growth"]) == FULL
+            else interval_text(row["mean"], row["low"], row["high"], sign=True),
+            "n": str(row["n"]),
+            "learned": f"{row['learned']} of {row['done']}",
+            "p": p_text(row["p"]),
+            "p (Holm)": p_text(row["p_holm"]),
+        }
+        for row in variants(source).to_dict("records")
+        if row["done"]
+    ]
     note = (
-        "Percentage points of test error, positive: worse than full sparse momentum (momentum "
-        "redistribution and growth); paired t-test over shared seeds, p adjusted by Holm over the "
-        f"variants of each network. {WHICH_NONE}{_untrained(runs)}{_drained(runs)} "
-        f"{sentence(runs.scale())}"
+        "Percentage points of test error [95 % interval], positive: worse than full sparse "
+        "momentum; paired t-test over shared seeds that learned in both, p adjusted by Holm over "
+        "the variants of each network."
     )
-    return Table(pd.DataFrame(lines), "What redistribution and growth contribute", note)
+    scale = sentence(load("ablations", source).scale())
+    return Table.of(lines, "What redistribution and growth contribute", note, WHICH_NONE, scale)
 
 
-# ------------------------------------------------------------------------------ 03: depth scaling
+# --------------------------------------------------------------------------------- depth and width
 
 
-def _families(runs: Runs) -> list[tuple[Family, dict[str, Scaling]]]:
-    """Each family with at least one pair that is done, and its benefits by part."""
+def _scalings(source: Source) -> list[tuple[str, str, str, str, Scaling]]:
+    """(part, family, its axis, initial densities, benefits); NoRuns where no seed has a pair."""
+    runs = load("depth_scaling", source).needed()
     found = []
-    for family in families(run.model for run in runs.planned):
-        benefits = {part: scaling(runs, family, part) for part in PARTS}
-        if any(len(one.cells) or one.unlearned for one in benefits.values()):
-            found.append((family, benefits))
+    for part in WITHOUT:
+        for family in families(run.model for run in runs.planned):
+            for init in ("uniform", "erk"):
+                here = runs.where(model=list(family.sizes), init=init)
+                one = scaling(here, family, part)
+                if len(one.cells) or one.unlearned:
+                    found.append((part, family.name, family.axis, init, one))
     if not found:
-        raise NoRuns(f"{runs.experiment} ({runs.profile}): no seed has finished two variants")
+        raise NoRuns(f"depth_scaling ({source.profile}): no seed has finished two variants")
     return found
 
 
-_UNLEARNED = [
-    Line2D([], [], color="0.45", marker="x", ls="none", label="no run learned: not in the lines")
-]
-
-
-def _slope_text(one: Scaling) -> str:
-    if len(one.cells) < 2:
-        return "one size only: no trend" if len(one.cells) else "no run learned"
-    slope = one.slope
-    if slope.n == 0:
-        return "no seed has finished every size"
-    said = interval_text(slope.mean, slope.low, slope.high, sign=True)
-    test = "" if math.isnan(one.p) else f", p {_p_short(one.p)}"
-    return f"{said} per doubling{test}"
-
-
-def _p_short(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
-def _draw_scaling(ax: Axes, family: Family, one: Scaling) -> list[int]:
-    """Benefit against size with the trend line; n of the points."""
-    sizes = list(family.sizes.values())
-    ax.set_xscale("log", base=2)
-    ax.axhline(0, color="0.35", lw=0.8, zorder=1.6)
-    colour = PALETTE["sparse_momentum"]
-    if len(one.cells):
-        draw_ours(
-            ax,
-            one.cells["size"].tolist(),
-            [one.by_seed[model].dropna().tolist() for model in one.cells["model"]],
-            method="sparse_momentum",
-            line=False,
-            dots=False,
+def benefits(source: Source) -> pd.DataFrame:
+    """The benefit of a part (test error without it minus with it, points) of each seed that
+    learned in both: part, family, init, model, size, seed, benefit.
+    """
+    parts = []
+    for part, family, _, init, one in _scalings(source):
+        by_seed: Any = one.by_seed.rename_axis(index="seed", columns="model").stack()
+        sizes = dict(zip(one.cells["model"], one.cells["size"], strict=True))
+        rows = (
+            by_seed.dropna()
+            .rename("benefit")
+            .reset_index()
+            .assign(part=part, family=family, init=init)
         )
-        for size, model in zip(one.cells["size"], one.cells["model"], strict=True):
-            seeds = one.by_seed[model].dropna()  # beside the bar, which would hide them
-            ax.plot([size * 1.06] * len(seeds), seeds, ".", color=colour, ms=3, alpha=0.6, mew=0)
-    if one.slope.n and math.isfinite(one.slope.mean):
-        x = np.log2(one.cells["size"].to_numpy(float))
-        middle = float(one.by_seed.dropna().to_numpy(float).mean())
-        ax.plot(
-            one.cells["size"],
-            middle + one.slope.mean * (x - x.mean()),
-            color=colour,
-            lw=1.1,
-            ls=_TREND,
-            alpha=0.8,
-            zorder=2.3,
-        )
-    ax.plot(
-        [family.sizes[model] for model in one.unlearned],
-        [0.0] * len(one.unlearned),
-        "x",
-        color="0.45",
-        ms=4.5,
-        zorder=2.2,
-    )
-    margin = 1.25
-    ax.set_xlim(min(sizes) / margin, max(sizes) * margin)
-    ax.xaxis.set_major_locator(FixedLocator(sizes))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.margins(y=0.12)
-    return one.cells["n"].tolist()
+        parts.append(rows.assign(size=rows["model"].map(sizes)))
+    return pd.concat(parts, ignore_index=True)
 
 
-@figure("depth_scaling", experiment="depth_scaling")
+@figure("depth_scaling", "depth_scaling")
 def depth_scaling(source: Source) -> Plot:
-    """Benefit of momentum redistribution and of momentum growth against depth and width."""
-    runs = load("depth_scaling", source).needed()
-    found = _families(runs)
-    plot, axes = new_plot(len(PARTS), len(found), size=(max(4.2, 2.75 * len(found)), 5.0))
-    counts: list[int] = []
-    for column, (family, benefits) in zip(axes.T, found, strict=True):
-        for ax, (part, one) in zip(column, benefits.items(), strict=True):
-            counts += _draw_scaling(ax, family, one)
-            ax.set_title(f"{family.name}: {part}", pad=15)
-            ax.text(0, 1.02, _slope_text(one), transform=ax.transAxes, fontsize=6.8, va="bottom")
-        column[-1].set_xlabel(family.axis)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("benefit (points of test error)")
-    legend_below(
-        plot,
-        [
-            Line2D(
-                [],
-                [],
-                color=PALETTE["sparse_momentum"],
-                marker="o",
-                ls="none",
-                label=f"mean ({n_text(counts)}) with paired 95 % interval, dots: seeds",
-            ),
-            Line2D(
-                [],
-                [],
-                color=PALETTE["sparse_momentum"],
-                ls=_TREND,
-                lw=1.1,
-                label="mean of the lines through the seeds",
-            ),
-            *(_UNLEARNED if any(one.unlearned for _, b in found for one in b.values()) else []),
-        ],
-        columns=2 if len(found) > 2 else 1,
+    """Does what momentum redistribution and momentum growth contribute change with the size of the
+    network? Test error without the part minus with it, in points: above zero it helps.
+    """
+    runs, found, rows = load("depth_scaling", source), _scalings(source), benefits(source)
+    order = list(dict.fromkeys(family for _, family, *_ in found))
+    shown = sorted({(part, family, axis) for part, family, axis, *_ in found},
+                   key=lambda one: (order.index(one[1]), list(WITHOUT).index(one[0])))  # fmt: skip
+    plot, axes = panels([f"{family}: {part}" for part, family, _ in shown], across=2, height=2.1)
+    unlearned = []
+    for ax, (part, family, axis) in zip(axes, shown, strict=True):
+        mine = {i: one for p, f, _, i, one in found if (p, f) == (part, family)}
+        seeds = rows[(rows["part"] == part) & (rows["family"] == family)]
+        if len(seeds):
+            effect(ax, seeds, "size", "benefit", "init", {i: s.slope.mean for i, s in mine.items()})
+        for init, one in mine.items():
+            names = ", ".join(map(model_name, one.unlearned))
+            unlearned += [f"{names} ({LOOKS[init].label}, {part})"] if names else []
+        ax.set_xlabel(axis)
+        ax.set_ylabel("points")
+    how = (
+        "Mean with paired Student-t 95 % interval over the seeds (dots) that learned with the part "
+        "and without; dashed: the mean of the lines through the seeds. Redistribution: against "
+        "none; growth: against random growth."
     )
-    stamp(
-        plot,
-        runs,
-        "Benefit: test error without the part minus with it, above zero it helps. Redistribution: "
-        f"against none, growth: against random growth. {WHICH_NONE.partition('; ')[0]}."
-        f"{_untrained(runs)}",
-    )
-    return plot
+    lost = f"No seed learned in both: {'; '.join(unlearned)}." if unlearned else ""
+    return finish(plot, runs, how, WHICH_NONE.partition("; ")[0] + ".", lost)
 
 
-def _full_error(runs: Runs, model: str) -> float:
-    return float(runs.by_seed(model=model, **FULL).mean())
-
-
-@table("depth_scaling", experiment="depth_scaling")
+@table("depth_scaling", "depth_scaling")
 def depth_scaling_table(source: Source) -> Table:
-    """The benefit in each network of each family, paired by seed."""
+    """The benefit in each network of each family, paired by seed, and the error beside it."""
     runs = load("depth_scaling", source).needed()
     lines = []
-    for part, words in PARTS.items():
-        for family, benefits in _families(runs):
-            for row in benefits[part].cells.to_dict("records"):
-                lines.append(
-                    {
-                        "benefit of": words,
-                        "family": family.name,
-                        "network": model_name(row["model"]),
-                        "full: error (%)": f"{_full_error(runs, row['model']):.2f}",
-                        "benefit (points)": interval_text(
-                            row["mean"], math.nan, math.nan, sign=True
-                        ),
-                        "95 % interval": range_text(row["low"], row["high"], sign=True),
-                        "n": str(row["n"]),
-                        "p": p_text(row["p"]),
-                        "p (Holm)": p_text(row["p_holm"]),
-                    }
-                )
-            for model in benefits[part].unlearned:
-                lines.append(
-                    {
-                        "benefit of": words,
-                        "family": family.name,
-                        "network": f"{model_name(model)}: not learned",
-                        "full: error (%)": f"{_full_error(runs, model):.2f}",
-                    }
-                )
-    note = (
-        "Benefit: test error without the part minus with it, paired t-test over shared seeds, p "
-        f"adjusted by Holm within a family. {WHICH_NONE}{_untrained(runs)} "
-        f"{sentence(runs.scale())}"
-    )
-    caption = "Benefit of momentum redistribution and momentum growth by network"
-    return Table(pd.DataFrame(lines).fillna("–"), caption, note)
-
-
-@table("depth_scaling_trends", experiment="depth_scaling")
-def depth_scaling_trends(source: Source) -> Table:
-    """Does the benefit grow with depth or width? Two tests for each family."""
-    runs = load("depth_scaling", source).needed()
-    lines = []
-    for part, words in PARTS.items():
-        for family, benefits in _families(runs):
-            one = benefits[part]
-            if len(one.cells) + len(one.unlearned) < 2:
-                continue
-            slope, line = one.slope, one.line
+    for part, family, _, init, one in _scalings(source):
+        for row in records(one.cells):
+            sides = [
+                runs.where(model=row.model, init=init, **side) for side in (FULL, WITHOUT[part])
+            ]
+            dense = runs.where(model=row.model, method="dense")
+            full, without, control = (_mean(side) for side in (*sides, dense))
             lines.append(
                 {
-                    "benefit of": words,
-                    "family": family.name,
-                    "networks": str(len(one.cells)),
-                    "slope (points per doubling)": interval_text(
-                        slope.mean, math.nan, math.nan, sign=True
-                    ),
-                    "95 % interval": range_text(slope.low, slope.high, sign=True),
-                    "n (seeds)": str(slope.n),
-                    "p": p_text(one.p),
-                    "p over networks": p_text(line.p) if line else "–",
-                    "Spearman's ρ": f"{line.rho:+.2f}".replace("-", "−")
-                    if line and math.isfinite(line.rho)
+                    "benefit of": f"momentum {part}",
+                    "family": family,
+                    "start": INITS[init],
+                    "network": model_name(row.model),
+                    "dense: error (%)": control,
+                    "full: error (%)": full,
+                    "without: error (%)": without,
+                    "benefit (points)": difference(row),
+                    "n": str(row.n),
+                    "p": p_text(row.p),
+                    "p (Holm)": p_text(row.p_holm),
+                }
+            )
+        for model in one.unlearned:
+            control = _mean(runs.where(model=model, method="dense"))
+            lines.append(
+                {
+                    "benefit of": f"momentum {part}",
+                    "family": family,
+                    "start": INITS[init],
+                    "network": f"{model_name(model)}: no seed learned in both",
+                    "dense: error (%)": control,
+                }
+            )
+    note = (
+        "Benefit: test error without the part minus with it [95 % interval], paired t-test over "
+        "the seeds that learned in both, p adjusted by Holm within a family."
+    )
+    caption = "Benefit of momentum redistribution and momentum growth by network"
+    return Table.of(lines, caption, note, WHICH_NONE, sentence(runs.scale()))
+
+
+def _mean(runs: Runs) -> str:
+    """Mean error of the seeds that learned, and how many did where not all."""
+    share, errors = runs.outcomes(), runs.errors()["test_error_pct"]
+    if share.empty:
+        return "–"
+    some = f" ({len(errors)} of {len(share)} learned)" if len(errors) < len(share) else ""
+    return (f"{errors.mean():.2f}" if len(errors) else "–") + some
+
+
+@table("depth_scaling_trends", "depth_scaling")
+def depth_scaling_trends(source: Source) -> Table:
+    """Does the benefit grow with depth or width? With all networks and without each end."""
+    runs = load("depth_scaling", source).needed()
+    lines = []
+    every = {family.name: family for family in families(run.model for run in runs.planned)}
+    for part, name, _, init, one in _scalings(source):
+        models = list(one.cells["model"])
+        ends = [None, models[0], models[-1]] if len(models) > 2 else [None]
+        for end in ends if len(models) > 1 else []:
+            sizes = {m: s for m, s in every[name].sizes.items() if m != end}
+            family = type(every[name])(name, every[name].axis, sizes)
+            here = runs.where(model=list(sizes), init=init)
+            seen = one if end is None else scaling(here, family, part)
+            lines.append(
+                {
+                    "benefit of": f"momentum {part}",
+                    "family": name,
+                    "start": INITS[init],
+                    "networks": f"{len(seen.cells)}"
+                    + (f", without {model_name(end)}" if end else ""),
+                    "slope (points per doubling)": difference(seen.slope),
+                    "n (seeds)": str(seen.slope.n),
+                    "p": p_text(seen.p),
+                    "Spearman's ρ": f"{seen.line.rho:+.2f}".replace("-", "−")
+                    if seen.line and math.isfinite(seen.line.rho)
                     else "–",
-                    "conclusion": _conclusion(one),
                 }
             )
     if not lines:
         raise NoRuns(f"depth_scaling ({source.profile}): no family has two networks that are done")
     note = (
-        "Slope: of the benefit against log2 of depth or width, fitted to each seed; p: t-test of "
-        "these slopes, which says whether the trend holds for these networks. p over networks: "
-        "of the straight line through the means, which takes the networks as the sample, and "
-        "Spearman's rank correlation, which assumes no shape. Networks of which no run learned "
-        "are in neither. Conclusions at p < 0.05, "
-        f"unadjusted. {sentence(runs.scale())}"
+        "Slope: of the benefit against log2 of depth or width, fitted to each seed that learned in "
+        "every network; p: t-test of these slopes, unadjusted. A trend that an end decides is "
+        "none. ρ: rank correlation of the means over the networks."
     )
-    return Table(pd.DataFrame(lines), "Does the benefit grow with depth and width?", note)
-
-
-def _conclusion(one: Scaling) -> str:
-    if len(one.cells) < 2:
-        return "too few networks learned"
-    if math.isnan(one.p):
-        return "too few seeds"
-    if one.p >= 0.05:
-        return "no trend shown"
-    return "grows" if one.slope.mean > 0 else "shrinks"
+    caption = "Does the benefit grow with depth and width?"
+    return Table.of(lines, caption, note, sentence(runs.scale()))

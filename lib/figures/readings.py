@@ -1,147 +1,207 @@
-"""Figure, table and conclusion of the experiment `official_readings`.  Imports no torch."""
+"""Readings of the algorithm on which paper and official code leave a choice, against ours."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
-from lib.claims.effects import drained
 from lib.experiments import READINGS
-from lib.figures.plots import (
-    PALETTE,
-    PUBLISHED_ALPHA,
-    Plot,
-    Table,
-    figure,
-    legend_below,
-    n_text,
-    new_plot,
-    stamp,
-    table,
-)
+from lib.figures.gallery import figure, table
+from lib.figures.plots import Plot, dots, finish, limits_of, panels, zero_line
+from lib.figures.tables import Table, difference, failures, groups, records
 from lib.results.reading import (
     NoRuns,
-    Runs,
     Source,
     interval_text,
     load,
     p_text,
     published_rows,
-    range_text,
     sentence,
 )
-from lib.stats import (
-    Interval,
-    PairedDifference,
-    holm,
-    paired_difference,
-    t_interval,
-    value_difference,
-)
+from lib.stats import Interval, holm, paired_difference, value_difference
 
 NAMES = {
     "ours": "ours",
-    "feedback": "number of weights steered by feedback",
+    "feedback": "weights steered by feedback",
     "keep": "regrown weights keep their value",
-    "anywhere": "growth can choose active weights again",
+    "anywhere": "growth may choose active weights",
     "floor": "prune rate falls to 0.005",
     "official": "these four: the official code",
     "per_epoch": "prune rate falls per epoch",
-    "after": "importance measured after pruning",
-    "plain": "no exception for nearly dense layers",
-    "layer_size": "no redistribution: by layer size",
+    "after": "importance after pruning",
+    "plain": "nearly dense layers as others",
+    "reset": "momentum reset at regrowth",
+    "half": "prune rate 0.5",
+    "layer_size": "no redistribution: layer size",
 }
 WHAT = (
-    "The official code differs from ours in the first four readings and does all of them; the "
-    "next three are readings of the paper's words that it does not follow; the last, a part of the "
-    "ablation, is there for scale."
+    "The official code differs from ours in the first four readings and does all of them; the next "
+    "three are readings of the paper's words that it does not follow; resetting momentum and prune "
+    "rate 0.5 are of its other versions; the last, a part of the ablation, is there for scale."
 )
 LEVEL = 0.05  # of the adjusted p-values that are called a difference
 # File of the official code -> our table with the values of sparse momentum, and the line's style.
-_PUBLISHED = {
+_PUBLISHED: dict[str, tuple[str, Any]] = {
     "MNIST figure": ("mnist_sparse_summary", (0, (4, 2))),
     "compression figure": ("mnist_lenet300-100", (0, (1, 1.5))),
 }
-JUDGED = "MNIST figure"  # the published curve that the verdicts on MNIST refer to
+JUDGED = "MNIST figure"  # the published curve that a reading has to explain
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One reading at one share of weights: its error (%), and its difference to ours, paired by
-    seed (points; None of ours itself), with p adjusted by Holm over the readings at that share.
+def readings(source: Source) -> pd.DataFrame:
+    """Each reading at each share of weights, its difference to ours paired by seed, of seeds that
+    learned in both.
 
-    `weights`: least and most active weights after any epoch, relative to the number asked for.
+    Columns: reading, density, error (mean, %; NaN without seeds), mean, low, high, n, p, p_holm (of
+    the difference, in points; Holm over the readings at that share; NaN of ours itself), sd,
+    learned, done (runs), least, most (active weights after any epoch, of those asked for). NoRuns
+    where no seed has finished ours and another reading.
     """
-
-    name: str
-    density: float
-    errors: pd.Series
-    diverged: int
-    difference: PairedDifference | None
-    by_seed: pd.Series
-    weights: tuple[float, float]
-    p_holm: float = math.nan
-
-    @property
-    def moves(self) -> bool:
-        """Whether it is shown to move the error; errors are multiples of 0.01, so that two seeds
-        can agree by chance.
-        """
-        return self.difference is not None and self.difference.n > 2 and self.p_holm < LEVEL
-
-
-def compared(runs: Runs) -> list[Reading]:
-    """Every reading with a finished run, by share of weights, in the order of READINGS.
-
-    Raises NoRuns if there is no share at which a seed has finished ours and another reading.
-    """
+    runs = load("official_readings", source).needed()
     curves = runs.curves()
-    found: list[Reading] = []
+    found: list[dict[str, Any]] = []
     for density in sorted({run.density for run in runs.planned}):
-        here: list[Reading] = []
-        ours = runs.by_seed(density=density, **READINGS["ours"])
+        here: list[dict[str, Any]] = []
+        ours = runs.where(density=density, **READINGS["ours"]).learned().by_seed()
         for name, fields in READINGS.items():
             cell = runs.where(density=density, **fields)
-            if cell.rows.empty and cell.diverged.empty:
+            if not len(outcomes := cell.outcomes()):
                 continue
-            errors = cell.by_seed()
+            errors = cell.learned().by_seed()
+            pair = paired_difference(errors, ours)
+            unknown = Interval(math.nan, math.nan, math.nan, len(errors), math.nan)
+            off = pair.interval if name != "ours" else unknown
             held = curves.loc[curves["run_id"].isin(cell.rows["run_id"]), "density"] / density
             here.append(
-                Reading(
-                    name,
-                    density,
-                    errors,
-                    len(cell.diverged),
-                    None if name == "ours" else paired_difference(errors, ours),
-                    (errors - ours).dropna(),
-                    (float(held.min()), float(held.max())) if len(held) else (math.nan, math.nan),
-                )
+                {
+                    "reading": name,
+                    "density": density,
+                    "error": errors.mean(),
+                    **off._asdict(),
+                    "p": pair.p_t if name != "ours" else math.nan,
+                    "learned": int(outcomes["learned"].sum()),
+                    "done": len(outcomes),
+                    "least": held.min(),
+                    "most": held.max(),
+                }
             )
-        p = holm(math.nan if one.difference is None else one.difference.p_t for one in here)
-        found += [
-            Reading(**{**vars(one), "p_holm": value}) for one, value in zip(here, p, strict=True)
-        ]
-    if not any(one.difference is not None and one.difference.n for one in found):
+        for line, p in zip(here, holm(line["p"] for line in here), strict=True):
+            line["p_holm"] = p
+        found += here
+    if not any(line["n"] for line in found if line["reading"] != "ours"):
         raise NoRuns(
-            f"{runs.experiment} ({runs.profile}): no seed has finished ours and another reading"
+            f"official_readings ({source.profile}): no seed has finished ours and another reading"
         )
-    return found
+    table_ = pd.DataFrame(found)
+    # Errors are multiples of 0.01, so that two seeds can agree by chance.
+    return table_.assign(moves=(table_["n"] > 2) & (table_["p_holm"] < LEVEL))
+
+
+def minus_ours(source: Source) -> pd.DataFrame:
+    """Error of each seed that learned minus that of ours: reading, density, seed, difference."""
+    runs = load("official_readings", source)
+    parts = []
+    for density in sorted({run.density for run in runs.planned}):
+        here = runs.where(density=density).learned()
+        ours = here.by_seed(**READINGS["ours"])
+        for name in [name for name in READINGS if name != "ours"]:
+            off = (here.by_seed(**READINGS[name]) - ours).dropna()
+            cell = {"reading": name, "density": density, "seed": off.index, "difference": off}
+            parts.append(pd.DataFrame(cell))
+    return pd.concat(parts, ignore_index=True)
 
 
 def published_errors(density: float) -> dict[str, tuple[float, float]]:
     """Figure of the paper -> sparse momentum's error in % and its standard error at this share."""
     found = {}
-    for name, (source, _) in _PUBLISHED.items():
-        rows = published_rows(
-            source, model="lenet300-100", method="sparse_momentum", density=density
-        )
-        row = rows.iloc[0]
+    for name, (rows, _) in _PUBLISHED.items():
+        row = published_rows(
+            rows, model="lenet300-100", method="sparse_momentum", density=density
+        ).iloc[0]
         found[name] = (float(row["test_error_pct"]), float(row["standard_error"]))
     return found
+
+
+@figure("official_readings", "official_readings")
+def official_readings(source: Source) -> Plot:
+    """LeNet-300-100 on MNIST: test error of each reading of the algorithm minus ours, paired by
+    seed, in points (below zero: lower error than ours), beside published minus ours.
+    """
+    runs = load("official_readings", source)
+    every, seeds = readings(source), minus_ours(source)
+    shares = sorted(set(every["density"]))
+    order = {name: text for name, text in NAMES.items() if name != "ours"}
+    titles = [f"{100 * share:g} %" for share in shares]
+    plot, axes = panels(titles, across=3, height=3.7, sharey=True)
+    outside = []
+    for ax, share in zip(axes, shares, strict=True):
+        here = every[(every["density"] == share) & (every["n"] > 0)]
+        ours = here.loc[here["reading"] == "ours", "error"]
+        here = here[here["reading"] != "ours"]
+        mine = seeds[seeds["density"] == share]
+        near, close = (part[part["reading"] != "layer_size"] for part in (here, mine))
+        reach = [near["low"], near["high"], close["difference"]]
+        zero_line(ax)
+        marks = []
+        if not runs.reduced() and len(ours):
+            for name, (value, _) in published_errors(share).items():
+                marks.append(value - ours.iloc[0])
+                ax.axvline(marks[-1], color="#555555", lw=1.1, ls=_PUBLISHED[name][1],
+                           label=f"published ({name})", zorder=1.7)  # fmt: skip
+        limits = limits_of(*reach, marks, [0.0])
+        found = dots(
+            ax, here.assign(filled=here["moves"]), mine, "reading", order, value="difference",
+            limits=limits,
+        )  # fmt: skip
+        outside += [f"{text} at {100 * share:g} %" for text in found]
+        ax.set_xlabel("points")
+    how = (
+        "Mean with paired Student-t 95 % interval over the seeds (dots) that learned in both; "
+        "filled: p < 0.05 after Holm over the readings at that share."
+    )
+    cut = f"Beyond the axis: {'; '.join(outside)}." if outside else ""
+    return finish(plot, runs, how, WHAT, cut, failures(runs))
+
+
+@table("official_readings", "official_readings")
+def official_readings_table(source: Source) -> Table:
+    """Each reading's error, its difference to ours paired by seed, and the weights it had."""
+    runs = load("official_readings", source).needed()
+    lines = []
+    for row in records(readings(source)):
+        low, high = (
+            "–" if math.isnan(share) else f"{100 * share:.1f}" for share in (row.least, row.most)
+        )
+        lines.append(
+            {
+                "reading": NAMES[row.reading],
+                "weights (%)": f"{100 * row.density:g}",
+                "test error (%)": interval_text(row.error, math.nan, math.nan),
+                "difference to ours (points)": "ours" if row.reading == "ours" else difference(row),
+                "n": str(row.n),
+                "learned": f"{row.learned} of {row.done}",
+                "p": p_text(row.p),
+                "p (Holm)": p_text(row.p_holm),
+                "active weights (% of those asked for)": low if low == high else f"{low} to {high}",
+            }
+        )
+    printed = "; ".join(
+        f"{100 * density:g} %: "
+        + ", ".join(f"{value:.2f} ± {error:.2f} ({name})" for name, (value, error) in both.items())
+        for density in sorted({run.density for run in runs.planned})
+        for both in [published_errors(density)]
+    )
+    note = (
+        "Paired t-test over shared seeds that learned in both, p adjusted by Holm over the "
+        "readings at one share of weights. Active weights: least and most after any epoch of any "
+        "seed. Published error of sparse momentum, 100 epochs (two files of the official code): "
+        f"{printed}."
+    )
+    said = " ".join(conclusions(source))
+    caption = "Readings of the algorithm against ours"
+    return Table.of(lines, caption, WHAT, note, said, sentence(runs.scale()))
 
 
 def conclusions(source: Source) -> list[str]:
@@ -154,232 +214,52 @@ def conclusions(source: Source) -> list[str]:
     published value.
     """
     runs = load("official_readings", source).needed()
-    every = compared(runs)
     said = []
-    for density in sorted({one.density for one in every}):
-        here = [one for one in every if one.density == density]
+    for density, here in groups(readings(source), "density"):
         text = f"{100 * density:g} % of the weights: {_moved(here)}"
-        if not runs.reduced():
-            text += f"; {_explained(here, published_errors(density))}"
+        if source.profile == "paper":
+            errors = {
+                name: runs.where(density=density, **READINGS[name]).learned().by_seed()
+                for name in here["reading"]
+            }
+            text += f"; {_explained(here, errors, published_errors(density))}"
         said.append(text + ".")
     return said
 
 
-def _moved(here: list[Reading]) -> str:
-    moves = [one for one in here if one.moves]
-    tested = sum(one.difference is not None and one.difference.n > 2 for one in here)
+def _moved(here: pd.DataFrame) -> str:
+    others = here[here["reading"] != "ours"]
+    tested, moves = int((others["n"] > 2).sum()), others[others["moves"]]
     if not tested:
         return "too few seeds to test a reading"
     start = f"of {len(NAMES) - 1} readings {tested} are tested, and"
-    if not moves:
+    if moves.empty:
         return f"{start} none is shown to move the error"
-    listed = ", ".join(
-        f"“{NAMES[one.name]}” by {_points(one.difference.interval)}"
-        for one in moves
-        if one.difference is not None
-    )
+    listed = ", ".join(f"“{NAMES[row.reading]}” by {difference(row)}" for row in records(moves))
     return f"{start} these move the error (points): {listed}"
 
 
-def _explained(here: list[Reading], published: dict[str, tuple[float, float]]) -> str:
-    ours = next((one for one in here if one.name == "ours"), None)
-    if ours is None or len(ours.errors) < 2:
+def _explained(
+    here: pd.DataFrame, errors: dict[str, pd.Series], published: dict[str, tuple[float, float]]
+) -> str:
+    ours = errors.get("ours", pd.Series(dtype=float))
+    if len(ours) < 2:
         return "too few seeds of ours to compare with the published value"
-    off = {name: value_difference(ours.errors, *both) for name, both in published.items()}
+    off = {name: value_difference(ours, *both) for name, both in published.items()}
     others = ", ".join(
-        f"{_points(off[name])} against the {value:.2f} of the {name}"
+        f"{difference(off[name])} against the {value:.2f} of the {name}"
         for name, (value, _) in published.items()
         if name != JUDGED
     )
     mine = off[JUDGED]
-    start = f"ours minus published {published[JUDGED][0]:.2f} is {_points(mine)} ({others})"
+    start = f"ours minus published {published[JUDGED][0]:.2f} is {difference(mine)} ({others})"
     if mine.low <= 0 <= mine.high:
         return f"{start}, so that no difference is shown that would have to be explained"
     explaining = []
-    for one in here:
-        if one.difference is None or not one.moves or one.difference.mean * mine.mean > 0:
+    for row in records(here[here["moves"]]):
+        if row.mean * mine.mean > 0:
             continue
-        left = value_difference(one.errors, *published[JUDGED])
+        left = value_difference(errors[row.reading], *published[JUDGED])
         how = "explains it" if left.low <= 0 <= left.high else "goes that way"
-        explaining.append(f"“{NAMES[one.name]}” {how} (left: {_points(left)})")
+        explaining.append(f"“{NAMES[row.reading]}” {how} (left: {difference(left)})")
     return f"{start}; {', '.join(explaining) or 'no reading is shown to explain it'}"
-
-
-def _points(one: Interval) -> str:
-    return interval_text(one.mean, one.low, one.high, sign=True)
-
-
-# ------------------------------------------------------------------------------------------ figure
-
-
-def _draw(ax: Axes, here: list[Reading], rows: dict[str, int], published: bool) -> list[int]:
-    """Differences at one share of weights, one line per reading; n of each.
-
-    The axis is that of the readings, unless the part of the ablation lies near: what is beyond it
-    is printed as a number with an arrow.
-    """
-    colour = PALETTE["sparse_momentum"]
-    ax.axvline(0, color="0.35", lw=0.9, zorder=1.6)
-    shown = [one for one in here if one.difference is not None and one.difference.n]
-    reach = [0.0]
-    for one in shown:
-        pair, y = one.difference, rows[one.name]
-        assert pair is not None
-        ax.plot(
-            one.by_seed,
-            [y + 0.24] * len(one.by_seed),
-            ".",
-            color=colour,
-            ms=4.4,
-            alpha=0.5,
-            mew=0,
-            zorder=2.4,
-        )
-        if math.isfinite(pair.low):
-            ax.errorbar(
-                pair.mean,
-                y,
-                xerr=[[pair.mean - pair.low], [pair.high - pair.mean]],
-                fmt="none",
-                ecolor=colour,
-                elinewidth=1.1,
-                capsize=2.2,
-                capthick=1.1,
-                zorder=2.6,
-            )
-        filled = colour if one.moves else "white"
-        ax.plot(pair.mean, y, "o", color=colour, mfc=filled, zorder=3)
-        if one.name != "layer_size":
-            reach += [*one.by_seed, *((pair.low, pair.high) if pair.n > 2 else ())]
-    ours = next((one for one in here if one.name == "ours"), None)
-    title = f"{100 * here[0].density:g} % of the weights"
-    if ours is not None and len(ours.errors):
-        mean = t_interval(ours.errors).mean
-        title += f"\nours: {mean:.2f} %"
-        if published:
-            for name, (value, _) in published_errors(here[0].density).items():
-                reach.append(value - mean)
-                ax.axvline(
-                    value - mean,
-                    color="#555555",
-                    lw=1.0,
-                    ls=_PUBLISHED[name][1],
-                    alpha=PUBLISHED_ALPHA + 0.2,
-                    zorder=1.7,
-                )
-    ax.set_title(title)
-    ax.grid(False, axis="y")
-    ax.grid(True, axis="x")
-    span = max(reach) - min(reach)
-    part = [at for one in shown if one.name == "layer_size" for at in one.by_seed]
-    if part and min(reach) - span < min(part) and max(part) < max(reach) + span:
-        reach += part
-    room = 0.09 * (max(reach) - min(reach) or 1.0)
-    low, high = min(reach) - room, max(reach) + room
-    ax.set_xlim(low, high)
-    for one in here:
-        texts = [f"{one.diverged} diverged"] if one.diverged else []
-        above = one.difference is not None and one.by_seed.max() > high
-        if one.difference is not None and (above or one.by_seed.min() < low):
-            text = interval_text(one.difference.mean, math.nan, math.nan, sign=True)
-            texts.append(f"{text} ▸" if above else f"◂ {text}")
-        if texts:
-            ax.text(
-                0.99 if above or one.diverged else 0.01,
-                rows.get(one.name, -0.5),
-                ", ".join(texts),
-                transform=ax.get_yaxis_transform(),
-                fontsize=6.3,
-                ha="right" if above or one.diverged else "left",
-                va="center",
-                color=colour,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
-                zorder=4,
-            )
-    return [one.difference.n for one in shown if one.difference is not None]
-
-
-@figure("official_readings", experiment="official_readings")
-def official_readings(source: Source) -> Plot:
-    """Test error of each reading of the algorithm minus ours, and the published value."""
-    runs = load("official_readings", source).needed()
-    every = compared(runs)
-    shares = sorted({one.density for one in every})
-    shown = [name for name in READINGS if name != "ours"]
-    rows = {name: i for i, name in enumerate(shown)}
-    plot, axes = new_plot(1, len(shares), size=(2.9 + 1.9 * len(shares), 3.7), sharey=True)
-    counts: list[int] = []
-    for ax, density in zip(axes[0], shares, strict=True):
-        here = [one for one in every if one.density == density]
-        counts += _draw(ax, here, rows, published=not runs.reduced())
-        ax.axhspan(-0.5, rows["official"] + 0.5, color=PALETTE["sparse_momentum"], alpha=0.06, lw=0)
-        ax.axhline(rows["layer_size"] - 0.5, color="0.8", lw=0.7)
-        ax.set_xlabel("test error minus ours (points)")
-    axes[0, 0].set_yticks(range(len(shown)), [NAMES[name] for name in shown])
-    axes[0, 0].set_ylim(len(shown) - 0.5, -0.5)
-    for ax in axes.flat:
-        ax.tick_params(axis="y", length=0)
-    colour = PALETTE["sparse_momentum"]
-    handles = [
-        Line2D([], [], color=colour, marker="o", ls="none", mfc="white",
-               label=f"mean ({n_text(counts)}) with paired 95 % interval, dots: seeds"),
-        Line2D([], [], color=colour, marker="o", ls="none", label="p < 0.05 after Holm"),
-    ]  # fmt: skip
-    if not runs.reduced():
-        handles += [
-            Line2D([], [], color="#555555", lw=1.0, ls=style,
-                   label=f"published minus ours ({name})")
-            for name, (_, style) in _PUBLISHED.items()
-        ]  # fmt: skip
-    legend_below(plot, handles, columns=2)
-    stamp(
-        plot,
-        runs,
-        f"LeNet-300-100 on MNIST. Below zero: lower error than ours. {WHAT} Holm over the readings "
-        f"at one share of weights. An arrow: beyond the axis, with the mean. {drained(runs)}",
-    )
-    return plot
-
-
-# ------------------------------------------------------------------------------------------- table
-
-
-@table("official_readings", experiment="official_readings")
-def official_readings_table(source: Source) -> Table:
-    """Each reading's error, its difference to ours paired by seed, and the weights it had."""
-    runs = load("official_readings", source).needed()
-    lines = []
-    for one in compared(runs):
-        pair = one.difference
-        n = len(one.errors) if pair is None else pair.n
-        low, high = (f"{100 * share:.1f}" for share in one.weights)
-        lines.append(
-            {
-                "reading": NAMES[one.name],
-                "weights (%)": f"{100 * one.density:g}",
-                "test error (%)": f"{one.errors.mean():.2f}" if len(one.errors) else "–",
-                "difference to ours (points)": "ours"
-                if pair is None
-                else interval_text(pair.mean, math.nan, math.nan, sign=True),
-                "95 % interval": "–"
-                if pair is None
-                else range_text(pair.low, pair.high, sign=True),
-                "n": f"{n}" + (f" ({one.diverged} diverged)" if one.diverged else ""),
-                "p": p_text(math.nan if pair is None else pair.p_t),
-                "p (Holm)": p_text(one.p_holm),
-                "active weights (% of those asked for)": low if low == high else f"{low} to {high}",
-            }
-        )
-    printed = "; ".join(
-        f"{100 * density:g} %: "
-        + ", ".join(f"{value:.2f} ± {error:.2f} ({name})" for name, (value, error) in both.items())
-        for density in sorted({run.density for run in runs.planned})
-        for both in [published_errors(density)]
-    )
-    note = (
-        f"{WHAT} Paired t-test over shared seeds, p adjusted by Holm over the readings at one "
-        "share of weights. Active weights: least and most after any epoch of any seed. Published "
-        f"error of sparse momentum, 100 epochs (two files of the official code): {printed}. "
-        f"{' '.join(conclusions(source))} {drained(runs)} {sentence(runs.scale())}"
-    )
-    return Table(pd.DataFrame(lines), "Readings of the algorithm against ours", note)

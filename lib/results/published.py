@@ -55,6 +55,7 @@ EXTRA: dict[str, type] = {
     "maskable_weights": int,
     "layers_left_dense": str,
     "runs": str,
+    "code": str,
 }
 
 # Our methods; "other" for what this repository does not train; "" where no method is meant.

@@ -19,7 +19,7 @@ from lib import experiments, paths
 from lib.config import Run, unknown
 from lib.results import store as results
 from lib.results.published import published
-from lib.stats import t_interval
+from lib.stats import t_interval, wilson
 
 Where = dict[str, Any]  # column -> value, or several values of which any will do
 
@@ -128,6 +128,29 @@ class Runs:
         """The part without the runs that stayed at chance."""
         return replace(self, rows=self.rows[self.rows["test_error_pct"] <= CHANCE])
 
+    def outcomes(self) -> pd.DataFrame:
+        """One row per run that is done, also the diverged ones (NaN errors), and beside the columns
+        of the store `weights` (density in per cent) and whether it `learned`: neither diverged nor
+        ended at chance.
+        """
+        every = pd.concat([one for one in (self.rows, self.diverged) if len(one)] or [self.rows])
+        learned = every["test_error_pct"] <= CHANCE
+        return every.assign(weights=100 * every["density"], learned=learned).reset_index(drop=True)
+
+    def errors(self) -> pd.DataFrame:
+        """The outcomes of the runs that learned: no mean is over both."""
+        return self.learned().outcomes().query("learned")
+
+    def shares(self, by: Sequence[str] = ("method", "density")) -> pd.DataFrame:
+        """How many of the runs that are done learned, with Wilson's 95 % interval, by cell: the
+        columns `by`, k, n, share, low, high.
+        """
+        found = [
+            {**dict(zip(by, key, strict=True)), **wilson(int(one.sum()), len(one))._asdict()}
+            for key, one in self.outcomes().groupby(list(by), sort=False)["learned"]
+        ]
+        return pd.DataFrame(found, columns=[*by, "k", "n", "share", "low", "high"])
+
     def needed(self) -> Runs:
         """These runs; NoRuns if none of them is done, saying how to get them."""
         if self.rows.empty:
@@ -170,7 +193,7 @@ class Runs:
 
     def scale(self) -> str:
         """Profile, epochs, images, seeds, hardware, and what is missing, in one line."""
-        rows = self.rows if len(self.rows) else self.diverged
+        rows = self.outcomes()
         said = f"profile {self.profile}"
         if self.reduced():
             said += " (reduced scale, not the paper's)"

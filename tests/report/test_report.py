@@ -1,120 +1,78 @@
-"""The report from made-up rows: what it says, that scales stay apart, and both outputs."""
+"""The report from made-up rows: sections, one scale an experiment, and both renderings."""
 
 from __future__ import annotations
 
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lib import claims, experiments, figures
+from lib import experiments, figures
 from lib.__main__ import main
-from lib.figures import Table
-from lib.report import report
-from lib.report.report import Heading, Items, Numbers, Picture, Text
+from lib.figures import TABLES, Table
+from lib.report import compose, readme, report
+from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
+from lib.report.page import to_html
+from lib.report.typeset import to_pdf
 from lib.results.reading import Source
 from tests.support.made_up_grid import write_grid
 
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of one experiment at two scales: errors of `paper` are 10 points higher."""
-    root = tmp_path_factory.mktemp("report")
-    write_grid(root, "main_results", "quick")
-    write_grid(root, "cifar10_table", "quick", error=lambda run: 20.0 + run.seed)
-    write_grid(
-        root,
-        "main_results",
-        "paper",
-        error=lambda run: 11.0 + run.seed / 10,
-        keep=lambda run: run.seed < 2,
-    )
-    return root
+SECTIONS = 10
 
 
 @pytest.fixture(scope="module")
-def blocks(both: Path, tmp_path_factory: pytest.TempPathFactory) -> list[report.Block]:
-    return report.compose(Source("quick", both), tmp_path_factory.mktemp("scratch"))
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One experiment at two scales, one at the reduced one only."""
+    folder = tmp_path_factory.mktemp("report")
+    write_grid(folder, "main_results", "quick")
+    write_grid(folder, "main_results", "paper", error=lambda run: 11.0 + run.seed / 10)
+    write_grid(folder, "sensitivity", "quick")
+    return folder
 
 
-def test_scales_have_chapters_of_their_own(blocks: list[report.Block]) -> None:
-    chapters = [b.text for b in blocks if isinstance(b, Heading) and b.level == 1]
-    assert chapters == [
-        "What this is",
-        "Scope and scale",
-        "The rule from numbers to verdicts",
-        "Verdicts at the paper's scale",
-        "Experiments at the paper's scale",
-        "Verdicts at reduced scale (quick)",
-        "Experiments at reduced scale (quick)",
-        "Guesses and departures from the paper",
-        "What remains open",
-    ]
-    at = [i for i, b in enumerate(blocks) if isinstance(b, Heading) and b.level == 1]
-    paper, quick = blocks[at[4] : at[5]], blocks[at[6] : at[7]]
-    for part, mean in ((paper, 11.05), (quick, 1.3)):
-        table = next(b.table for b in part if isinstance(b, Numbers))
-        dense = table.frame.set_index("method").loc["Dense"]
-        assert float(dense["test error (%)"]) == pytest.approx(mean, abs=0.1)
-    assert any("profile paper" in b.text.lower() for b in paper if isinstance(b, Text))
-    said = [b.text for b in quick if isinstance(b, Text)]
-    assert any("reduced scale" in text for text in said)
-    assert any(text.startswith("Not complete") and "ablations" in text for text in said)
-    assert "Not run at this scale: imagenet." in said
+@pytest.fixture(scope="module")
+def blocks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Block]:
+    return compose.compose(Source("quick", root), tmp_path_factory.mktemp("scratch"))
 
 
-def test_scope_counts_the_runs(blocks: list[report.Block]) -> None:
-    scopes = [
-        b.table for b in blocks if isinstance(b, Numbers) and "The runs at" in b.table.caption
-    ]
-    assert ["paper" in t.caption for t in scopes] == [True, False]
-    planned = len(experiments.runs("main_results", "paper"))
-    row = scopes[0].frame.set_index("experiment").loc["main_results"]
-    assert row["runs"] == f"{planned // 5} of {planned}"  # two of ten seeds
-    assert row["seeds"] == "2" and row["training images"] == "all"
-    assert "made-up processor" in scopes[1].note
+def test_ten_sections_and_an_appendix(blocks: list[Block]) -> None:
+    numbers = [b.number for b in blocks if isinstance(b, Heading) and b.level == 1]
+    assert numbers == [*map(str, range(1, SECTIONS + 1)), "A"]
 
 
-def test_every_claim_with_runs_is_said_with_its_numbers(
-    blocks: list[report.Block], both: Path
-) -> None:
-    judged = claims.verdict_table(Source("quick", both))
-    with_runs = judged[judged["verdict"] != claims.NO_RUNS]
-    assert len(with_runs) > 5
-    said = "\n".join(text for b in blocks if isinstance(b, Items) for text in b.texts)
-    for row in with_runs.to_dict("records"):
-        assert f"{row['verdict'].capitalize()}: {row['claim']}. Paper: {row['paper']}" in said
-        assert row["ours"] in said
-    tables = [b.table for b in blocks if isinstance(b, Numbers)]
-    unspoken = next(t for t in tables if t.caption == "Claims that no run speaks to yet")
-    assert not set(unspoken.frame["claim"]) & set(with_runs["claim"])
+def test_each_experiment_is_shown_once_at_its_largest_scale(blocks: list[Block]) -> None:
+    pictures = Counter(b.file.name for b in blocks if isinstance(b, Picture))
+    assert max(pictures.values()) == 1
+    assert pictures.keys() == {"paper_main_results_lenet300-100.svg", "quick_sensitivity.svg"}
+    table = next(b.table for b in blocks if isinstance(b, Numbers) and "by share" in b.caption)
+    assert table.frame["SET"].tolist()[0].startswith("11.45 [")
+    heads = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
+    assert any(text.endswith("(the reduced scale quick)") for text in heads)
 
 
-def test_what_is_open_counts_the_missing_runs(blocks: list[report.Block]) -> None:
-    tables = [b.table for b in blocks if isinstance(b, Numbers)]
-    table = next(t for t in tables if "not complete" in t.caption).frame.set_index("experiment")
-    planned = len(experiments.runs("main_results", "paper"))
-    assert table.loc["main_results", "runs missing"] == f"{planned - planned // 5} of {planned}"
-    assert table.loc["main_results", "state"] == "partly computed"
-    assert table.loc["ablations", "state"] == "not yet computed"
+def test_figures_and_tables_are_numbered_in_order(blocks: list[Block]) -> None:
+    for kind, name in ((Picture, "Figure"), (Numbers, "Table")):
+        found = [b.name for b in blocks if isinstance(b, kind)]
+        assert found == [f"{name} {i}" for i in range(1, len(found) + 1)]
 
 
-def test_an_experiment_without_own_tables_shows_its_errors_beside_the_published(
-    both: Path,
-) -> None:
-    table = report._errors(report.load("cifar10_table", Source("quick", both)))
-    row = table.frame[(table.frame["network"] == "AlexNet-s") & (table.frame["method"] == "Dense")]
-    assert row["published (%)"].tolist() == ["12.95 ± 0.06"]
-    assert row["n"].tolist() == ["3"]
-    assert row["test error (%)"].tolist()[0].startswith("21.00 [")
+def test_what_is_missing_is_said_with_its_number(blocks: list[Block]) -> None:
+    said = " ".join(b.markdown for b in blocks if isinstance(b, Prose))
+    planned = len(experiments.runs("trainability", "paper"))
+    assert f"`trainability`, {planned} runs" in said
+    assert "`main_results`" not in said  # complete at the paper's scale
+    costs = next(b.table.frame for b in blocks if isinstance(b, Numbers) and "take" in b.caption)
+    missing = costs.set_index("experiment")["runs missing"]
+    every = len(experiments.runs("sensitivity", "paper"))
+    assert missing["sensitivity"] == f"{every:,} of {every:,}" and "main_results" not in missing
 
 
-def test_each_figure_belongs_to_an_experiment() -> None:
-    every = {**figures.FIGURES, **figures.TABLES}
-    assert {entry.experiment for entry in every.values()} <= {*experiments.EXPERIMENTS, ""}
-    assert [name for name, entry in every.items() if not entry.experiment] == ["verdicts"]
-    assert set(report.QUESTIONS) == set(experiments.EXPERIMENTS)
+def test_every_table_of_an_experiment_with_rows_is_in_the_appendix(blocks: list[Block]) -> None:
+    start = next(i for i, b in enumerate(blocks) if isinstance(b, Heading) and b.number == "A")
+    captions = {b.caption for b in blocks[start:] if isinstance(b, Numbers)}
+    assert len(captions) >= 1 + sum(table.experiment == "main_results" for table in TABLES.values())
 
 
 class _Tags(HTMLParser):
@@ -124,8 +82,8 @@ class _Tags(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.images: list[dict[str, str | None]] = []
-        self.targets: set[str | None] = set()
-        self.anchors: set[str | None] = set()
+        self.targets: set[str] = set()
+        self.anchors: list[str | None] = []
         self.words = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -133,8 +91,9 @@ class _Tags(HTMLParser):
             self.images.append(dict(attrs))
         if tag not in ("img", "meta", "br"):
             self.open.append(tag)
-        self.anchors.add(dict(attrs).get("id"))
-        self.targets.add((dict(attrs).get("href") or "").removeprefix("#"))
+        if "id" in dict(attrs):
+            self.anchors.append(dict(attrs)["id"])
+        self.targets.add(dict(attrs).get("href") or "")
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -148,17 +107,16 @@ def test_both_files_through_the_command_line(
 ) -> None:
     write_grid(tmp_path, "main_results", "smoke")
     assert main(["report", "--profile", "smoke", "--results", str(tmp_path)]) == 0
-    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     folder = figures.output_dir(Source("smoke", tmp_path))
-    assert written == [folder / "report.html", folder / "report.pdf"]
+    written = [folder / "report.html", folder / "report.pdf"]
+    said = capsys.readouterr().out.splitlines()
+    assert [Path(line) for line in said] == written
     page = _Tags()
     text = written[0].read_text(encoding="utf-8")
     page.feed(text)
     assert page.open == [] and len(page.images) >= 1
     for image in page.images:
         assert image["alt"] and (image["src"] or "").startswith("data:image/svg+xml;base64,")
-    assert page.targets - {""} <= page.anchors
-    assert "http" not in text.replace("http://www.w3.org", "")  # one file, nothing to load
     pdf = written[1].read_bytes()
     assert pdf.startswith(b"%PDF-") and len(pdf) > 50_000
     before = [path.read_bytes() for path in written]
@@ -168,28 +126,43 @@ def test_both_files_through_the_command_line(
 
 
 def test_texts_are_no_markup(tmp_path: Path) -> None:
-    nasty = '#panic("x") $a$ *b* _c_ <d> & \\ "e" [f] @g // h'
+    nasty = '#panic("x") $a$ <d> & \\ "e" [f] @g // h'
     table = Table(pd.DataFrame({nasty: [nasty, "1"]}), nasty, nasty)
-    found: list[report.Block] = [
-        Heading(1, nasty),
-        Text(nasty + " `" + nasty + "`"),
-        Items((nasty, nasty)),
-        Numbers(table),
+    found: list[Block] = [
+        Heading(1, nasty, "1"),
+        Prose(f"{nasty} `{nasty}`\n\n- {nasty}\n- **{nasty}**"),
+        Prose("| a | b |\n|---|---|\n| $c$ | <d> |"),
+        Numbers(table, nasty, "Table 1"),
     ]
-    assert report.to_pdf(found, tmp_path).startswith(b"%PDF-")
+    assert to_pdf(nasty, nasty, found, tmp_path).startswith(b"%PDF-")
+    text = to_html(nasty, nasty, found)
     page = _Tags()
-    page.feed(report.to_html(found))
-    assert page.open == [] and page.words.count(nasty) == 10  # the heading is also in the contents
-    assert "<d>" not in report.to_html(found)
+    page.feed(text)
+    assert page.open == []
+    # title three times, heading and contents, prose four times, caption, and four of the table
+    assert page.words.count(nasty.split("\\", maxsplit=1)[0]) == 13
+    assert "<d>" not in text
 
 
 def test_without_runs_it_says_so(tmp_path: Path) -> None:
-    blocks = report.compose(Source("smoke", tmp_path), tmp_path)
-    said = " ".join(b.text for b in blocks if isinstance(b, Text))
-    assert "python -m lib run all --profile smoke" in said
-    assert not [b for b in blocks if isinstance(b, Picture)]
+    found = compose.compose(Source("smoke", tmp_path), tmp_path)
+    assert not [b for b in found if isinstance(b, Picture)]
+    said = " ".join(b.markdown for b in found if isinstance(b, Prose))
+    assert said.count("Not yet computed at the reduced scale smoke") >= 5
+    assert to_pdf("t", "s", found, tmp_path).startswith(b"%PDF-")
 
 
 def test_an_unknown_profile_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown profile 'fast': smoke, quick, hours, paper"):
-        report.report(Source("fast", tmp_path))
+    with pytest.raises(ValueError, match="unknown profile 'smok': did you mean 'smoke'"):
+        report.report(Source("smok", tmp_path))
+
+
+def test_findings_stand_between_the_comments_of_the_readme() -> None:
+    before = "a\n<!-- findings: written by `make report` from the rows -->\nold\n"
+    end = "<!-- end of findings -->\nb\n"
+    text = readme.with_findings(before + end, "- one\n  two \\1\n\n- " + "long " * 40)
+    assert "old" not in text and text.startswith("a\n<!--") and text.endswith(end)
+    assert "- one two \\1\n- long" in text
+    assert max(map(len, text.splitlines())) <= 108
+    with pytest.raises(ValueError, match="one pair of comments"):
+        readme.with_findings("a\nb\n", "- one")

@@ -1,5 +1,5 @@
-"""The sparse kernels' rows read, drawn and judged from made-up ones, and the topics that write them
-in the smallest size.
+"""The sparse kernels' rows read from made-up ones, and the topics that write them in the smallest
+size.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import claims, figures
-from lib.figures import kernels as figures_kernels
+from lib import figures
 from lib.results import clock as kernel_rows
 from lib.results.clock import ALL_LAYERS, PARTS
 from lib.results.reading import NoRuns, Source
@@ -21,9 +20,6 @@ from tests.support.made_up_kernels import (
     training_ratio,
     write_kernels,
 )
-
-FIGURES = ("speedups_clock", "speedups_breakdown", "speedups_layers")
-TABLES = ("speedups_kernels", "speedups_layers", "speedups_breakdown", "speedups_window")
 
 
 @pytest.fixture(scope="module")
@@ -94,26 +90,6 @@ def test_window_rows_give_counts_and_flops(root: Path) -> None:
     assert found["differing"].to_dict() == {(44, 1): 2, (44, 2): 0, (153, 1): 0, (153, 2): 0}
     assert set(found["grown"]) == {100}
     assert kernel_rows.window_flops(root)["lenet300-100", 0] == 36.7
-    frame = figures.TABLES["speedups_window"](Source("quick", root)).frame
-    assert frame["all"].tolist() == ["2 of 200", "0 of 200"]
-    assert frame["training FLOPs (%)"].tolist() == ["7.6", "14.0"]
-
-
-def test_figures_and_tables_are_drawn(root: Path) -> None:
-    said: list[str] = []
-    written = figures.draw_all(Source("quick", root), (*FIGURES, *TABLES), said.append)
-    assert not said and {path.stem for path in written} == {*FIGURES, *TABLES}
-    clock = figures.FIGURES["speedups_clock"](Source("quick", root))
-    titles = [ax.get_title(loc="left") for ax in clock.axes]
-    assert titles == ["AlexNet-s, batch 128", "VGG16-D, batch 128", "WRN-16-8, batch 64"]
-    assert "a machine" in " ".join(text.get_text() for text in clock.texts)
-
-
-def test_bars_are_shares_of_the_dense_step(root: Path) -> None:
-    (ax,) = figures.FIGURES["speedups_breakdown"](Source("quick", root)).axes
-    widths = [patch.get_width() for patch in ax.patches]
-    assert sum(widths) == pytest.approx(len(BATCHES) * (100 + 100 * 0.1 * len(PARTS) / 1.5))
-    assert any("2.14×" in text.get_text() for text in ax.texts)  # 1.5 s over 0.7 s
 
 
 @pytest.mark.parametrize("topic", ["sparse_steps", "breakdown", "sparse_layers", "window"])
@@ -131,24 +107,6 @@ def test_no_file_and_other_columns_are_told(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("topic,what", "what,topic", 1))
     with pytest.raises(NoRuns, match="time the kernels again"):
         kernel_rows.kernel_rows(tmp_path)
-
-
-def test_claims_judge_the_clock_not_the_estimate(root: Path) -> None:
-    judged = claims.verdict_table(Source("quick", root), "05_speedups").set_index("id")
-    faster = judged.loc["speedup_clock"]
-    slowest = min(training_ratio(model, 0.05) for model in BATCHES)
-    fastest = max(training_ratio(model, 0.05) for model in BATCHES)
-    assert faster["verdict"] == "reproduced"
-    assert faster["ours_mean"] == pytest.approx(100 * (1 / slowest - 1))
-    up_to = judged.loc["speedup_clock_up_to"]
-    assert up_to["paper_value"] == 5.61 and up_to["verdict"] == "not reproduced"
-    assert up_to["ours_mean"] == pytest.approx(fastest)
-    assert "AlexNet-s" in up_to["detail"] and "a machine" in up_to["scale"]
-
-
-def test_claims_without_times_have_no_verdict(tmp_path: Path) -> None:
-    judged = claims.verdict_table(Source("quick", tmp_path), "05_speedups").set_index("id")
-    assert judged.loc["speedup_clock", "verdict"] == claims.NO_RUNS
 
 
 # ------------------------------------------------------------------------------ the topics
@@ -252,7 +210,3 @@ def test_unknown_network_of_a_topic_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="network of sparse_steps"):
         bench.bench(1, tmp_path, ["sparse_steps"], ["vgg16-x"])
-
-
-def test_published_range_is_that_of_the_table() -> None:
-    assert figures_kernels.published_range() == (2.74, 5.61)
