@@ -105,6 +105,7 @@ def test_its_runs_are_in_the_results(executed: tuple[Path, list[str]]) -> None:
     rows = results.read_runs(paths.results_csv("smoke", "main_results", executed[0]))
     assert set(rows["seed"]) == {0} and set(rows["density"]) == {0.05, 1.0}
     assert {"dense", "sparse_momentum", "set", "dsr", "deepr", "static"} == set(rows["method"])
+    assert rows["test_error_pct"].max() < 60  # chance is 88.65 %: all of them learn
 
 
 def test_progress_is_a_few_clean_lines(executed: tuple[Path, list[str]]) -> None:
