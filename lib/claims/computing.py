@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -56,8 +57,11 @@ def differences(runs: Runs, way: str) -> dict[str, PairedDifference]:
 
 
 def spread(runs: Runs, model: str) -> float:
-    """Standard deviation of the test error over the seeds, masked dense float32, in points."""
-    return t_interval(computed(runs.where(model=model), "masked").learned().by_seed()).sd
+    """Standard deviation of the test error over the seeds that learned, masked dense float32, in
+    points; NaN where fewer than two did.
+    """
+    errors = computed(runs.where(model=model), "masked").learned().by_seed()
+    return t_interval(errors).sd if len(errors) > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class SameError(Measure):
             if part is None:
                 missing.append(model_name(model))
                 continue
-            note = f"standard deviation over seeds {spread(every, model):.2f}"
+            sd = spread(every, model)
+            note = f"standard deviation over seeds {sd:.2f}" * (not math.isnan(sd))
             parts.append(replace(part, note="; ".join(filter(None, (note, part.note)))))
         if not parts:
             raise NoRuns(f"{self.experiment} ({source.profile}): no seed was computed in both ways")

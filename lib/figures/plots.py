@@ -204,7 +204,10 @@ def value_axis(ax: Axes, values: Iterable[float], log: bool = False, base: int =
 
 def weights_axis(ax: Axes, shares: Iterable[float]) -> None:
     """The horizontal axis of shares of weights (0 to 1) in per cent, logarithmic."""
+    ax.set_xlabel("weights (% of dense)")
     shown = sorted(100 * share for share in set(shares))
+    if not shown:  # no network learned
+        return
     apart = (shown[-1] / shown[0]) ** 0.085
     kept: list[float] = []
     for share in shown:  # a tick each, as far as their numbers don't run into each other
@@ -212,7 +215,6 @@ def weights_axis(ax: Axes, shares: Iterable[float]) -> None:
             kept.append(share)
     value_axis(ax, shown, log=True)
     ax.xaxis.set_major_locator(FixedLocator(kept))
-    ax.set_xlabel("weights (% of dense)")
 
 
 def zero_line(ax: Axes, at: float = 0.0, vertical: bool = True) -> None:
