@@ -151,8 +151,8 @@ def main_results_differences(source: Source) -> Table:
 
 _NETWORKS = {
     ("lenet300-100", "uniform"): "As the paper trains it",
-    ("lenet300-100-bn", "uniform"): "The DSR authors' network",
-    ("lenet300-100-bn", "half_output"): "The same, output half dense",
+    ("lenet300-100-bn", "uniform"): "DSR authors' network",
+    ("lenet300-100-bn", "half_output"): "Output half dense",
 }
 
 
@@ -180,7 +180,7 @@ def baseline_network_figure(source: Source) -> Plot:
     rows = baseline_network(source).query("learned")
     theirs = published_curves().rename(columns={"method": "curve"})
     names = [name for name in _NETWORKS.values() if name in set(rows["network"])]
-    plot, axes = panels(names, height=3.0, sharey=True)
+    plot, axes = panels(names, across=3, height=3.0, sharey=True)
     how: dict[str, Any] = {"by": "curve", "theirs": theirs, "level": "dense", "spread": 0.015}
     wide = []
     for ax, name in zip(axes, names, strict=True):

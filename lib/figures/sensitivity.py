@@ -111,7 +111,7 @@ def sensitivity_figure(source: Source) -> Plot:
         if len(known) and (mine.empty or runs.reduced()):
             shown.append((f"{model_name(model)} (published)", mine.iloc[:0], known))
     titles = [f"{title}: {_CURVES[over][0]}" for title, *_ in shown for over in _CURVES]
-    plot, axes = panels(titles, across=2, height=2.1)
+    plot, axes = panels(titles, across=2, height=1.7)
     places = [(over, mine, known) for _, mine, known in shown for over in _CURVES]
     outside = []
     for ax, title, (over, mine, known) in zip(axes, titles, places, strict=True):

@@ -96,7 +96,7 @@ def test_both_networks_are_compared_with_the_published_curve(root: Path) -> None
     known = published("mnist_sparse_summary")
     known = known[known["method"].eq("set") & known["density"].eq(0.02)].iloc[0]
     off = value_difference(cell, known["test_error_pct"], known["standard_error"])
-    said = frame.loc[("SET, as in its code", "The DSR authors' network"), "2 %"]
+    said = frame.loc[("SET, as in its code", "DSR authors' network"), "2 %"]
     assert said == f"{off.mean:+.2f} [{off.low:+.2f}, {off.high:+.2f}]".replace("-", "−")
     plot = figures.FIGURES["baseline_network"](source)
     assert [ax.get_title(loc="left") for ax in plot.axes[:2]] == list(mnist._NETWORKS.values())[:2]
