@@ -40,12 +40,14 @@ def train_and_store(
     checkpoint, and the next call appends it without training again.
     """
     checkpoint = checkpoint_of(run, profile)
+    kept = kept_of(checkpoint)
     with claim(checkpoint) as mine:
         if not mine:
             return "elsewhere"
         if run.run_id in set(results.read_runs(csv)["run_id"]):
+            checkpoint.unlink(missing_ok=True)  # of a process killed between its row and this
+            kept.unlink(missing_ok=True)
             return "done"
-        kept = kept_of(checkpoint)
         done = _read_kept(kept, run.run_id)
         if done is None:
             from lib.measures import MEASURES

@@ -196,6 +196,16 @@ def test_a_killed_worker_costs_its_run_alone(folder):
     assert len(rows(folder)) == 1 and lock.stem not in rows(folder)
 
 
+def test_a_checkpoint_whose_row_is_stored_goes(folder):
+    """Killed between the two, a process leaves both."""
+    run = experiments.runs("main_results", "smoke")[0].overridden(epochs=1, train_samples=1000)
+    assert single.train_and_store(run, "main_results", "smoke", csv(folder)) == "ok"
+    checkpoint = single.checkpoint_of(run, "smoke")
+    checkpoint.write_bytes(b"left")
+    assert single.train_and_store(run, "main_results", "smoke", csv(folder)) == "done"
+    assert not checkpoint.exists()
+
+
 def test_a_result_that_cannot_be_appended_waits_for_the_next_call(folder, monkeypatch):
     run = experiments.runs("main_results", "smoke")[0].overridden(epochs=1, train_samples=1000)
     whole = folder / "whole" / "smoke" / "main_results.csv"
