@@ -167,6 +167,7 @@ class _Composer:
         self._show("table", "extensions", "What we add to the paper's claims, and what came of it.")
         self._show("table", "values", "Published values and ours.")
         self._show("table", "experiments", "Every experiment: its runs, and where they were made.")
+        self._show("table", "soak", "What happens to rows under kills, and to bad input.")
         for name, experiment in experiments.EXPERIMENTS.items():
             at = len(self.found)
             for entry in TABLES.values():

@@ -253,6 +253,18 @@ def missing(names: Names) -> Table:
     return Table(pd.DataFrame(lines), "", names["cost"].note)
 
 
+@table("soak")
+def soak(names: Names) -> Table:
+    """What `make soak` found: kills, writers, bad inputs, memory, other places."""
+    file = paths.results_dir("bench", names["clock"].root) / "soak.csv"
+    if not file.exists():
+        raise NoRuns(f"no {file}: make soak writes it")
+    rows = pd.read_csv(file, dtype=str)
+    note = f"make soak, {rows['date'].iloc[0]}, commit {rows['commit'].iloc[0]}."
+    rows["as wanted"] = rows["passed"].map({"true": "yes", "false": "no"})
+    return Table(rows[["what", "wanted", "found", "n", "as wanted"]], "", note)
+
+
 @table("experiments")
 def scope(names: Names) -> Table:
     """Every experiment: notebook, runs planned and done at each scale, and where they were made."""
