@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lib import kernels as ops
 from lib.engines.timing import Layer, best_times, sparse_jobs, time_layer
+from lib.kernels import ops
+from lib.kernels.blocked import LANES, to_blocked
 from lib.kernels.library import cache_dir, cpu_id
 
 # Two densities around the usual crossover; times are linear in the non-zeros between them.
@@ -97,8 +98,8 @@ def measure(layer: Layer, batch: int, seconds: float = 0.2) -> Cost:
 def measure_gradient(layer: Layer, batch: int, seconds: float = 0.1) -> GradientCost:
     """Times the layer's weight gradient whole, both ways, and at two densities."""
     side = (layer.side + 2 * layer.padding - layer.kernel) // layer.stride + 1
-    x = ops.to_blocked(torch.randn(batch, layer.in_channels, layer.side, layer.side))
-    grad = ops.to_blocked(torch.randn(batch, layer.out_channels, side, side))
+    x = to_blocked(torch.randn(batch, layer.in_channels, layer.side, layer.side))
+    grad = to_blocked(torch.randn(batch, layer.out_channels, side, side))
     weight = torch.empty(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
 
     def whole(by_torch: bool) -> Callable[[], object]:
@@ -146,13 +147,13 @@ def cost(layer: Layer, batch: int) -> Cost:
 
     The batch is rounded up to whole blocks of samples.  The layer's name and repeats don't matter.
     """
-    batch = -(-batch // ops.LANES) * ops.LANES
+    batch = -(-batch // LANES) * LANES
     return Cost(**kept(_what(layer, batch), lambda: asdict(measure(layer, batch))))
 
 
 def gradient_cost(layer: Layer, batch: int) -> GradientCost:
     """The cost of the layer's weight gradient, measured if not known yet; see `cost`."""
-    batch = -(-batch // ops.LANES) * ops.LANES
+    batch = -(-batch // LANES) * LANES
     what = f"gradient {_what(layer._replace(first=False), batch)}"  # the input's is left out
     return GradientCost(**kept(what, lambda: asdict(measure_gradient(layer, batch))))
 

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib import kernels as ops
 from lib.engines import calibrate
 from lib.engines.timing import Layer
+from lib.kernels import ops
+from lib.kernels.blocked import LANES, from_blocked, to_blocked
 from lib.kernels.library import require
+from lib.kernels.norm_and_pool import batch_norm, max_pool2d, mean_pool2d
 
 MODES = ("auto", "sparse", "dense")
 
@@ -77,7 +79,7 @@ class _Activation:
         if self._plain is None:
             assert self._blocked is not None
             layout = torch.channels_last if channels_last else torch.contiguous_format
-            plain = ops.from_blocked(self._blocked, self.samples, layout)
+            plain = from_blocked(self._blocked, self.samples, layout)
             self._plain = plain.flatten(1) if self.flat else plain
         return self._plain
 
@@ -86,7 +88,7 @@ class _Activation:
         if self._blocked is None:
             assert self._plain is not None
             plain = self._plain
-            self._blocked = ops.to_blocked(plain[:, :, None, None] if plain.dim() == 2 else plain)
+            self._blocked = to_blocked(plain[:, :, None, None] if plain.dim() == 2 else plain)
         return self._blocked
 
     def like(self, *, plain: Tensor | None = None, blocked: Tensor | None = None) -> _Activation:
@@ -195,7 +197,7 @@ class SparseNetwork(nn.Module):
         blocked = x.blocked()
         if isinstance(module, _BatchNorm):
             relu = node in self._fused
-            return x.like(blocked=ops.batch_norm(blocked, module, x.samples, relu=relu))
+            return x.like(blocked=batch_norm(blocked, module, x.samples, relu=relu))
         if isinstance(module, nn.ReLU):
             if node.args[0] in self._fused:
                 return x  # done by the batch norm or the pooling
@@ -209,11 +211,11 @@ class SparseNetwork(nn.Module):
             simple = not module.ceil_mode and _single(module.padding) == 0
             if isinstance(module, nn.MaxPool2d):
                 simple = simple and _single(module.dilation) == 1 and not module.return_indices
-                pool: Callable = functools.partial(ops.max_pool2d, relu=node in self._fused)
+                pool: Callable = functools.partial(max_pool2d, relu=node in self._fused)
                 simple = simple and (node not in self._fused or (size or 0) <= 15)
             else:
                 simple = simple and module.divisor_override is None
-                pool = ops.mean_pool2d
+                pool = mean_pool2d
             if simple and size is not None and stride is not None and size <= 16:
                 return x.like(blocked=pool(blocked, size, stride))
         return x.like(plain=module(x.plain()))  # a module we don't know: torch's own
@@ -223,12 +225,12 @@ class SparseNetwork(nn.Module):
         if isinstance(x, _Activation) and x.is_blocked:
             if node.target in ("flatten", torch.flatten) and node.args[1:] == (1,):
                 blocked = x.blocked()
-                flat = blocked.reshape(blocked.shape[0], -1, 1, 1, ops.LANES)
+                flat = blocked.reshape(blocked.shape[0], -1, 1, 1, LANES)
                 return _Activation(x.samples, blocked=flat, flat=True)
             dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
             height, width = x.side()
             if node.target == "mean" and dims == (2, 3) and height == width <= 16:
-                pooled = ops.mean_pool2d(x.blocked(), height)
+                pooled = mean_pool2d(x.blocked(), height)
                 return _Activation(x.samples, blocked=pooled, flat=True)
             other = done.get(node.args[1]) if len(node.args) > 1 else None  # type: ignore[arg-type]
             if node.target in (operator.add, torch.add) and isinstance(other, _Activation):

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib import kernels as ops
+from lib.kernels import ops
+from lib.kernels.blocked import to_blocked
 from lib.kernels.library import keep_freed_memory, require
 
 
@@ -150,7 +151,7 @@ def time_layer(
             layer, *(t.contiguous(memory_format=layout) for t in (x, weight, grad))
         )
     ]
-    blocked, blocked_grad = ops.to_blocked(x), ops.to_blocked(grad)
+    blocked, blocked_grad = to_blocked(x), to_blocked(grad)
     found = []
     for density in densities:
         pattern = ops.Pattern(torch.rand(shape, generator=generator) < density)

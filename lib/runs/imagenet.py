@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train the missing runs of experiment "imagenet", with all processes on one run at a time."""
     from lib import paths
     from lib.results import store as results
-    from lib.runs import runner
+    from lib.runs import plan, single
 
     parser = argparse.ArgumentParser(prog="torchrun -m lib.runs.imagenet", description=main.__doc__)
     parser.add_argument("--profile", default="paper")
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dist.init_process_group("nccl" if cuda else "gloo")
     rank, _ = rank_and_world()
     try:
-        todo = runner.plan(
+        todo = plan.plan(
             "imagenet",
             options.profile,
             only=options.only,
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 checkpoint_seconds=600.0,
             )
             if rank == 0:
-                row = runner.row_of(run, outcome, "imagenet", options.profile, device)
+                row = single.row_of(run, outcome, "imagenet", options.profile, device)
                 results.append_run(todo.csv, row, outcome.curves, outcome.layers)
                 checkpoint.unlink(missing_ok=True)
                 print(f"{run.run_id}: {outcome.status}, test error {outcome.test_error_pct} %")
