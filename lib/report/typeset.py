@@ -23,9 +23,14 @@ def to_pdf(title: str, subtitle: str, blocks: Iterable[Block], folder: Path) -> 
 
     source = folder / "report.typ"
     source.write_text(to_typst(title, subtitle, blocks), encoding="utf-8")
-    pdf = typst.compile(
-        str(source), root=str(folder), format="pdf", ignore_system_fonts=True, timestamp=0
-    )
+    how: dict[str, Any] = {"root": str(folder), "format": "pdf", "ignore_system_fonts": True}
+    try:
+        pdf = typst.compile(str(source), timestamp=0, **how)
+    except typst.TypstError as error:
+        # Its tags for screen readers fail where floats fall at some page breaks (typst issue 8776).
+        if "internal error" not in str(error):
+            raise
+        pdf = typst.compile(str(source), timestamp=0, pdf_tags=False, **how)
     assert isinstance(pdf, bytes)
     return pdf
 
