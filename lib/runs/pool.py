@@ -15,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +88,7 @@ class _Pool:
         process = context.Process(
             target=_serve, args=(theirs, self.threads, os.getpid()), daemon=True
         )
+        resource_tracker.ensure_running()  # starting it within would unblock the signal again
         with _workers_ignore_interrupts():
             process.start()
         theirs.close()
