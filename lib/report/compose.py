@@ -146,6 +146,8 @@ class _Composer:
             self._picture(made, said, f"{profile}_{name}")
 
     def _number(self, table: Table, caption: str) -> None:
+        if table.frame.empty:  # no network learned, at smoke
+            return
         self.count["Table"] += 1
         number = f"Table {self.count['Table']}"
         whole = not self.appendix and len(table.frame) < 26
