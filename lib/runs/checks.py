@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.config import UNMASKED, Run
+from lib.config import Run
 from lib.runs.machine import check_space, check_writable
 
 # A weight in a checkpoint: itself and its momentum in float32, its mask; twice, since the new
@@ -48,10 +48,8 @@ def _of_a_kind(runs: Sequence[Run]) -> list[Run]:
 
 def check_network(run: Run) -> int:
     """Build the network and its masks; its number of weights. ValueError says what is wrong."""
-    import torch
-
-    from lib.masking import Masking
-    from lib.models import MODELS, build_model, model_spec, small_dense_scale
+    from lib.models import MODELS, model_spec
+    from lib.training import start
 
     spec = model_spec(run.model)
     if spec.dataset != run.dataset:
@@ -60,27 +58,6 @@ def check_network(run: Run) -> int:
             f"{run.model} is a network for {spec.dataset}, not for {run.dataset}: there are "
             f"{', '.join(others)}"
         )
-    small = run.method == "small_dense"
-    model = build_model(
-        run.model,
-        dropout=None if run.dropout < 0 else run.dropout,
-        width_scale=small_dense_scale(run.model, run.density) if small else 1.0,
-        generator=torch.Generator(),
-    )
-    Masking(
-        model,
-        torch.optim.SGD(model.parameters(), lr=run.lr, momentum=run.momentum),
-        density=1.0 if run.method in UNMASKED else run.density,
-        prune_rate=run.prune_rate,
-        total_steps=run.epochs,
-        schedule=run.schedule,
-        method=run.method,
-        prune=run.prune,
-        redistribution=run.redistribution,
-        growth=run.growth,
-        init=run.init,
-        keep_dense=run.keep_dense,
-        generator=torch.Generator(),
-        options=dict(run.options),
-    )
+    model = start.network(run)
+    start.masking(run, model, start.optimizer(run, model), total_steps=run.epochs)
     return sum(parameter.numel() for parameter in model.parameters())
