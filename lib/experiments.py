@@ -213,6 +213,15 @@ def _trainability(scale: Block, seeds: int, densities: list[float]) -> tuple[Blo
     )
 
 
+def _late_collapse(scale: Block, seeds: int) -> tuple[Block, ...]:
+    """The share of weights at which nearly every LeNet-5 learns, and some collapse afterwards: do
+    the moves of the masks do it (masks that stay), the weights grown where the momentum is largest
+    (random growth), or the length of the steps?
+    """
+    here: Block = {**scale, "density": 0.05, "schedule": "constant", "seeds": seeds}
+    return (here, {**here, "method": "static"}, {**here, "growth": "random"}, {**here, "lr": 0.05})
+
+
 def _table(
     scale: Block, seeds: int, snip: list[float], sparse_momentum: list[float]
 ) -> tuple[Block, ...]:
@@ -449,7 +458,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         blocks={
             "smoke": _trainability(_LENET5["smoke"], 2, [0.05]),
             "quick": _trainability(_LENET5["quick"], 3, [0.01]),
-            "paper": _trainability({**_LENET5["paper"], "epochs": 10}, 20, [0.004, 0.01]),
+            "paper": (
+                *_trainability({**_LENET5["paper"], "epochs": 10}, 20, [0.004, 0.01]),
+                *_late_collapse({**_LENET5["paper"], "epochs": 10}, 20),
+            ),
         },
     ),
     "mnist_compression": Experiment(

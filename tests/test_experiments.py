@@ -241,6 +241,9 @@ def test_trainability_changes_one_thing_at_a_time() -> None:
         frozenset({"init"}),
         frozenset({"prune_rate"}),
         frozenset({"init_scale"}),
+        frozenset({"method"}),
+        frozenset({"growth"}),
+        frozenset({"lr"}),
     }
 
 

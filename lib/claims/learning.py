@@ -25,13 +25,23 @@ from lib.stats import Interval, Share, fisher, holm, share_difference, t_interva
 EXPERIMENT = "trainability"
 
 # How the network starts, as in the paper, and what is changed, one thing at a time.
-START: Where = {"init": "uniform", "prune_rate": 0.2, "init_scale": "dense"}
+START: Where = {
+    "method": "sparse_momentum",
+    "init": "uniform",
+    "prune_rate": 0.2,
+    "init_scale": "dense",
+    "growth": "momentum",
+    "lr": 0.1,
+}
 VARIANTS: dict[str, Where] = {
     "as the paper starts it": START,
     "ERK densities": {**START, "init": "erk"},
     "masks drawn per weight": {**START, "init": "uniform_drawn"},
     "prune rate 0.5": {**START, "prune_rate": 0.5},
     "initial scale corrected for density": {**START, "init_scale": "density"},
+    "masks that stay": {**START, "method": "static", "growth": "none"},
+    "random growth": {**START, "growth": "random"},
+    "half the learning rate": {**START, "lr": 0.05},
 }
 
 
@@ -76,7 +86,7 @@ def collapsed(runs: Runs) -> int:
 
 
 def trainability(source: Source) -> pd.DataFrame:
-    """One row per share of weights and variant: density, variant, k, n, share, low, high (Wilson);
+    """One row per share of weights and variant planned there: density, variant, k, n, share, low, high (Wilson);
     difference, difference_low, difference_high to the paper's start (Newcombe), p (Fisher) and
     p_holm over all of them; error (mean [interval] in % of those that learned), error_n.
 
@@ -88,6 +98,8 @@ def trainability(source: Source) -> pd.DataFrame:
         start = learned_share(every.where(density=density, **START))
         for variant, where in VARIANTS.items():
             runs = every.where(density=density, **where)
+            if not runs.planned:
+                continue
             share = learned_share(runs)
             off = share_difference(share, start)
             errors = runs.learned().rows["test_error_pct"]
@@ -112,7 +124,8 @@ def trainability(source: Source) -> pd.DataFrame:
 @dataclass(frozen=True)
 class MoreLearn(Measure):
     """Share of seeds that learn from the paper's start minus that with one thing changed, in
-    points of per cent (below zero: more learn with it); one part per share of weights.
+    points of per cent (below zero: more learn with it); one part per share of weights at which both
+    are planned.
     """
 
     variant: str
@@ -125,6 +138,8 @@ class MoreLearn(Measure):
         for density in dict.fromkeys(table["density"]):
             rows = table[table["density"] == density].to_dict("records")
             by_variant = {row["variant"]: row for row in rows}
+            if self.variant not in by_variant:
+                continue
             start, other = by_variant[next(iter(VARIANTS))], by_variant[self.variant]
             name = f"{100 * density:g} %"
             if not (start["n"] and other["n"]):
