@@ -37,9 +37,10 @@ RULE = (
     " this n. A claim of several parts is reproduced if every part is, and not reproduced if one "
     "is not (its interval widened by Bonferroni for their number). The p-values of the authors' "
     "claims on one experiment are adjusted by Holm, and 'reproduced' needs p < 0.05. Seeds that "
-    "end at chance (error above 80 %) are in no mean; where some did, logarithms of the errors "
-    "are compared among seeds that learned in both, and the detail says how many learned. Parts, "
-    "Holm and what failed seeds do are rules of 2026-11-24, after rows existed."
+    "end at chance (error above 80 %, or a training loss of at least 98 % of guessing's) are in no "
+    "mean; where some did, logarithms of the errors are compared among seeds that learned in both, "
+    "and the detail says how many learned. Parts, Holm and what failed seeds do are rules of "
+    "2026-11-24, after rows existed."
 )
 
 _ORDER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_COMPARABLE, Verdict.REPRODUCED)
