@@ -6,7 +6,6 @@ import argparse
 import codecs
 import errno
 import os
-import re
 import signal
 import sys
 import threading
@@ -143,8 +142,8 @@ def figures(options: argparse.Namespace) -> None:
     from lib.figures import draw_all
 
     drawn = draw_all(_source(options))
-    kinds = Counter(path.suffix.removeprefix(".") for path in drawn)
     for folder in dict.fromkeys(path.parent for path in drawn):
+        kinds = Counter(path.suffix[1:] for path in drawn if path.parent == folder)
         print(f"{folder}: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}")
 
 
@@ -160,8 +159,9 @@ def verdict(options: argparse.Namespace) -> None:
     """Print the table: claim, the paper's value, ours, verdict."""
     from lib.claims import verdict_text
 
-    text = verdict_text(_source(options))
-    print(text if options.all else _first_screen(text))
+    print(verdict_text(_source(options), whole=options.all))
+    if not options.all:
+        print("--all: also claims without rows, the other tables, and the rule of the verdicts")
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -257,20 +257,6 @@ def _names(names: Sequence[str]) -> list[str]:
             experiments.experiment(name)
     every = "all" in names or not names
     return list(experiments.EXPERIMENTS) if every else list(dict.fromkeys(names))
-
-
-def _first_screen(text: str) -> str:
-    """The counts of all tables, then the first table; the others are left to --all.
-
-    Tables are paragraphs whose first line counts them: "The authors' claims: 12, of them ...".
-    """
-    parts = text.split("\n\n")
-    counted = [part for part in parts if re.match(r".+: [0-9]+, of them ", part)]
-    if len(counted) < 2:
-        return text
-    counts = [part.split("\n", 1)[0] for part in counted]
-    shown = [part for part in parts if part not in counted[1:]]
-    return "\n".join((*counts, "", "\n\n".join(shown), "", "--all prints the other tables"))
 
 
 def _source(options: argparse.Namespace) -> Source:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from lib.results.reading import CHANCE, Runs, Where
+from lib.results.reading import Runs, Where
 from lib.stats import (
     Interval,
     PairedDifference,
@@ -50,9 +50,7 @@ WHOLE = {"prune_rate": (0.2, 0.7), "momentum": MOMENTA}
 def untrained(runs: Runs) -> str:
     """How many runs did not learn; a difference between two of them means nothing."""
     count = len(runs.rows) - len(runs.learned().rows)
-    return f"{count} of {len(runs.rows)} runs did not learn (error above {CHANCE:g} %)" * bool(
-        count
-    )
+    return f"{count} of {len(runs.rows)} runs did not learn (at chance at the end)" * bool(count)
 
 
 # Redistributions that mean to leave each layer its share of the weights (from uniform densities).

@@ -37,9 +37,10 @@ RULE = (
     " this n. A claim of several parts is reproduced if every part is, and not reproduced if one "
     "is not (its interval widened by Bonferroni for their number). The p-values of the authors' "
     "claims on one experiment are adjusted by Holm, and 'reproduced' needs p < 0.05. Seeds that "
-    "end at chance (error above 80 %) are in no mean; where some did, logarithms of the errors "
-    "are compared among seeds that learned in both, and the detail says how many learned. Parts, "
-    "Holm and what failed seeds do are rules of 2026-11-24, after rows existed."
+    "end at chance (error above 80 %, or a training loss of at least 98 % of guessing's) are in no "
+    "mean; where some did, logarithms of the errors are compared among seeds that learned in both, "
+    "and the detail says how many learned. Parts, Holm and what failed seeds do are rules of "
+    "2026-11-24, after rows existed."
 )
 
 _ORDER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_COMPARABLE, Verdict.REPRODUCED)
@@ -353,41 +354,46 @@ def sentences(source: Source, notebook: str = "") -> list[str]:
     return said
 
 
-def verdict_text(source: Source, width: int = 120) -> str:
-    """For a terminal: the authors' scorecard on one page, then the published values, then what this
-    reproduction adds, each counted for itself; the scale of the runs and the rule below.
+def verdict_text(source: Source, width: int = 120, whole: bool = True) -> str:
+    """For a terminal: the authors' scorecard, then the published values, then what this
+    reproduction adds, each counted for itself; the scale of the runs and the rule below. Not
+    `whole`, for one screen: all the counts, and those of the authors' claims that have rows.
     """
     ours = "ours [95 % interval]"
     wide = {"claim": width - 75, "paper": 18, ours: 32, "n": 3, "verdict": 14}
-    table = scorecard(source)
+    narrow = {"claim": width - 75, "paper": 18, "difference": 32, "n": 3, "verdict": 14}
+    authors, more, values = scorecard(source), extensions(source), published_values(source)
     lines = []
     if source.reduced:
         lines.append(f"Profile {source.profile}: reduced scale, not the paper's\n")
-    lines += _section("The authors' claims", table.rename(columns={"ours": ours}), wide)
-    values = published_values(source)
-    known = values[values["verdict"] != NO_RUNS]
-    narrow = {"claim": width - 75, "paper": 18, "difference": 32, "n": 3, "verdict": 14}
-    lines += _section("Published values (those with rows)", known, narrow, values)
-    more = extensions(source)
-    known = more[more["verdict"] != NO_RUNS].rename(columns={"ours": ours})
-    lines += _section("Added by this reproduction (those with rows)", known, wide, more)
-    for scale in scales(source, pd.concat([table, more])):
+    shown = authors if whole else _with_rows(authors)
+    lines += _section("The authors' claims", shown.rename(columns={"ours": ours}), wide, authors)
+    title = "Published values (those with rows)"
+    lines += _section(title, _with_rows(values) if whole else None, narrow, values)
+    title = "Added by this reproduction (those with rows)"
+    known = _with_rows(more).rename(columns={"ours": ours}) if whole else None
+    lines += _section(title, known, wide, more)
+    lines += [] if whole else [""]
+    for scale in scales(source, pd.concat([authors, more]) if whole else shown):
         lines += textwrap.wrap(scale, width)
-    lines += textwrap.wrap(_unbroken(RULE), width)
+    lines += textwrap.wrap(_unbroken(RULE), width) if whole else []
     return "\n".join(lines)
 
 
+def _with_rows(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["verdict"] != NO_RUNS]
+
+
 def _section(
-    title: str, shown: pd.DataFrame, widths: Mapping[str, int], every: pd.DataFrame | None = None
+    title: str, shown: pd.DataFrame | None, widths: Mapping[str, int], every: pd.DataFrame
 ) -> list[str]:
-    table = shown if every is None else every
-    said = ", ".join(f"{number} {name}" for name, number in counts(table).items())
-    lines = [f"{title}: {len(table)}, of them {said}"]
-    rows = shown.to_dict("records")
+    said = ", ".join(f"{number} {name}" for name, number in counts(every).items())
+    lines = [f"{title}: {len(every)}, of them {said}"]
+    rows = [] if shown is None else shown.to_dict("records")
     if rows:
         lines += [_line({name: name for name in widths}, widths), "-" * sum(widths.values())]
         lines += [_line(row, widths) for row in rows]
-    return [*lines, ""]
+    return lines if shown is None else [*lines, ""]
 
 
 def _line(row: Mapping[Any, Any], widths: Mapping[str, int]) -> str:

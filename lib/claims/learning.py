@@ -16,6 +16,7 @@ from lib.results.reading import (
     Runs,
     Source,
     Where,
+    at_chance,
     interval_text,
     load,
 )
@@ -46,7 +47,7 @@ VARIANTS: dict[str, Where] = {
 
 
 def learned_share(runs: Runs) -> Share:
-    """How many of the finished runs learned: error at the end at most CHANCE, not diverged."""
+    """How many of the finished runs learned: neither diverged nor at chance at the end."""
     return wilson(len(runs.learned().rows), len(runs.rows) + len(runs.diverged))
 
 
@@ -77,7 +78,7 @@ def learning(*sides: Runs) -> str:
 
 def collapsed(runs: Runs) -> int:
     """How many runs that are at chance at the end, or diverged, had been below it (validation)."""
-    lost = pd.concat([runs.rows[runs.rows["test_error_pct"] > CHANCE], runs.diverged])
+    lost = pd.concat([runs.rows[at_chance(runs.rows)], runs.diverged])
     if lost.empty or not curves_path(runs.csv).exists():
         return 0
     curves = replace(runs, rows=lost).curves()
@@ -86,9 +87,10 @@ def collapsed(runs: Runs) -> int:
 
 
 def trainability(source: Source) -> pd.DataFrame:
-    """One row per share of weights and variant planned there: density, variant, k, n, share, low, high (Wilson);
-    difference, difference_low, difference_high to the paper's start (Newcombe), p (Fisher) and
-    p_holm over all of them; error (mean [interval] in % of those that learned), error_n.
+    """One row per share of weights and variant planned there: density, variant, k, n, share, low,
+    high (Wilson); difference, difference_low, difference_high to the paper's start (Newcombe), p
+    (Fisher) and p_holm over all of them; error (mean [interval] in % of those that learned),
+    error_n.
 
     NoRuns without any row.
     """

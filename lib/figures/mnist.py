@@ -220,13 +220,13 @@ def baseline_network_table(source: Source) -> Table:
                     value_difference(errors, known["test_error_pct"], known["standard_error"])
                 )
             if len(errors) < len(at):
-                text += f" ({len(errors)} of {len(at)} learned)"
+                text += f" ({len(errors)} of {len(at)})"
             line[f"{100 * density:g} %"] = text
         lines.append(line)
     lines.sort(key=lambda line: [*METHOD_NAMES.values()].index(line["method"].split(",")[0]))
     note = (
         "Percentage points of test error, ours minus published, with Welch's 95 % interval; "
-        "columns: shares of weights (100 %: dense)."
+        "columns: shares of weights (100 %: dense); (k of n): seeds that learned, the mean's."
     )
     caption = "Which network reproduces each published baseline?"
     return Table.of(lines, caption, note, _slips(), sentence(runs.scale()))

@@ -76,7 +76,7 @@ def _draw(rows: pd.DataFrame, runs: Runs) -> Plot:
     right.set_xlabel("test error (%, log scale)")
     how = (
         "Left: share of the seeds that learn, with Wilson's 95 % interval, and how many; a seed "
-        "learned that neither diverged nor ended above 80 % error. Right: the errors of those "
+        "learned that neither diverged nor ended at chance (section 3). Right: the errors of those "
         "(dots) and their mean with Student-t 95 % interval, where it is not wider than the panel."
     )
     return finish(plot, runs, how, ERK)

@@ -176,8 +176,9 @@ class _Composer:
                 if entry.experiment == name:
                     self._show("table", entry.name, "")
             if len(self.found) > at:
-                where = f"{experiment.title} ({facts.scale_name(self.names[name].profile)})"
-                self.found.insert(at, Heading(2, where))
+                profile = self.names[name].profile
+                where = facts.scale_name(profile) if profile else "on a clock"
+                self.found.insert(at, Heading(2, f"{experiment.title} ({where})"))
 
 
 def _plain(text: str) -> str:

@@ -231,6 +231,16 @@ class Cells:
             raise NoRuns(f"{self.experiment}: {found.n} runs of {side} at {density} are no share")
         return found
 
+    def loss(self, side: Side, density: float, epoch: int) -> Value:
+        """Mean training loss of a cell over its epoch `epoch` (from 1), whatever came of the runs;
+        NoRuns without such an epoch.
+        """
+        curves = self._of(side, density, {}).needed().curves()
+        losses = curves.loc[curves["epoch"] == epoch].set_index("run_id")["train_loss"]
+        if losses.empty:
+            raise NoRuns(f"{self.experiment}: no run of {side} at {density} has epoch {epoch}")
+        return Value(*t_interval(losses)[:4])
+
     def minus(self, a: Side, b: Side, density: float | None = None, **more: Any) -> Value:
         """Test error of A minus that of B in points, over shared seeds that learned in both."""
         one, other = (self._of(side, density, more).needed().learned() for side in (a, b))

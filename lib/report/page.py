@@ -18,14 +18,18 @@ _markdown = mistune.create_markdown(escape=True, plugins=["table"])
 
 
 def to_html(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
-    """The report with a contents list that stays in sight; wide tables scroll in their own box."""
+    """The report with a contents list that stays in sight; wide tables scroll in their own box, and
+    those of the appendix open at a click.
+    """
     body: list[str] = []
+    appendix = False
     contents: list[str] = []
     for block in blocks:
         match block:
             case Heading(level, text, number):
                 words = html.escape(f"{number} {text}" if number else text)
                 anchor = f"s{number or len(contents) + 1}"
+                appendix = appendix or number == "A"
                 if level == 1:
                     contents.append(f'<a href="#{anchor}">{words}</a>')
                 name = f' id="{anchor}"' if level == 1 or number else ""
@@ -44,7 +48,7 @@ def to_html(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
                     "</figure>"
                 )
             case Numbers():
-                body.append(_table(block))
+                body.append(_table(block, folded=appendix))
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en-GB">\n<head>\n<meta charset="utf-8">',
@@ -59,7 +63,7 @@ def to_html(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
     )
 
 
-def _table(block: Numbers) -> str:
+def _table(block: Numbers, folded: bool) -> str:
     frame, note = block.table.frame, block.table.note
     kinds = []
     for column in frame.columns:
@@ -75,11 +79,14 @@ def _table(block: Numbers) -> str:
     rows = "\n".join(line("td", row) for row in frame.itertuples(index=False))
     below = f'<p class="note">{html.escape(note)}</p>' if note else ""
     said = f"<b>{html.escape(block.name)}.</b> {_inline(block.caption)}"
-    return (
-        f'<p class="caption">{said}</p>\n<div class="scroll" tabindex="0"><table>\n'
+    table = (
+        f'<div class="scroll" tabindex="0"><table>\n'
         f"<thead>{line('th', frame.columns)}</thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
         f"{below}"
     )
+    if folded:
+        return f'<details><summary class="caption">{said}</summary>\n{table}</details>'
+    return f'<p class="caption">{said}</p>\n{table}'
 
 
 def _inline(text: str) -> str:

@@ -75,7 +75,7 @@ def _table(block: Numbers) -> str:
         f"{{{_inline(block.caption)}}}",
         f"{size}pt",
         _quoted(block.table.note),
-        f"({', '.join(_width(frame[c]) for c in frame.columns)},)",
+        f"({', '.join(_width(frame[c], 28 if wide < 8 else 45) for c in frame.columns)},)",
         f"({align},)",
         f"({', '.join(map(_quoted, frame.columns))},)",
         *cells,
@@ -84,10 +84,10 @@ def _table(block: Numbers) -> str:
     return f"#numbers(whole: {whole}, {', '.join(said)})"
 
 
-def _width(column: pd.Series) -> str:
-    """As wide as the texts, or a share of what is left where they are long."""
+def _width(column: pd.Series, long: int) -> str:
+    """As wide as the texts, or a share of what is left where they have more than `long` letters."""
     lengths = column.astype(str).str.len()
-    if lengths.max() <= 28:
+    if lengths.max() <= long:
         return "auto"
     return f"{max(lengths.mean(), 0.6 * lengths.max()) / 10:.2f}fr"
 
@@ -138,7 +138,8 @@ def _markdown_table(parts: list[dict[str, Any]]) -> str:
     ]
     columns = f"({', '.join(['auto'] * len(names))},)"
     align = f"({', '.join(['left'] * len(names))},)"
-    return f"small(8.2pt, rows({columns}, {align}, ({', '.join(names)},), {', '.join(cells)}))"
+    table = f"rows({columns}, {align}, ({', '.join(names)},), {', '.join(cells)})"
+    return f"block(breakable: false, small(8.2pt, {table}))"
 
 
 def _pieces(tokens: Iterable[Mapping[str, Any]]) -> str:

@@ -83,6 +83,15 @@ class NoRuns(ValueError):
 
 
 CHANCE = 80.0  # %: of ten classes guessing errs in 90
+_GUESSING = {"mnist": math.log(10), "cifar10": math.log(10), "imagenet": math.log(1000)}  # loss
+
+
+def at_chance(rows: pd.DataFrame) -> pd.Series:
+    """Which runs did not learn, at their end: test error above CHANCE, or a training loss of at
+    least 98 % of guessing's. The only such rule here; diverged runs (NaN) are kept apart.
+    """
+    loss = rows["train_loss"] >= 0.98 * rows["dataset"].map(_GUESSING)
+    return (rows["test_error_pct"] > CHANCE) | loss
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ class Runs:
 
     def learned(self) -> Runs:
         """The part without the runs that stayed at chance."""
-        return replace(self, rows=self.rows[self.rows["test_error_pct"] <= CHANCE])
+        return replace(self, rows=self.rows[~at_chance(self.rows)])
 
     def outcomes(self) -> pd.DataFrame:
         """One row per run that is done, also the diverged ones (NaN errors), and beside the columns
@@ -134,7 +143,7 @@ class Runs:
         ended at chance.
         """
         every = pd.concat([one for one in (self.rows, self.diverged) if len(one)] or [self.rows])
-        learned = every["test_error_pct"] <= CHANCE
+        learned = every["test_error_pct"].notna() & ~at_chance(every)
         return every.assign(weights=100 * every["density"], learned=learned).reset_index(drop=True)
 
     def errors(self) -> pd.DataFrame:

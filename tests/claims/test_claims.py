@@ -369,6 +369,16 @@ def test_text_for_the_terminal(judge: Judge, tmp_path: Path) -> None:
     assert "Added by this reproduction" in flat and "Published values" in flat
 
 
+def test_one_screen_has_all_counts_and_no_claim_without_rows(judge: Judge, tmp_path: Path) -> None:
+    judge(clear)
+    whole = claims.verdict_text(Source("quick", tmp_path)).splitlines()
+    screen = claims.verdict_text(Source("quick", tmp_path), whole=False).splitlines()
+    counted = [line for line in whole if ", of them " in line]
+    assert len(counted) == 3 and [line for line in screen if ", of them " in line] == counted
+    assert not [line for line in screen if line.endswith("no rows yet") and line not in counted]
+    assert len(screen) < 40
+
+
 def test_sentences_have_the_numbers(judge: Judge, tmp_path: Path) -> None:
     judge(clear)
     said = claims.sentences(Source("quick", tmp_path), "01_main_results")

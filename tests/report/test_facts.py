@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from lib import paths
 from lib.config import Run
 from lib.report.facts import Cells, Count, Value, percents, scales
 from lib.results.reading import NoRuns
+from lib.results.store import CURVE_COLUMNS
 from tests.support.made_up_grid import write_grid
 
 EVERY = ("paper", "hours", "quick")
@@ -72,6 +74,22 @@ def test_one_seed_gives_no_interval_and_no_comparison(tmp_path: Path) -> None:
     assert one.error("set", 0.02).ci.endswith("(one seed)")
     with pytest.raises(NoRuns, match="share no two seeds"):
         one.versus("sparse_momentum", "set")
+
+
+def test_the_loss_of_one_epoch(tmp_path: Path) -> None:
+    write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.seed < 2)
+    one = Cells("main_results", EVERY, tmp_path)
+    with open(
+        paths.results_csv("paper", "main_results", tmp_path).with_suffix(".curves.csv"), "w"
+    ) as file:
+        file.write(",".join(CURVE_COLUMNS) + "\n")
+        for run in one.runs.where(method="set", density=0.02).planned:
+            for epoch in (1, 2):
+                file.write(f"{run.run_id},{epoch},{epoch + run.seed},2.0,0.1,0.2,0.02\n")
+    found = one.loss("set", 0.02, 2)
+    assert (found.mean, found.n) == (2.5, 2)
+    with pytest.raises(NoRuns, match=r"no run of set at 0\.02 has epoch 3"):
+        one.loss("set", 0.02, 3)
 
 
 def test_values_in_words() -> None:

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.skipif(
 # What the frame's page is asked once it is there; the answer goes into the frame's own page.
 PROBE = """
 const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement;
+const folded = [...page.querySelectorAll("details")], closed = root.scrollHeight;
+for (const one of folded) one.open = true;
 view.scrollTo(0, root.scrollHeight / 2);
 const links = [...page.links].map(a => a.getAttribute("href"));
 const nav = page.querySelector("nav").getBoundingClientRect();
@@ -34,7 +36,8 @@ const boxes = [...page.querySelectorAll("table, img")].map(inside => {
   return box !== null && box.getBoundingClientRect().right <= view.innerWidth + 1;
 });
 const answer = {
-  width: view.innerWidth, scroll: root.scrollWidth, height: root.scrollHeight,
+  width: view.innerWidth, scroll: root.scrollWidth, height: root.scrollHeight, closed,
+  folded: folded.length,
   dead: links.filter(to => to.startsWith("#") && !page.getElementById(to.slice(1))),
   files: links.filter(to => !to.startsWith("#") && !/^https?:/.test(to)),
   outside: links.filter(to => /^https?:/.test(to)).length,
@@ -93,4 +96,5 @@ def test_nothing_is_cut_or_dead_at_this_width(page: Path, width: int, tmp_path: 
     assert [to for to in found["files"] if not (page.parent / to).exists()] == []
     assert found["outside"] >= 3
     assert found["contents"] == 11 and found["navigation"], "the contents stay in sight"
+    assert found["folded"] > 5 and found["closed"] < found["height"]
     assert found["boxes"] > 5 and found["cut"] == 0, "tables and figures scroll in their own box"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lib import experiments, paths
 from lib.results import reading
-from lib.results.reading import NoRuns, Source, load
+from lib.results.reading import NoRuns, Source, at_chance, load
 from lib.results.store import append_run
 from lib.stats import wilson
 from tests.support.made_up_grid import made_up_row, write_grid
@@ -96,3 +97,17 @@ def test_texts_of_numbers() -> None:
     assert reading.range_text(nan, 1) == "–" and reading.p_text(nan) == "–"
     assert (reading.p_text(0.0004), reading.p_text(0.0124)) == ("< 0.001", "0.012")
     assert reading.published_text({"test_error_pct": 1.47, "standard_error": nan}) == "1.47"
+
+
+def test_chance_is_told_by_the_error_or_by_the_loss() -> None:
+    rows = pd.DataFrame(
+        [
+            ("mnist", 79.0, 2.1),
+            ("mnist", 80.5, 0.3),
+            ("mnist", 60.0, 2.27),  # guessing among ten: 2.303
+            ("imagenet", 60.0, 2.27),  # among a thousand: 6.908
+            ("imagenet", 60.0, 6.8),
+        ],
+        columns=["dataset", "test_error_pct", "train_loss"],
+    )
+    assert at_chance(rows).tolist() == [False, True, True, False, True]

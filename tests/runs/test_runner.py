@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lib import experiments, paths
-from lib.__main__ import _first_screen, main
+from lib.__main__ import main
 from lib.config import Run
 from lib.results import store as results
 from lib.runs import machine, progress, runner, single
@@ -371,14 +371,6 @@ def test_a_locale_without_utf8_stops_nothing():
         check=True,
     )
     assert done.stdout == b"1 000 - 3 >=\n"
-
-
-def test_the_verdict_begins_with_the_counts_of_all_tables():
-    text = "Reduced\n\nClaims: 2, of them 1 holds\na\nb\n\nValues: 9, of them 9 x\nc\n\nThe rule."
-    first = "Claims: 2, of them 1 holds"
-    said = f"{first}\nValues: 9, of them 9 x\n\nReduced\n\n{first}\na\nb\n\nThe rule.\n\n"
-    assert _first_screen(text) == f"{said}--all prints the other tables"
-    assert _first_screen("Claims: 2, of them 1 holds\na\n\nThe rule.").endswith("The rule.")
 
 
 def test_one_condition_may_be_a_string(folder):
