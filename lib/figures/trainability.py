@@ -56,7 +56,7 @@ def _draw(rows: pd.DataFrame, runs: Runs) -> Plot:
     order = {cell["cell"]: f"{cell['cell']}: {cell['k']} of {cell['n']}"
              for cell in found.to_dict("records")}  # fmt: skip
     plot, (left, right) = panels(
-        ["Seeds that learn", "Error of those"], height=0.7 + 0.27 * len(order), sharey=True
+        ["Seeds that learn", "Error of those"], height=0.8 + 0.21 * len(order), sharey=True
     )
     dots(left, found, pd.DataFrame({"cell": [], "value": []}), "cell", order)
     left.set_xlim(-3, 103)

@@ -65,6 +65,7 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
         "half_output": networks.of(model="lenet300-100-bn", init="half_output"),
         "their_way": networks.of(model="lenet300-100-bn", update_every_steps=300),
         "lenet_starts": cells["initial_densities"].of(model="lenet300-100"),
+        "erk_start": cells["initial_densities"].of(model="lenet300-100", init="erk"),
         "mnist_parts": cells["ablations"].of(dataset="mnist", model="lenet300-100"),
         "full": rules("momentum", "momentum"),
         "unshared": rules("none", "momentum"),
@@ -79,6 +80,7 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
         ),
         "readings": experiments.READINGS,
         "first_epochs": VARIANTS,
+        "p_learn": lambda variant, density: facts.p_learn(cells["trainability"], variant, density),
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +191,19 @@ class Cells:
     @property
     def scale(self) -> str:
         """Where these rows come from, in words."""
-        rows = self.runs.rows
+        rows = self.runs.needed().rows
         epochs = sorted({int(n) for n in rows["epochs"]})
         said = f"{scale_name(self.profile)}, {' or '.join(map(str, epochs))} epochs, {self.n}"
-        missing = self.runs.missing
-        return said + (f", {missing:,} of {len(self.runs.planned):,} runs missing" * bool(missing))
+        done = {*self.runs.rows["run_id"], *self.runs.diverged["run_id"]}
+        cells = {replace(run, seed=0): False for run in self.runs.planned}
+        cells |= {replace(run, seed=0): True for run in self.runs.planned if run.run_id in done}
+        empty = len(cells) - sum(cells.values())
+        return said + (f", {empty:,} of {len(cells):,} cells without runs" * bool(empty))
 
     @property
     def n(self) -> str:
         """Seeds of a cell: "n = 10", or "n = 3 to 10" where the cells differ."""
-        cells = self.runs.rows.groupby(_CELL, dropna=False)["seed"].nunique()
+        cells = self.runs.needed().rows.groupby(_CELL, dropna=False)["seed"].nunique()
         low, high = int(cells.min()), int(cells.max())
         return f"n = {low}" + (f" to {high}" if high > low else "")
 
@@ -278,6 +281,18 @@ class Cells:
         """Mean error of each value of a field, lowest first (no test: see the claims for one)."""
         rows = self.runs.where(**more).needed().learned().rows
         return rows.groupby(by)["test_error_pct"].mean().sort_values()
+
+
+def p_learn(trainability: Cells, variant: str, density: float) -> float:
+    """Fisher's p for as many seeds learning with a variant (of claims.learning) as from the paper's
+    start, adjusted by Holm over all variants and shares of weights.
+    """
+    runs = trainability.runs
+    table = claims.trainability(Source(runs.profile, trainability.root))
+    row = table[(table["variant"] == variant) & (table["density"] == density)]
+    if row.empty or not row["n"].item():
+        raise NoRuns(f"{runs.experiment}: no runs of {variant} at {density}")
+    return float(row["p_holm"].item())
 
 
 _CELL = ["model", "method", "density", "init", "prune", "redistribution", "growth", "prune_rate"]

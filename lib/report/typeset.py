@@ -12,7 +12,7 @@ import pandas as pd
 from lib.report.blocks import Block, Heading, Numbers, Picture, Prose, is_number
 
 _PAGE = 17.0, 17.0  # cm: width of the text, and the most a figure may take of its height
-_TALL = 10.0  # cm
+_TALL = 7.0  # cm
 _PREAMBLE = Path(__file__).with_name("paper.typ")
 _markdown = mistune.create_markdown(renderer="ast", plugins=["table"])
 
@@ -53,7 +53,7 @@ def to_typst(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
             case Prose(text):
                 parts.append(f"#{{{_blocks(_parsed(text))}}}")
             case Picture(file, (width, height), caption, name):
-                shown = min(0.95 * 2.54 * width, _PAGE[0], _PAGE[1] * width / height)
+                shown = min(0.92 * 2.54 * width, _PAGE[0], _PAGE[1] * width / height)
                 parts.append(
                     f"#picture({_quoted(name + '.')}, {{{_inline(caption)}}}, "
                     f"{_quoted(file.name)}, {shown:.2f}cm, "

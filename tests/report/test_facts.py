@@ -68,6 +68,22 @@ def test_the_scale_is_the_largest_with_sparse_momentum(cells: Cells) -> None:
     assert scales("smoke") == ("smoke",) and scales("hours") == EVERY
 
 
+def test_a_part_without_rows_has_no_scale(tmp_path: Path) -> None:
+    write_grid(tmp_path, "mnist_compression", "paper", keep=lambda run: run.model != "lenet5")
+    part = Cells("mnist_compression", EVERY, tmp_path).of(model="lenet5")
+    for ask in (lambda: part.scale, lambda: part.n):
+        with pytest.raises(NoRuns):
+            ask()
+    seeds = Cells("main_results", EVERY, tmp_path)
+    write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.seed < 2)
+    assert seeds.scale == "the paper's scale, 100 epochs, n = 2"  # fewer seeds than planned
+
+
+def test_cells_without_runs_are_counted(tmp_path: Path) -> None:
+    write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.method != "deepr")
+    assert Cells("main_results", EVERY, tmp_path).scale.endswith("6 of 31 cells without runs")
+
+
 def test_one_seed_gives_no_interval_and_no_comparison(tmp_path: Path) -> None:
     write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.seed == 0)
     one = Cells("main_results", EVERY, tmp_path)

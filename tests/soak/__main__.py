@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lib import kernels
+from lib import data, kernels
 from lib.runs.runner import versions
 from tests.soak import bad_inputs, conditions, kills
 from tests.soak.parts import Row, Share
@@ -50,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     kernels.available()  # compiled now, not in a child that is to say one sentence
+    try:
+        data.load("mnist")
+    except data.DataError as error:
+        _say(f"error: {error}")
+        return 2
     part = min(1.0, options.scale or options.minutes / WHOLE_MINUTES)
     started = time.monotonic()
     deadline = started + 60 * options.minutes
