@@ -58,6 +58,7 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
     networks = cells["baseline_network"]
     start = {"method": "sparse_momentum", "prune_rate": 0.2, "schedule": "cosine", "momentum": 0.9}
     return {
+        "closer": lambda method: facts.closer(networks, method),
         "plain_network": networks.of(model="lenet300-100"),
         "normed_network": networks.of(
             model="lenet300-100-bn", init="uniform", update_every_steps=0

@@ -18,6 +18,7 @@ import pandas as pd
 
 from lib import claims, experiments, paths
 from lib.claims.effects import Family, families, scaling
+from lib.claims.networks import WAYS, distances
 from lib.config import unknown
 from lib.results.clock import ALL, machine, whole_steps
 from lib.results.reading import (
@@ -281,6 +282,19 @@ class Cells:
         """Mean error of each value of a field, lowest first (no test: see the claims for one)."""
         rows = self.runs.where(**more).needed().learned().rows
         return rows.groupby(by)["test_error_pct"].mean().sort_values()
+
+
+def closer(networks: Cells, method: str, way: str = "with batch norm") -> Value:
+    """Distance of a method's errors to its published curve on another network (a key of WAYS) minus
+    that on the paper's, in points: below zero the other network explains the curve better.
+    """
+    plain = next(iter(WAYS))
+    runs = networks.full.runs
+    found = distances(Source(runs.profile, networks.root), method, (plain, way))
+    pair = paired_difference(found[way].dropna(), found[plain].dropna()) if len(found) else None
+    if pair is None or not pair.n:
+        raise NoRuns(f"{runs.experiment}: no seed of {method} has finished both networks")
+    return Value(pair.mean, pair.low, pair.high, pair.n, sign=True)
 
 
 def p_learn(trainability: Cells, variant: str, density: float) -> float:

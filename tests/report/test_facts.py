@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lib import paths
+from lib.claims.networks import published_curve
 from lib.config import Run
-from lib.report.facts import Cells, Count, Value, percents, scales
+from lib.report.facts import Cells, Count, Value, closer, p_learn, percents, scales
 from lib.results.reading import NoRuns
 from lib.results.store import CURVE_COLUMNS
 from tests.support.made_up_grid import write_grid
@@ -106,6 +107,34 @@ def test_the_loss_of_one_epoch(tmp_path: Path) -> None:
     assert (found.mean, found.n) == (2.5, 2)
     with pytest.raises(NoRuns, match=r"no run of set at 0\.02 has epoch 3"):
         one.loss("set", 0.02, 3)
+
+
+def test_which_network_is_closer_to_the_published_curve(tmp_path: Path) -> None:
+    def error(run: Run) -> float:  # SET: 1.0 point off on the paper's network, 0.4 on the other
+        off = 1.0 if run.model == "lenet300-100" else 0.4 + 0.01 * run.seed
+        return float(published_curve(run.method).get(run.density, 1.0)) + off
+
+    def of_set(run: Run) -> bool:
+        return run.method in ("set", "sparse_momentum") and run.seed < 3
+
+    write_grid(tmp_path, "baseline_network", "paper", error, of_set)
+    networks = Cells("baseline_network", EVERY, tmp_path)
+    found = closer(networks, "set")
+    assert (found.mean, found.n) == (pytest.approx(-0.59), 3)
+    with pytest.raises(NoRuns, match="no seed of dsr"):
+        closer(networks, "dsr")
+
+
+def test_how_sure_it_is_that_more_seeds_learn(tmp_path: Path) -> None:
+    def half(run: Run) -> float:  # from ERK all, else every second seed
+        return 2.0 if run.init == "erk" or run.seed % 2 else 88.65
+
+    write_grid(tmp_path, "trainability", "paper", half, lambda run: run.density == 0.01)
+    cells = Cells("trainability", EVERY, tmp_path)
+    assert p_learn(cells, "ERK densities", 0.01) < 0.01  # 20 of 20 against 10 of 20
+    assert p_learn(cells, "prune rate 0.5", 0.01) == 1
+    with pytest.raises(NoRuns, match=r"no runs of random growth at 0\.05"):
+        p_learn(cells, "random growth", 0.05)
 
 
 def test_values_in_words() -> None:
