@@ -88,9 +88,9 @@ def collapsed(runs: Runs) -> int:
 
 def trainability(source: Source) -> pd.DataFrame:
     """One row per share of weights and variant planned there: density, variant, k, n, share, low,
-    high (Wilson); difference, difference_low, difference_high to the paper's start (Newcombe), p
-    (Fisher) and p_holm over all of them; error (mean [interval] in % of those that learned),
-    error_n.
+    high (Wilson); collapsed, how many of the others had learned before; difference,
+    difference_low, difference_high to the paper's start (Newcombe), p (Fisher) and p_holm over all
+    of them; error (mean [interval] in % of those that learned), error_n.
 
     NoRuns without any row.
     """
@@ -111,6 +111,7 @@ def trainability(source: Source) -> pd.DataFrame:
                     "density": density,
                     "variant": variant,
                     **share._asdict(),
+                    "collapsed": collapsed(runs),
                     "difference": off.mean,
                     "difference_low": off.low,
                     "difference_high": off.high,
