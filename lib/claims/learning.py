@@ -40,6 +40,7 @@ VARIANTS: dict[str, Where] = {
     "masks drawn per weight": {**START, "init": "uniform_drawn"},
     "prune rate 0.5": {**START, "prune_rate": 0.5},
     "initial scale corrected for density": {**START, "init_scale": "density"},
+    "initial scale and half the learning rate": {**START, "init_scale": "density", "lr": 0.05},
     "masks that stay": {**START, "method": "static", "growth": "none"},
     "random growth": {**START, "growth": "random"},
     "half the learning rate": {**START, "lr": 0.05},

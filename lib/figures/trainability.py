@@ -18,6 +18,7 @@ from lib.stats import t_interval, wilson
 _SHORT = {
     "as the paper starts it": "as in the paper",
     "initial scale corrected for density": "scale by density",
+    "initial scale and half the learning rate": "scale, half the rate",
 }
 # The paper's start, and what is changed, one thing at a time.
 VARIANTS = {_SHORT.get(name, name): where for name, where in learning.VARIANTS.items()}
