@@ -214,12 +214,19 @@ def _trainability(scale: Block, seeds: int, densities: list[float]) -> tuple[Blo
 
 
 def _late_collapse(scale: Block, seeds: int) -> tuple[Block, ...]:
-    """The share of weights at which nearly every LeNet-5 learns, and some collapse afterwards: do
-    the moves of the masks do it (masks that stay), the weights grown where the momentum is largest
-    (random growth), or the length of the steps?
+    """At 5 % of the weights every LeNet-5 learns, and some collapse afterwards: do the moves of the
+    masks do it (masks that stay), the weights grown where the momentum is largest (random growth),
+    or the length of the steps? And does what helps there help where the start is the trouble too?
     """
-    here: Block = {**scale, "density": 0.05, "schedule": "constant", "seeds": seeds}
-    return (here, {**here, "method": "static"}, {**here, "growth": "random"}, {**here, "lr": 0.05})
+    every: Block = {**scale, "schedule": "constant", "seeds": seeds}
+    here: Block = {**every, "density": 0.05}
+    return (
+        here,
+        {**here, "method": "static"},
+        {**here, "growth": "random"},
+        {**here, "lr": 0.05},
+        {**every, "density": [0.004, 0.01], "init_scale": "density", "lr": 0.05},
+    )
 
 
 def _table(

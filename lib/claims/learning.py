@@ -40,6 +40,7 @@ VARIANTS: dict[str, Where] = {
     "masks drawn per weight": {**START, "init": "uniform_drawn"},
     "prune rate 0.5": {**START, "prune_rate": 0.5},
     "initial scale corrected for density": {**START, "init_scale": "density"},
+    "initial scale and half the learning rate": {**START, "init_scale": "density", "lr": 0.05},
     "masks that stay": {**START, "method": "static", "growth": "none"},
     "random growth": {**START, "growth": "random"},
     "half the learning rate": {**START, "lr": 0.05},
@@ -88,9 +89,9 @@ def collapsed(runs: Runs) -> int:
 
 def trainability(source: Source) -> pd.DataFrame:
     """One row per share of weights and variant planned there: density, variant, k, n, share, low,
-    high (Wilson); difference, difference_low, difference_high to the paper's start (Newcombe), p
-    (Fisher) and p_holm over all of them; error (mean [interval] in % of those that learned),
-    error_n.
+    high (Wilson); collapsed, how many of the others had learned before; difference,
+    difference_low, difference_high to the paper's start (Newcombe), p (Fisher) and p_holm over all
+    of them; error (mean [interval] in % of those that learned), error_n.
 
     NoRuns without any row.
     """
@@ -111,6 +112,7 @@ def trainability(source: Source) -> pd.DataFrame:
                     "density": density,
                     "variant": variant,
                     **share._asdict(),
+                    "collapsed": collapsed(runs),
                     "difference": off.mean,
                     "difference_low": off.low,
                     "difference_high": off.high,

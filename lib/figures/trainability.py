@@ -18,6 +18,7 @@ from lib.stats import t_interval, wilson
 _SHORT = {
     "as the paper starts it": "as in the paper",
     "initial scale corrected for density": "scale by density",
+    "initial scale and half the learning rate": "scale, half the rate",
 }
 # The paper's start, and what is changed, one thing at a time.
 VARIANTS = {_SHORT.get(name, name): where for name, where in learning.VARIANTS.items()}
@@ -53,8 +54,15 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
 def _draw(rows: pd.DataFrame, runs: Runs) -> Plot:
     """Left the share of seeds that learn, right the error of those."""
     found = shares(rows)
-    order = {cell["cell"]: f"{cell['cell']}: {cell['k']} of {cell['n']}"
-             for cell in found.to_dict("records")}  # fmt: skip
+    lost = {
+        cell: learning.collapsed(runs.only(r for r in runs.planned if r.run_id in set(ids)))
+        for cell, ids in rows.groupby("cell")["run_id"]
+    }
+    order = {
+        (cell := row["cell"]): f"{cell}: {row['k']} of {row['n']}"
+        + f", {lost[cell]} collapsed" * bool(lost[cell])
+        for row in found.to_dict("records")
+    }
     plot, (left, right) = panels(
         ["Seeds that learn", "Error of those"], height=0.8 + 0.21 * len(order), sharey=True
     )
@@ -76,7 +84,8 @@ def _draw(rows: pd.DataFrame, runs: Runs) -> Plot:
     right.set_xlabel("test error (%, log scale)")
     how = (
         "Left: share of the seeds that learn, with Wilson's 95 % interval, and how many; a seed "
-        "learned that neither diverged nor ended at chance (section 3). Right: the errors of those "
+        "learned that neither diverged nor ended at chance (section 3). Of the others some had "
+        "learned and collapsed. Right: the errors of those "
         "(dots) and their mean with Student-t 95 % interval, where it is not wider than the panel."
     )
     return finish(plot, runs, how, ERK)
@@ -108,6 +117,7 @@ def trainability_table(source: Source) -> Table:
             "weights (%)": f"{100 * row.density:g}",
             "start": row.variant,
             "learned [Wilson 95 %]": learning.share_text(wilson(row.k, row.n)),
+            "collapsed": row.collapsed,
             "more than as in the paper (points)": "–"
             if math.isnan(row.p)
             else interval_text(

@@ -18,6 +18,7 @@ import pandas as pd
 
 from lib import claims, experiments, paths
 from lib.claims.effects import Family, families, scaling
+from lib.claims.learning import collapsed
 from lib.claims.networks import WAYS, distances
 from lib.config import unknown
 from lib.results.clock import ALL, machine, whole_steps
@@ -234,6 +235,11 @@ class Cells:
         if found.n < 3:
             raise NoRuns(f"{self.experiment}: {found.n} runs of {side} at {density} are no share")
         return found
+
+    def collapsed(self, side: Side, density: float) -> Count:
+        """How many of a cell's runs had learned, by their validation error, and lost it again."""
+        runs = self._of(side, density, {}).needed()
+        return Count(collapsed(runs), len(runs.rows) + len(runs.diverged))
 
     def loss(self, side: Side, density: float, epoch: int) -> Value:
         """Mean training loss of a cell over its epoch `epoch` (from 1), whatever came of the runs;

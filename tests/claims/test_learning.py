@@ -77,6 +77,9 @@ def test_a_late_collapse_is_named(tmp_path: Path) -> None:
             for epoch, error in enumerate(errors, start=1):
                 file.write(f"{run_id},{epoch},1.0,{error},0.1,0.2,0.01\n")
     assert learning.learning(runs).endswith("; 1 learned first and collapsed later")
+    table = claims.trainability(source).set_index("variant")
+    assert table.loc["ERK densities", "collapsed"] == 1
+    assert table["collapsed"].sum() == 1
 
 
 def test_without_rows_there_is_no_table(tmp_path: Path) -> None:

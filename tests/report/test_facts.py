@@ -103,6 +103,7 @@ def test_the_loss_of_one_epoch(tmp_path: Path) -> None:
         for run in one.runs.where(method="set", density=0.02).planned:
             for epoch in (1, 2):
                 file.write(f"{run.run_id},{epoch},{epoch + run.seed},2.0,0.1,0.2,0.02\n")
+    assert one.collapsed("set", 0.02) == Count(0, 2)
     found = one.loss("set", 0.02, 2)
     assert (found.mean, found.n) == (2.5, 2)
     with pytest.raises(NoRuns, match=r"no run of set at 0\.02 has epoch 3"):
