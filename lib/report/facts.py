@@ -388,7 +388,7 @@ class Depth:
 
     def _part(self) -> Cells:
         models = {run.model for run in self.cells.runs.planned}
-        mine = tuple(sorted(m for m in models if m.startswith(f"{self.family}-")))
+        mine = sorted(m for m in models if m.startswith(f"{self.family}-"))
         return self.cells.of(model=mine, init=self.init)
 
     def _slope(self, part: str, above: int) -> Value:
