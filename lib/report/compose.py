@@ -40,7 +40,8 @@ def names(source: Source) -> dict[str, Any]:
     return {
         **cells,
         **_parts(cells),
-        "depth": facts.Depth(cells["depth_scaling"]),
+        "depth": facts.Depth(cells["depth_scaling"], "mlpbn"),
+        "depth_erk": facts.Depth(cells["depth_scaling"], "mlpbn", "erk"),
         "clock": Clock(root),
         "window": tables.Window(root),
         "verdicts": tables.Verdicts(scales, root),

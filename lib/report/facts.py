@@ -365,32 +365,40 @@ class Clock:
 
 @dataclass(frozen=True)
 class Depth:
-    """The benefit of a part of sparse momentum in networks that differ in depth only."""
+    """The benefit of a part of sparse momentum in networks of one family ("mlpbn") that differ in
+    depth only, from one start of the densities.
+    """
 
     cells: Cells
+    family: str
+    init: str = "uniform"
 
     @property
     def scale(self) -> str:
         """Where these rows come from, in words."""
-        return self.cells.scale
+        return self._part().scale
 
-    def slope(self, family: str, part: str) -> Value:
+    def slope(self, part: str) -> Value:
         """Points of benefit gained with each doubling of the depth: mean of the seeds' slopes."""
-        return self._slope(family, part, 0)
+        return self._slope(part, 0)
 
-    def without_one(self, family: str, part: str) -> Value:
+    def without_one(self, part: str) -> Value:
         """The same without the network of one hidden layer."""
-        return self._slope(family, part, 1)
+        return self._slope(part, 1)
 
-    def _slope(self, prefix: str, part: str, above: int) -> Value:
-        runs = self.cells.runs.where(init="uniform")
-        models = [m for m in runs.rows["model"].unique() if m.startswith(f"{prefix}-")]
-        for family in families(models):
+    def _part(self) -> Cells:
+        models = {run.model for run in self.cells.runs.planned}
+        mine = sorted(m for m in models if m.startswith(f"{self.family}-"))
+        return self.cells.of(model=mine, init=self.init)
+
+    def _slope(self, part: str, above: int) -> Value:
+        runs = self._part().runs
+        for family in families(runs.rows["model"].unique()):
             sizes = {model: size for model, size in family.sizes.items() if size > above}
             found = scaling(runs, Family(family.name, family.axis, sizes), part).slope
             if found.n > 1:
                 return Value(*found[:4], sign=True)
-        raise NoRuns(f"depth_scaling: no slope of {prefix}")
+        raise NoRuns(f"depth_scaling: no slope of {self.family} from {self.init} densities")
 
 
 def gap(table: str, a: str, b: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lib import paths
 from lib.claims.networks import published_curve
 from lib.config import Run
-from lib.report.facts import Cells, Count, Value, closer, p_learn, percents, scales
+from lib.report.facts import Cells, Count, Depth, Value, closer, p_learn, percents, scales
 from lib.results.reading import NoRuns
 from lib.results.store import CURVE_COLUMNS
 from tests.support.made_up_grid import write_grid
@@ -124,6 +125,24 @@ def test_which_network_is_closer_to_the_published_curve(tmp_path: Path) -> None:
     assert (found.mean, found.n) == (pytest.approx(-0.59), 3)
     with pytest.raises(NoRuns, match="no seed of dsr"):
         closer(networks, "dsr")
+
+
+def test_a_family_of_one_start_has_its_slope_and_scale(tmp_path: Path) -> None:
+    def error(run: Run) -> float:  # without redistribution one point less per doubling of depth
+        depth = int(run.model.rpartition("x")[2])
+        lost = 9.0 - math.log2(depth) if run.redistribution == "none" else 0.0
+        return 2.0 + lost + 0.01 * (run.seed % 2)
+
+    def some(run: Run) -> bool:
+        return run.model.startswith("mlpbn-") and run.init == "uniform" and run.seed < 3
+
+    write_grid(tmp_path, "depth_scaling", "paper", error, some)
+    cells = Cells("depth_scaling", EVERY, tmp_path)
+    assert Depth(cells, "mlpbn").slope("redistribution").mean == pytest.approx(-1.0)
+    assert Depth(cells, "mlpbn").without_one("growth").mean == pytest.approx(0.0)
+    assert Depth(cells, "mlpbn").scale == "the paper's scale, 100 epochs, n = 3"
+    with pytest.raises(NoRuns):
+        Depth(cells, "mlpbn", "erk").slope("growth")
 
 
 def test_how_sure_it_is_that_more_seeds_learn(tmp_path: Path) -> None:
