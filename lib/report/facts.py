@@ -204,8 +204,10 @@ class Cells:
 
     @property
     def n(self) -> str:
-        """Seeds of a cell: "n = 10", or "n = 3 to 10" where the cells differ."""
-        cells = self.runs.needed().rows.groupby(_CELL, dropna=False)["seed"].nunique()
+        """Seeds of a cell, diverged ones too: "n = 10", "n = 3 to 10" where the cells differ."""
+        runs = self.runs.needed()
+        every = pd.concat([one for one in (runs.rows, runs.diverged) if len(one)])
+        cells = every.groupby(_CELL, dropna=False)["seed"].nunique()
         low, high = int(cells.min()), int(cells.max())
         return f"n = {low}" + (f" to {high}" if high > low else "")
 

@@ -41,7 +41,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
 def test_runs_that_did_not_learn_are_counted_and_not_averaged(cells: Cells) -> None:
     value = cells.error("set", 0.01)
     assert value.n == 8 and value.mean == pytest.approx(3.55)
-    assert cells.learned("set", 0.01) == Count(8, 10)
+    assert cells.learned("set", 0.01) == Count(8, 10) and cells.n == "n = 10"
     pair = cells.minus("sparse_momentum", "set", 0.01)
     assert pair.n == 8 and pair.mean == pytest.approx(-1.0)
     against = cells.versus("sparse_momentum", "set")
