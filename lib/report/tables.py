@@ -66,6 +66,11 @@ class Verdicts:
         """Published values that our runs can be held against: at the paper's scale only."""
         return claims.published_values(self.sources[0]).assign(profile=self.sources[0].profile)
 
+    def of(self, ident: str) -> str:
+        """The verdict on one of the extensions."""
+        found = self.extensions.set_index("id")["verdict"]
+        return str(found[ident])
+
     def _chosen(self, table: Callable[[Source], pd.DataFrame]) -> pd.DataFrame:
         first, *others = [table(source).assign(profile=source.profile) for source in self.sources]
         for frame in others:
