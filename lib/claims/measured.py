@@ -180,5 +180,6 @@ class SparseKernels(Measure):
         note = f"whole training steps at {100 * self.density:g} % of the weights: {each}"
         runs = load(self.experiment, source)
         scale = f"clock of {row['machine']}; range of {count} repeats"
-        unit = f"{'%' if self.which == 'least' else '×'} (range of {count} repeats)"
+        whose = str(row["machine"]).split(" (avx")[0]
+        unit = f"{'%' if self.which == 'least' else '×'} (range of {count} repeats on {whose})"
         return Found((Part("", decides, shown, note, unit=unit),), runs, scale=scale)

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.text import Text
 
 from lib import experiments, figures, paths
+from lib.__main__ import main
 from lib.config import METHODS
 from lib.figures.plots import WIDTH
 from lib.results.reading import METHOD_NAMES, Source
@@ -194,3 +195,19 @@ def test_colours_differ_for_the_colour_blind(vision: str) -> None:
         colours.append(lab(np.array(COLOUR_BLIND[vision]) @ linear))
     distances = [math.dist(a, b) for i, a in enumerate(colours) for b in colours[i + 1 :]]
     assert min(distances) > 15  # just noticeable: 2.3
+
+
+def test_the_command_counts_files_by_folder(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hours").symlink_to(root / "hours")
+    assert main(["figures", "--profile", "hours", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    counts = {}
+    for line in said:
+        if not line.startswith("skipped"):
+            folder, _, found = line.partition(": ")
+            counts[folder] = sum(int(one.split()[0]) for one in found.split(", "))
+    assert counts
+    for folder, count in counts.items():
+        assert count == sum(1 for path in Path(folder).iterdir() if path.is_file())
