@@ -40,7 +40,7 @@ RULE = (
     "end at chance (error above 80 %, or a training loss of at least 98 % of guessing's) are in no "
     "mean; where some did, logarithms of the errors are compared among seeds that learned in both, "
     "and the detail says how many learned. Parts, Holm and what failed seeds do are rules of "
-    "2026-11-24, after rows existed."
+    "2026-11-24, that on the loss of 2026-11-25, after rows existed."
 )
 
 _ORDER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_COMPARABLE, Verdict.REPRODUCED)

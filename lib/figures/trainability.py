@@ -54,8 +54,9 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
 def _draw(rows: pd.DataFrame, runs: Runs) -> Plot:
     """Left the share of seeds that learn, right the error of those."""
     found = shares(rows)
+    planned = {run.run_id: run for run in runs.planned}
     lost = {
-        cell: learning.collapsed(runs.only(r for r in runs.planned if r.run_id in set(ids)))
+        cell: learning.collapsed(runs.only(map(planned.__getitem__, ids)))
         for cell, ids in rows.groupby("cell")["run_id"]
     }
     order = {

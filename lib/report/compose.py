@@ -81,6 +81,13 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
             else {"method": method, "momentum": value}
         ),
         "readings": experiments.READINGS,
+        "lowest_reading": lambda density: min(
+            (
+                cells["official_readings"].error(reading, density)
+                for reading in experiments.READINGS.values()
+            ),
+            key=lambda error: error.mean,
+        ),
         "first_epochs": VARIANTS,
         "p_learn": lambda variant, density: facts.p_learn(cells["trainability"], variant, density),
     }

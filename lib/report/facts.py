@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pandas as pd
 from lib import claims, experiments, paths
 from lib.claims.effects import Family, families, scaling
 from lib.claims.learning import collapsed
-from lib.claims.networks import WAYS, distances
+from lib.claims.networks import Closer
 from lib.config import unknown
 from lib.results.clock import ALL, machine, whole_steps
 from lib.results.reading import (
@@ -196,25 +196,16 @@ class Cells:
         rows = self.runs.needed().rows
         epochs = sorted({int(n) for n in rows["epochs"]})
         said = f"{scale_name(self.profile)}, {' or '.join(map(str, epochs))} epochs, {self.n}"
-        done = {*self.runs.rows["run_id"], *self.runs.diverged["run_id"]}
-        cells = {replace(run, seed=0): False for run in self.runs.planned}
-        cells |= {replace(run, seed=0): True for run in self.runs.planned if run.run_id in done}
-        empty = len(cells) - sum(cells.values())
+        cells = self.runs.cells()
+        empty = list(cells.values()).count(0)
         return said + (f", {empty:,} of {len(cells):,} cells without runs" * bool(empty))
 
     @property
     def n(self) -> str:
         """Seeds of a cell, diverged ones too: "n = 10", "n = 3 to 10" where the cells differ."""
-        runs = self.runs.needed()
-        every = pd.concat([one for one in (runs.rows, runs.diverged) if len(one)])
-        cells = every.groupby(_CELL, dropna=False)["seed"].nunique()
-        low, high = int(cells.min()), int(cells.max())
+        seeds = (+self.runs.needed().cells()).values()
+        low, high = min(seeds), max(seeds)
         return f"n = {low}" + (f" to {high}" if high > low else "")
-
-    @property
-    def most(self) -> int:
-        """Seeds of the cell that has most."""
-        return int(self.runs.rows.groupby(_CELL, dropna=False)["seed"].nunique().max())
 
     def _of(self, side: Side, density: float | None, more: Mapping[str, Any]) -> Runs:
         wanted: dict[str, Any] = {"method": side} if isinstance(side, str) else dict(side)
@@ -286,23 +277,16 @@ class Cells:
         name = b if isinstance(b, str) else str(b["method"])
         return Versus(METHOD_NAMES[name], **groups, unlearned=bad)
 
-    def best(self, by: str, **more: Any) -> pd.Series:
-        """Mean error of each value of a field, lowest first (no test: see the claims for one)."""
-        rows = self.runs.where(**more).needed().learned().rows
-        return rows.groupby(by)["test_error_pct"].mean().sort_values()
-
 
 def closer(networks: Cells, method: str, way: str = "with batch norm") -> Value:
-    """Distance of a method's errors to its published curve on another network (a key of WAYS) minus
-    that on the paper's, in points: below zero the other network explains the curve better.
+    """What `claims.networks.Closer` measures of one of its WAYS, in points: below zero that network
+    explains the method's published curve better than the paper's does.
     """
-    plain = next(iter(WAYS))
-    runs = networks.full.runs
-    found = distances(Source(runs.profile, networks.root), method, (plain, way))
-    pair = paired_difference(found[way].dropna(), found[plain].dropna()) if len(found) else None
-    if pair is None or not pair.n:
-        raise NoRuns(f"{runs.experiment}: no seed of {method} has finished both networks")
-    return Value(pair.mean, pair.low, pair.high, pair.n, sign=True)
+    found = Closer(method).measure(Source(networks.full.runs.profile, networks.root), {}, 0.0)
+    for part in found.parts:
+        if part.name == way:
+            return Value(*part.decides[:4], sign=True)
+    raise NoRuns(f"{networks.experiment}: no seed of {method} has finished both networks")
 
 
 def p_learn(trainability: Cells, variant: str, density: float) -> float:
@@ -315,10 +299,6 @@ def p_learn(trainability: Cells, variant: str, density: float) -> float:
     if row.empty or not row["n"].item():
         raise NoRuns(f"{runs.experiment}: no runs of {variant} at {density}")
     return float(row["p_holm"].item())
-
-
-_CELL = ["model", "method", "density", "init", "prune", "redistribution", "growth", "prune_rate"]
-_CELL += ["schedule", "momentum", "precision", "kernels", "keep_dense", "overrides"]
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _table(block: Numbers, folded: bool) -> str:
     below = f'<p class="note">{html.escape(note)}</p>' if note else ""
     said = f"<b>{html.escape(block.name)}.</b> {_inline(block.caption)}"
     table = (
-        f'<div class="scroll" tabindex="0"><table>\n'
+        '<div class="scroll" tabindex="0"><table>\n'
         f"<thead>{line('th', frame.columns)}</thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
         f"{below}"
     )

@@ -196,6 +196,15 @@ class Runs:
             )
         return pd.Series(rows[value].to_numpy(), index=rows["seed"].to_numpy())
 
+    def cells(self) -> Counter[Run]:
+        """Of each planned cell, named by its run of seed 0, how many seeds are done (diverged ones
+        too). By the settings of the runs, not by columns: `kernels` there says what computed a row.
+        """
+        done = {*self.rows["run_id"], *self.diverged["run_id"]}
+        found = Counter({replace(run, seed=0): 0 for run in self.planned})
+        found.update(replace(run, seed=0) for run in self.planned if _id(run) in done)
+        return found
+
     def reduced(self) -> bool:
         """Whether the profile is a reduced one, not the paper's."""
         return self.profile != "paper"
@@ -209,16 +218,15 @@ class Runs:
         if rows.empty:
             return f"{said}: no runs yet"
         ids = set(rows["run_id"])
+        seeds = +self.cells()  # those of cells with runs
         images = [f"{n:,}" if n else "all" for n in sorted(set(rows["train_samples"].fillna(0)))]
         tested = {getattr(run, "test_samples", 0) for run in self.planned if _id(run) in ids}
         test = [f"{n:,}" if n else "all" for n in sorted(tested)] if tested - {0} else []
-        # By the settings of the runs, not by columns: `kernels` there says what computed a row.
-        seeds = Counter(replace(run, seed=0) for run in self.planned if _id(run) in ids).values()
         parts = [
             f"{_range(rows['epochs'])} epochs",
             f"{' or '.join(images)} training images",
             f"{' or '.join(test)} test images" if test else "",
-            f"{_range(seeds)} {'seed' if set(seeds) == {1} else 'seeds'}",
+            f"{_range(seeds.values())} {'seed' if set(seeds.values()) == {1} else 'seeds'}",
             " and ".join(sorted(set(rows["device"]))),
         ]
         if self.missing:

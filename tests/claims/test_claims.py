@@ -344,6 +344,13 @@ def test_rules_made_after_the_rows_say_so() -> None:
     when = {claim.id: claim.rule.when for claim in CLAIMS}
     assert when["mnist_relative_reduction"] == AFTER  # the kind and the comparators are new
     assert when["mnist_lower_than_others"] == BEFORE
+    late = {ident for ident, said in when.items() if "(2026-11-25)" in said}
+    assert late == {
+        "trainability_masks_that_stay",
+        "trainability_random_growth",
+        "trainability_half_the_learning_rate",
+        "trainability_initial_scale_and_half_the_learning_rate",
+    }
 
 
 def test_the_papers_values_can_be_read() -> None:

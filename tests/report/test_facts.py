@@ -123,7 +123,7 @@ def test_which_network_is_closer_to_the_published_curve(tmp_path: Path) -> None:
     networks = Cells("baseline_network", EVERY, tmp_path)
     found = closer(networks, "set")
     assert (found.mean, found.n) == (pytest.approx(-0.59), 3)
-    with pytest.raises(NoRuns, match="no seed of dsr"):
+    with pytest.raises(NoRuns, match="none of 210 runs"):
         closer(networks, "dsr")
 
 
