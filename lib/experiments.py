@@ -286,6 +286,17 @@ def _sensitivity(
     )
 
 
+def _effective_step(scale: Block, seeds: int) -> tuple[Block, ...]:
+    """Two momenta at lr / (1 - momentum), the step along a gradient that stays, of 1 and of 10."""
+    methods: tuple[Block, ...] = ({}, {"method": "dense", "density": 1.0})
+    settings = ((0.9, 0.1), (0.99, 0.01), (0.9, 1.0), (0.99, 0.1))
+    return tuple(
+        {**scale, **method, "momentum": momentum, "lr": lr, "seeds": seeds}
+        for method in methods
+        for momentum, lr in settings
+    )
+
+
 def _ways(scale: Block, seeds: int) -> tuple[Block, ...]:
     """Sparse momentum in float32 as masked dense layers and by the sparse kernels, and in bfloat16
     (masked dense layers too).  "sparse", not "auto": what is to be compared must not depend on what
@@ -632,6 +643,17 @@ EXPERIMENTS: dict[str, Experiment] = {
                     [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99],
                 )
             ),
+        },
+    ),
+    # Rule, written before the rows: the step explains it if at equal lr / (1 - momentum) both momenta
+    # learn or both fail, and at equal momentum or equal lr they do not end alike.
+    "effective_step": Experiment(
+        title="Does training fail at momentum 0.99, or at the step that comes with it?",
+        notebook="04_sensitivity",
+        blocks={
+            "smoke": _effective_step(_MNIST["smoke"], 2),
+            "quick": _effective_step(_MNIST["quick"], 3),
+            "paper": _effective_step({}, 10),
         },
     ),
     "speedups": Experiment(
