@@ -645,8 +645,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
         },
     ),
-    # Rule, written before the rows: the step explains it if at equal lr / (1 - momentum) both momenta
-    # learn or both fail, and at equal momentum or equal lr they do not end alike.
+    # Rule, written before the rows: the step explains it if at equal lr / (1 - momentum) both
+    # momenta learn or both fail, and at equal momentum or equal lr they do not end alike.
     "effective_step": Experiment(
         title="Does training fail at momentum 0.99, or at the step that comes with it?",
         notebook="04_sensitivity",

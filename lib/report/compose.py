@@ -80,6 +80,11 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
             if method == "sparse_momentum"
             else {"method": method, "momentum": value}
         ),
+        "at_step": lambda momentum, lr, method="sparse_momentum": {
+            "method": method,
+            "momentum": momentum,
+            "lr": lr,
+        },
         "readings": experiments.READINGS,
         "lowest_reading": lambda density: min(
             (

@@ -393,6 +393,29 @@ def test_sizes_of_the_effects_and_published_curves_apart_at_a_reduced_scale(root
     assert not any("published" in ax.get_title(loc="left") for ax in paper.axes)
 
 
+def test_steps_that_fail_are_counted_apart_from_those_that_learn(tmp_path: Path) -> None:
+    def error(run: Run) -> float | None:
+        """Diverged at a step of ten, but for one seed, which ends at chance."""
+        if run.lr / (1 - run.momentum) < 5:
+            return 2.0 + run.seed
+        return 88.65 if run.method == "dense" and run.seed == 0 else None
+
+    write_grid(tmp_path, "effective_step", "quick", error)
+    columns = ("training", "momentum", "learning rate")
+    frame = table("effective_step", Source("quick", tmp_path), *columns)
+    mean, low, high, *_ = t_interval([2.0, 3.0, 4.0])
+    for method in ("Sparse momentum", "Dense"):
+        for momentum, lr in (("0.9", "0.1"), ("0.99", "0.01")):
+            row = frame.loc[(method, momentum, lr)]
+            assert (row["lr / (1 − momentum)"], row["learned"]) == ("1", "3 of 3")
+            assert row["test error (%)"] == f"{mean:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
+        for momentum, lr in (("0.9", "1"), ("0.99", "0.1")):
+            row = frame.loc[(method, momentum, lr)]
+            assert (row["lr / (1 − momentum)"], row["learned"]) == ("10", "0 of 3")
+            assert row["diverged"] == ("2" if method == "Dense" else "3")
+            assert row["test error (%)"] == "–"
+
+
 def test_real_shares_are_those_of_the_old_code(root: Path) -> None:
     frame = table("dense_layers", Source("paper", root))
     assert len(frame) == 10
