@@ -9,10 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib import paths
 from lib.config import unknown
+from lib.experiments import runs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def notebooks_dir() -> Path:
@@ -149,6 +153,17 @@ def check_injected_parameters(notebook: str) -> None:
                 if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
             }
             checked_parameters(notebooks_dir() / f"{notebook}.ipynb", given)
+
+
+def grid(experiment: str, profile: str) -> pd.DataFrame:
+    """For a notebook: what the runs of an experiment set beside the defaults of `Run`, one row per
+    cell of its grid; empty where a run has the default.
+    """
+    import pandas as pd
+
+    rows = pd.DataFrame([run.non_default() for run in runs(experiment, profile)])
+    rows = rows.drop(columns=["seed", "method_version"], errors="ignore").drop_duplicates()
+    return rows.astype(object).where(rows.notna(), "")
 
 
 def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:

@@ -41,6 +41,16 @@ def test_committed_notebook_is_valid_and_has_no_outputs(path: Path) -> None:
     assert str(paths.REPO) not in path.read_text()
 
 
+def test_the_grid_has_a_row_per_cell_and_shows_what_it_varies() -> None:
+    found = notebooks.grid("effective_step", "quick")
+    runs = experiments.runs("effective_step", "quick")
+    assert len(found) == len(runs) / len({run.seed for run in runs})
+    assert not {"seed", "method_version"} & set(found.columns)
+    row = found.iloc[1]  # momentum 0.99 at a tenth of the learning rate; the method is the default
+    assert (row["momentum"], row["lr"], row["method"]) == (0.99, 0.01, "")
+
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_parameters_are_literals_with_the_usual_defaults(path: Path) -> None:
     found = notebooks.parameters_of(path)
