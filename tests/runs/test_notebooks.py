@@ -50,7 +50,6 @@ def test_the_grid_has_a_row_per_cell_and_shows_what_it_varies() -> None:
     assert (row["momentum"], row["lr"], row["method"]) == (0.99, 0.01, "")
 
 
-
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_parameters_are_literals_with_the_usual_defaults(path: Path) -> None:
     found = notebooks.parameters_of(path)
