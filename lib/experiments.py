@@ -116,6 +116,12 @@ _IMAGENET: Block = {
     "weight_decay": 1e-4,
     "seeds": 3,
 }
+# Epochs of the paper's protocol, by data set.
+PAPER_EPOCHS: dict[str, int] = {
+    "mnist": Run().epochs,
+    "cifar10": _CIFAR["paper"]["epochs"],
+    "imagenet": _IMAGENET["epochs"],
+}
 # "Partially dense" (DSR's code base): the first and the downsampling convolutions aren't masked.
 _PARTIALLY_DENSE = ("conv1", "layer?.0.downsample.0.weight")
 # The tuned training, whose sparse networks are sparse everywhere.

@@ -194,8 +194,10 @@ class Cells:
     def scale(self) -> str:
         """Where these rows come from, in words."""
         rows = self.runs.needed().rows
-        epochs = sorted({int(n) for n in rows["epochs"]})
-        said = f"{scale_name(self.profile)}, {' or '.join(map(str, epochs))} epochs, {self.n}"
+        epochs = " or ".join(map(str, sorted({int(n) for n in rows["epochs"]})))
+        said = f"{scale_name(self.profile)}, {epochs} epochs, {self.n}"
+        if cut := self.runs.cut_from():
+            said = f"the paper's protocol cut to {epochs} of its {cut} epochs, {self.n}"
         cells = self.runs.cells()
         empty = list(cells.values()).count(0)
         return said + (f", {empty:,} of {len(cells):,} cells without runs" * bool(empty))

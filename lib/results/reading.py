@@ -209,6 +209,13 @@ class Runs:
         """Whether the profile is a reduced one, not the paper's."""
         return self.profile != "paper"
 
+    def cut_from(self) -> int:
+        """Epochs of the paper's protocol, where these runs at its scale have fewer; 0 otherwise."""
+        rows = self.outcomes()
+        full = rows["dataset"].map(experiments.PAPER_EPOCHS)
+        cut = not self.reduced() and len(rows) and (rows["epochs"] < full).all()
+        return int(full.max()) if cut else 0
+
     def scale(self) -> str:
         """Profile, epochs, images, seeds, hardware, and what is missing, in one line."""
         rows = self.outcomes()
@@ -219,11 +226,12 @@ class Runs:
             return f"{said}: no runs yet"
         ids = set(rows["run_id"])
         seeds = +self.cells()  # those of cells with runs
+        cut = self.cut_from()
         images = [f"{n:,}" if n else "all" for n in sorted(set(rows["train_samples"].fillna(0)))]
         tested = {getattr(run, "test_samples", 0) for run in self.planned if _id(run) in ids}
         test = [f"{n:,}" if n else "all" for n in sorted(tested)] if tested - {0} else []
         parts = [
-            f"{_range(rows['epochs'])} epochs",
+            _range(rows["epochs"]) + f" of the paper's {cut}" * bool(cut) + " epochs",
             f"{' or '.join(images)} training images",
             f"{' or '.join(test)} test images" if test else "",
             f"{_range(seeds.values())} {'seed' if set(seeds.values()) == {1} else 'seeds'}",

@@ -11,7 +11,7 @@ from lib import paths
 from lib.claims.networks import published_curve
 from lib.config import Run
 from lib.report.facts import Cells, Count, Depth, Value, closer, p_learn, percents, scales
-from lib.results.reading import NoRuns
+from lib.results.reading import NoRuns, Source, load
 from lib.results.store import CURVE_COLUMNS
 from tests.support.made_up_grid import write_grid
 
@@ -79,6 +79,16 @@ def test_a_part_without_rows_has_no_scale(tmp_path: Path) -> None:
     seeds = Cells("main_results", EVERY, tmp_path)
     write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.seed < 2)
     assert seeds.scale == "the paper's scale, 100 epochs, n = 2"  # fewer seeds than planned
+
+
+def test_a_training_cut_short_is_not_called_the_papers_scale(tmp_path: Path) -> None:
+    write_grid(tmp_path, "trainability", "paper", keep=lambda run: run.seed < 3)
+    scale = Cells("trainability", EVERY, tmp_path).scale
+    assert scale == "the paper's protocol cut to 10 of its 100 epochs, n = 3"
+    shown = load("trainability", Source("paper", tmp_path)).scale()
+    assert "10 of the paper's 100 epochs" in shown
+    write_grid(tmp_path, "sensitivity", "paper", keep=lambda run: run.dataset == "mnist")
+    assert load("sensitivity", Source("paper", tmp_path)).cut_from() == 0  # others are 250 epochs
 
 
 def test_cells_without_runs_are_counted(tmp_path: Path) -> None:
