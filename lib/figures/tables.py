@@ -133,7 +133,8 @@ def error_lines(
     runs: Runs, theirs: pd.DataFrame | None = None, by: Sequence[str] = ("method", "density")
 ) -> list[dict[str, str]]:
     """One line per cell: what it is, the error of the seeds that learned, how many did, the
-    published error (columns `by`, test_error_pct, standard_error) and ours minus it (Welch).
+    published error (columns `by`, test_error_pct, standard_error) and, at the paper's scale, ours
+    minus it (Welch).
     """
     known = {} if theirs is None else dict(_by_key(theirs, by))
     errors = dict(list(runs.errors().groupby(list(by))["test_error_pct"]))
@@ -150,10 +151,11 @@ def error_lines(
         if theirs is not None:
             row = known.get(key)
             line["published (%)"] = published_text(row) if row else "–"
-            off = None
-            if row and mine is not None:
-                off = value_difference(mine, row["test_error_pct"], row["standard_error"])
-            line["ours − published"] = difference(off) if off else "–"
+            if not runs.reduced():
+                off = None
+                if row and mine is not None:
+                    off = value_difference(mine, row["test_error_pct"], row["standard_error"])
+                line["ours − published"] = difference(off) if off else "–"
         lines.append(line)
     return lines
 
