@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -31,7 +30,7 @@ from lib.figures.plots import (
     value_axis,
     weights_axis,
 )
-from lib.figures.tables import Table, difference, failures, groups
+from lib.figures.tables import Table, difference, error_lines, failures, groups
 from lib.results.reading import (
     NoRuns,
     Runs,
@@ -284,23 +283,14 @@ def _statistic(value: float, form: str) -> str:
 @table("effective_step", "effective_step")
 def effective_step_table(source: Source) -> Table:
     """Which runs learn at two momenta and two steps lr / (1 - momentum), and their error."""
-    runs, lines = load("effective_step", source).needed(), []
-    for run in dict.fromkeys(dataclasses.replace(run, seed=0) for run in runs.planned):
-        cell = runs.where(method=run.method, momentum=run.momentum, lr=run.lr)
-        done, errors = len(cell.rows) + len(cell.diverged), cell.learned().by_seed()
-        if not done:
-            continue
-        lines.append(
-            {
-                "training": LOOKS[run.method].label,
-                "momentum": f"{run.momentum:g}",
-                "learning rate": f"{run.lr:g}",
-                "lr / (1 − momentum)": f"{run.lr / (1 - run.momentum):g}",
-                "learned": f"{len(errors)} of {done}",
-                "diverged": str(len(cell.diverged)),
-                "test error (%)": interval_text(*t_interval(errors)[:3]) if len(errors) else "–",
-            }
-        )
+    runs = load("effective_step", source).needed()
+    by = ("method", "momentum", "lr")
+    steps = [cell["lr"] / (1 - cell["momentum"]) for cell in runs.shares(by).to_dict("records")]
+    lines = [
+        {**line, "lr / (1 − momentum)": f"{step:g}"}
+        for line, step in zip(error_lines(runs, by=by), steps, strict=True)
+    ]
+    lines.sort(key=lambda line: (line["method"], line["lr / (1 − momentum)"], line["momentum"]))
     note = (
         "Along a gradient that stays, SGD with momentum m moves by lr / (1 − m) of it per "
         "mini-batch. Learned: neither diverged nor at chance. Error: of the seeds that learned."

@@ -118,6 +118,8 @@ def failures(runs: Runs, by: Sequence[str] = ("method", "density")) -> str:
     for row in cells[cells["k"] < cells["n"]].to_dict("records"):
         texts = {name: _COLUMNS[name][1](row[name]) for name in telling}
         at = f"at {texts.pop('density')} %" if "density" in texts else ""
+        if "momentum" in texts:
+            texts["momentum"] = f"(momentum {texts['momentum']})"
         said.append(
             " ".join(filter(None, (*texts.values(), at, share_text(wilson(row["k"], row["n"])))))
         )
@@ -169,6 +171,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("network", model_name),
     "method": ("method", METHOD_NAMES.__getitem__),
     "density": ("weights (%)", lambda share: f"{100 * share:g}"),
-    "momentum": ("momentum", lambda value: f"(momentum {value:g})"),
+    "momentum": ("momentum", lambda value: f"{value:g}"),
+    "lr": ("learning rate", lambda value: f"{value:g}"),
     "init": ("initial densities", lambda init: INITS.get(init, init)),
 }
