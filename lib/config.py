@@ -38,7 +38,8 @@ class Method:
 
 
 # The rules are functions in `lib/masking.py` and `lib/methods/`. Version 2: what rounding leaves
-# over is carried to the next update and no longer lost (DeepR: signs are never redrawn).
+# over is carried to the next update and no longer lost (DeepR: signs are never redrawn; SNIP: its
+# weights keep their first values, where random masks had cleared all but a few of them).
 METHODS: dict[str, Method] = {
     "dense": Method("none", "none", "none"),
     "sparse_momentum": Method("magnitude", "momentum", "momentum", version=2),
@@ -46,7 +47,7 @@ METHODS: dict[str, Method] = {
     "set": Method("magnitude", "none", "random", version=2),
     "deepr": Method("sign_flip", "inactive", "random", version=2),
     "rigl": Method("magnitude", "none", "gradient", version=2),
-    "snip": Method("none", "none", "none"),
+    "snip": Method("none", "none", "none", version=2),
     "static": Method("none", "none", "none"),
     "small_dense": Method("none", "none", "none"),
 }

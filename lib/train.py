@@ -114,19 +114,21 @@ class TrainingLoop:
         self.format = memory_format(engine, run, model)
         self.model = model.to(memory_format=self.format)
         self.optimizer = start.optimizer(run, self.model)
-        self.masking = start.masking(run, self.model, self.optimizer, self.schedule.total_steps)
         self.augment_stream = stream(run, "augment", device=self.device)
         self.dropout_state = stream(run, "dropout", device=self.device).get_state()
+        self.state = State()
+        masks = None
+        if run.method == "snip":
+            images, labels = self.batch(self.order()[: run.batch_size])
+            with torch_draws_from(self.dropout_state, self.device):
+                masks = start.snip(run, images, labels)
+        self.masking = start.masking(
+            run, self.model, self.optimizer, self.schedule.total_steps, masks
+        )
         self.flops = RelativeFlops(
             layer_flops(self.model, self.data.train_x.shape[1:]),
             {name: mask.numel() for name, mask in self.masking.masks.items()},
         )
-        self.state = State()
-        if run.method == "snip":
-            images, labels = self.batch(self.order()[: run.batch_size])
-            with torch_draws_from(self.dropout_state, self.device):
-                self.masking.masks = start.snip(run, self.masking, images, labels)
-            self.masking.apply()
         self.task = Task(
             run,
             self.schedule,

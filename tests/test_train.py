@@ -284,9 +284,21 @@ def test_snip_masks_depend_on_the_seed_alone(cifar):
     two = TrainingLoop(run, cifar)
     assert same(one, two)
     assert one.masking.density == pytest.approx(0.05, abs=1e-4)
-    dense = TrainingLoop(replace(run, method="dense"), cifar)
+    dense = TrainingLoop(run.overridden(method="dense", density=1.0), cifar)
     for name, buffer in dense.model.named_buffers():
         assert torch.equal(buffer, one.model.get_buffer(name))
+
+
+@pytest.mark.parametrize("method", ["sparse_momentum", "set", "dsr", "deepr", "rigl", "snip"])
+def test_active_weights_start_as_the_dense_network_s(method, mnist):
+    dense = TrainingLoop(Run(method="dense", train_samples=200), mnist).model
+    loop = TrainingLoop(Run(method=method, train_samples=200), mnist)
+    for name, mask in loop.masking.masks.items():
+        first, weight = dense.get_parameter(name), loop.model.get_parameter(name)
+        if method == "deepr":  # its signs are drawn apart
+            first, weight = first.abs(), weight.abs()
+        assert mask.any() and torch.equal(weight[mask], first[mask])
+        assert not weight[~mask].any()
 
 
 # ------------------------------------------------------------------------------------- protocol

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.config import UNMASKED, Run
 from lib.masking import Masking
+from lib.methods.masks import maskable_parameters
 from lib.methods.snip import snip_masks
 from lib.models import build_model, small_dense_scale
 from lib.training.streams import stream
@@ -37,12 +40,22 @@ def optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
     )
 
 
-def masking(run: Run, model: nn.Module, sgd: torch.optim.SGD, total_steps: int) -> Masking:
-    """The masks of the method, applied; weights are scaled where `init_scale` asks for it."""
+def masking(
+    run: Run,
+    model: nn.Module,
+    sgd: torch.optim.SGD,
+    total_steps: int,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Masking:
+    """The masks of the method, applied; weights are scaled where `init_scale` asks for it.
+
+    `masks`: those to start from, by parameter name. They can't be put in place of drawn ones
+    afterwards: the weights that those left out are zero.
+    """
     made = Masking(
         model,
         sgd,
-        density=1.0 if run.method in UNMASKED else run.density,
+        density=1.0 if masks is not None or run.method in UNMASKED else run.density,
         prune_rate=run.prune_rate,
         total_steps=total_steps,
         schedule=run.schedule,
@@ -54,6 +67,7 @@ def masking(run: Run, model: nn.Module, sgd: torch.optim.SGD, total_steps: int) 
         keep_dense=run.keep_dense,
         generator=stream(run, "masks"),
         options=dict(run.options),
+        masks=masks,
     )
     if run.init_scale == "density":
         with torch.no_grad():
@@ -62,10 +76,10 @@ def masking(run: Run, model: nn.Module, sgd: torch.optim.SGD, total_steps: int) 
     return made
 
 
-def snip(run: Run, made: Masking, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def snip(run: Run, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """SNIP's masks, by the unmasked network's gradients for images [B, C, H, W], labels [B]."""
     probe = network(run).to(images.device)
-    parameters = {n: p for n, p in probe.named_parameters() if n in made.parameters}
+    parameters = maskable_parameters(probe, run.keep_dense)
     return snip_masks(
         probe, parameters, run.density, lambda: F.cross_entropy(probe(images), labels)
     )
