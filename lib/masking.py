@@ -167,7 +167,8 @@ class Masking:
 
     Raises:
         ValueError: a value out of range, an unknown name, an optimizer without the momentum that
-            the rules need, a pattern that matches nothing, a layer that would be empty.
+            the rules need, a pattern that matches nothing, a layer that would be empty, SNIP
+            without its masks.
     """
 
     def __init__(
@@ -195,6 +196,11 @@ class Masking:
         named, dense = method_of(method), method in UNMASKED
         if dense and density != 1:
             raise ValueError(f"method {method!r} has density 1, got {density}")
+        if method == "snip" and masks is None:  # put in later, they would find cleared weights
+            raise ValueError(
+                "method 'snip' draws no masks: give it those of lib.methods.snip.snip_masks as "
+                "masks="
+            )
         self.model, self.optimizer, self.generator = model, optimizer, generator
         self.method, self.target_density = method, density
         self.prune = PRUNE[prune or named.prune]

@@ -20,7 +20,6 @@ class Watched(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     parameters: dict[str, nn.Parameter]
-    method: str
     steps: int
     total_steps: int | None
 
@@ -70,11 +69,6 @@ class Guard:
         for name, parameter in masking.parameters.items():
             if _NEWEST.get(id(parameter), masking) is not masking:
                 raise ValueError(f"a newer Masking has {name}: use one Masking for a model")
-        if masking.method == "snip" and not masking.masks.assigned:
-            self.warn(
-                "method 'snip' has random masks so far: give it those of "
-                "lib.methods.snip.snip_masks, as masks="
-            )
 
     def update(self, masking: Watched, layers: Sequence[Layer], rate: float) -> None:
         """Before an update at the schedule's `rate`."""

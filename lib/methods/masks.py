@@ -54,14 +54,11 @@ def plain_name(model: nn.Module, name: str) -> str:
 class Masks(MutableMapping[str, Tensor]):
     """Parameter name -> bool mask; assigning a mask of another name, shape or type is refused, and
     so is deleting one.
-
-    `assigned`: whether somebody gave masks since the first ones were drawn.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._masks: dict[str, Tensor] = {}
-        self.assigned = False
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._masks:
@@ -101,7 +98,6 @@ class Masks(MutableMapping[str, Tensor]):
             raise ValueError(f"masks are missing for {', '.join(sorted(missing))}")
         checked = {name: self._checked(name, given[name]) for name in self._parameters}
         self._masks.update(checked)
-        self.assigned = True
 
     def _own_name(self, name: str) -> str:
         """The name here of a parameter that is called so here or in a wrapped model."""

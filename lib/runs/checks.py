@@ -48,6 +48,9 @@ def _of_a_kind(runs: Sequence[Run]) -> list[Run]:
 
 def check_network(run: Run) -> int:
     """Build the network and its masks; its number of weights. ValueError says what is wrong."""
+    import torch
+
+    from lib.methods.masks import maskable_parameters
     from lib.models import MODELS, model_spec
     from lib.training import start
 
@@ -59,5 +62,9 @@ def check_network(run: Run) -> int:
             f"{', '.join(others)}"
         )
     model = start.network(run)
-    start.masking(run, model, start.optimizer(run, model), total_steps=run.epochs)
+    masks = None
+    if run.method == "snip":  # its own need the data
+        weights = maskable_parameters(model, run.keep_dense)
+        masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    start.masking(run, model, start.optimizer(run, model), total_steps=run.epochs, masks=masks)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -231,10 +231,12 @@ def test_a_layer_that_is_not_used() -> None:
 
 def test_snip_without_its_masks() -> None:
     model = small_model()
-    masking = Masking(model, sgd(model), 0.1, method="snip")
-    with pytest.warns(UserWarning, match=r"'snip' has random masks so far: .*snip_masks"):
-        masking.step()
-    Masking(model, sgd(model), method="snip", masks=dict(masking.masks)).step()
+    with pytest.raises(ValueError, match=r"'snip' draws no masks: .*snip_masks as masks="):
+        Masking(model, sgd(model), 0.1, method="snip")
+    weights = {name: w.clone() for name, w in model.named_parameters() if w.dim() > 1}
+    Masking(model, sgd(model), method="snip", masks={n: w > 0 for n, w in weights.items()}).step()
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(name), weight.relu())
 
 
 # ---------------------------------------------------------------------------- models that don't fit

@@ -11,6 +11,7 @@ from torch import nn
 
 from lib import Masking
 from lib.config import METHODS, UNMASKED
+from lib.methods.masks import initial_masks, maskable_parameters
 
 SPARSE = [name for name in METHODS if name not in UNMASKED]
 
@@ -85,9 +86,10 @@ class Trained:
         self.model = model or small_model()
         self.optimizer = (optimizer or sgd)(self.model)
         kw = {"density": 0.2, "prune_rate": 0.3, **kw}
+        if kw.get("method") == "snip":  # as if it had chosen them
+            weights = maskable_parameters(self.model)
+            kw["masks"] = initial_masks(weights, kw.pop("density"), "uniform", seeded(seed))
         self.masking = Masking(self.model, self.optimizer, generator=seeded(seed), **kw)
-        if kw.get("method") == "snip":
-            self.masking.masks = dict(self.masking.masks)  # as if SNIP had chosen them
         self.data = seeded(7)
 
     def steps(self, n: int) -> None:
