@@ -28,7 +28,7 @@ from lib.config import UNMASKED, method_of, unknown
 from lib.methods import checks
 from lib.methods.counts import left_over, own_rate, quotas, rounded, whole, with_carried
 from lib.methods.guard import Guard
-from lib.methods.masks import Masks, initial_masks, maskable_parameters
+from lib.methods.masks import INITS, Masks, initial_masks, maskable_parameters
 from lib.methods.registry import (
     AFTERWARDS,
     CHOOSE,
@@ -193,6 +193,8 @@ class Masking:
         checks.arguments(model, optimizer, density, prune_rate, total_steps, options)
         if schedule not in SCHEDULES:
             raise ValueError(unknown("schedule", schedule, filter(None, SCHEDULES)))
+        if init not in INITS:
+            raise ValueError(unknown("init", init, INITS))
         named, dense = method_of(method), method in UNMASKED
         if dense and density != 1:
             raise ValueError(f"method {method!r} has density 1, got {density}")
@@ -303,7 +305,10 @@ class Masking:
 
     @property
     def masks(self) -> Masks:
-        """Parameter name -> bool mask. Assignable, one mask or all; applied at the next call."""
+        """Parameter name -> bool mask. Assignable, one mask or all; applied at the next call.
+
+        A weight that an assigned mask adds begins at zero.
+        """
         return self._masks
 
     @masks.setter

@@ -27,6 +27,7 @@ from lib.results import store as results
 from lib.runs import runner
 from lib.train import Interrupted, TrainingLoop, train
 from lib.training.streams import stream
+from tests.support.masked import SPARSE
 
 SMALL = Run(epochs=2, train_samples=2000, lr_decay_every_steps=30)
 
@@ -289,7 +290,7 @@ def test_snip_masks_depend_on_the_seed_alone(cifar):
         assert torch.equal(buffer, one.model.get_buffer(name))
 
 
-@pytest.mark.parametrize("method", ["sparse_momentum", "set", "dsr", "deepr", "rigl", "snip"])
+@pytest.mark.parametrize("method", SPARSE)
 def test_active_weights_start_as_the_dense_network_s(method, mnist):
     dense = TrainingLoop(Run(method="dense", train_samples=200), mnist).model
     loop = TrainingLoop(Run(method=method, train_samples=200), mnist)

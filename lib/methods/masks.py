@@ -138,8 +138,6 @@ def initial_masks(
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
     """Random masks of the densities that `init`, one of INITS, gives the layers."""
-    if init not in INITS:
-        raise ValueError(unknown("init", init, INITS))
     counts = initial_counts(parameters, density, init.removesuffix("_drawn"))
     start = _drawn_mask if init.endswith("_drawn") else _random_mask
     return {name: start(p, counts[name], generator) for name, p in parameters.items()}

@@ -234,6 +234,8 @@ def test_snip_without_its_masks() -> None:
     with pytest.raises(ValueError, match=r"'snip' draws no masks: .*snip_masks as masks="):
         Masking(model, sgd(model), 0.1, method="snip")
     weights = {name: w.clone() for name, w in model.named_parameters() if w.dim() > 1}
+    with pytest.raises(ValueError, match="unknown init 'even'"):  # also where none is drawn
+        Masking(model, sgd(model), init="even", masks={n: w > 0 for n, w in weights.items()})
     Masking(model, sgd(model), method="snip", masks={n: w > 0 for n, w in weights.items()}).step()
     for name, weight in weights.items():
         assert torch.equal(model.get_parameter(name), weight.relu())
