@@ -145,15 +145,19 @@ def differences(a: Runs, b: Runs, over: str) -> pd.DataFrame:
     """A minus B (points of test error) at each value of `over` that both have, paired by seed, of
     seeds that learned in both.
 
-    Columns: `over`, mean, low, high (95 %), n, p (paired t-test), p_holm (adjusted over the rows).
+    Columns: `over`, mean, low, high (95 %), n, p (paired t-test), p_holm (adjusted over the rows),
+    one_sided (every seed's difference has the sign of the mean).
     """
     a, b = a.learned(), b.learned()
     found = []
     for at in sorted(set(a.rows[over]) & set(b.rows[over])):
-        pair = paired_difference(a.by_seed(**{over: at}), b.by_seed(**{over: at}))
+        ours, other = a.by_seed(**{over: at}), b.by_seed(**{over: at})
+        pair = paired_difference(ours, other)
         if pair.n:
-            found.append((at, pair.mean, pair.low, pair.high, pair.n, pair.p_t))
-    table = pd.DataFrame(found, columns=[over, "mean", "low", "high", "n", "p"])
+            apart = (ours - other).dropna()
+            one_sided = bool((apart < 0).all() or (apart > 0).all())
+            found.append((at, pair.mean, pair.low, pair.high, pair.n, pair.p_t, one_sided))
+    table = pd.DataFrame(found, columns=[over, "mean", "low", "high", "n", "p", "one_sided"])
     table["p_holm"] = holm(table["p"])
     return table
 

@@ -36,6 +36,7 @@ from lib.stats import paired_difference, t_interval, wilson
 Side = str | Mapping[str, Any]  # a method, or fields of its runs
 
 LEVEL = 0.05
+ENOUGH_SEEDS = 6  # all on one side: a sign test's p is 2 / 2^6 = 0.03
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -109,24 +110,32 @@ class Versus:
     """A against B at several shares of weights: where A errs less, more, or neither is shown.
 
     `less`, `more`: share -> difference in points, p < 0.05 by paired t-tests after Holm over the
-    shares; `neither`: no difference shown; `single`: one shared seed; `unlearned`: some run of one
-    of the two did not learn, which forbids means.
+    shares; `each`: not so, but all of ENOUGH_SEEDS or more seeds lie on one side, as where errors
+    of one method scatter widely; `neither`: no difference shown; `single`: one shared seed;
+    `unlearned`: some run of one of the two did not learn, which forbids means.
     """
 
     b: str
     less: dict[float, float] = field(default_factory=dict)
     more: dict[float, float] = field(default_factory=dict)
+    each: dict[float, float] = field(default_factory=dict)
     neither: dict[float, float] = field(default_factory=dict)
     single: dict[float, float] = field(default_factory=dict)
     unlearned: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        every = [*self.less, *self.more, *self.neither, *self.single, *self.unlearned]
+        groups = (self.less, self.more, self.each, self.neither, self.single, self.unlearned)
+        every = [share for group in groups for share in group]
         parts = [
             f"{word} than {self.b} at {percents(found, every)} (by {_sizes(found)})"
             for word, found in (("less", self.less), ("more", self.more))
             if found
         ]
+        for share, mean in self.each.items():
+            side = _side(mean) if parts else f"{_side(mean)} than {self.b}"
+            parts.append(
+                f"{side} in every seed at {percents([share])} (by {abs(mean):.2f} in the mean)"
+            )
         if self.neither:
             at = f"no difference shown at {percents(self.neither, every)}"
             parts.append(at if parts else f"neither less nor more than {self.b}, as far as shown")
@@ -265,16 +274,19 @@ class Cells:
             if any(len(r.learned().rows) < len(r.rows) + len(r.diverged) for r in side)
         )
         table = claims.differences(one.learned(), other.learned(), "density")
-        groups: dict[str, dict[float, float]] = {"less": {}, "more": {}, "neither": {}}
-        groups["single"] = {}
+        names = ("less", "more", "each", "neither", "single")
+        groups: dict[str, dict[float, float]] = {name: {} for name in names}
         for row in table.to_dict("records"):
             if row["density"] in bad:
                 continue
-            sure = row["p_holm"] < LEVEL
-            name = "less" if row["mean"] < 0 else "more"
-            group = "single" if row["n"] < 2 else name if sure else "neither"
-            groups[group][row["density"]] = row["mean"]
-        if not (groups["less"] or groups["more"] or groups["neither"]):
+            if row["n"] < 2:
+                name = "single"
+            elif row["p_holm"] < LEVEL:
+                name = "less" if row["mean"] < 0 else "more"
+            else:
+                name = "each" if row["one_sided"] and row["n"] >= ENOUGH_SEEDS else "neither"
+            groups[name][row["density"]] = row["mean"]
+        if not any(groups[name] for name in names if name != "single"):
             raise NoRuns(f"{self.experiment}: {a} and {b} share no two seeds that learned")
         name = b if isinstance(b, str) else str(b["method"])
         return Versus(METHOD_NAMES[name], **groups, unlearned=bad)

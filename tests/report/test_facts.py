@@ -104,6 +104,23 @@ def test_one_seed_gives_no_interval_and_no_comparison(tmp_path: Path) -> None:
         one.versus("sparse_momentum", "set")
 
 
+@pytest.mark.parametrize(("seeds", "each"), [(10, True), (6, True), (5, False)])
+def test_all_seeds_on_one_side_are_not_called_no_difference(
+    tmp_path: Path, seeds: int, each: bool
+) -> None:
+    def error(run: Run) -> float:  # at 1 % SET errs more in every seed, in one by far
+        if run.method != "set" or run.density > 0.02:
+            return 2.0
+        if run.density == 0.02:  # in one seed less
+            return 1.5 if run.seed == 1 else 60.0 if run.seed == 0 else 2.5
+        return 60.0 if run.seed == 0 else 2.5
+
+    write_grid(tmp_path, "main_results", "paper", error, keep=lambda run: run.seed < seeds)
+    against = Cells("main_results", EVERY, tmp_path).versus("sparse_momentum", "set")
+    assert set(against.each) == ({0.01} if each else set()) and 0.02 in against.neither
+    assert not against.less and ("less than SET in every seed at 1 % (by " in str(against)) == each
+
+
 def test_the_loss_of_one_epoch(tmp_path: Path) -> None:
     write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.seed < 2)
     one = Cells("main_results", EVERY, tmp_path)
