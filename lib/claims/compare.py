@@ -151,12 +151,9 @@ def differences(a: Runs, b: Runs, over: str) -> pd.DataFrame:
     a, b = a.learned(), b.learned()
     found = []
     for at in sorted(set(a.rows[over]) & set(b.rows[over])):
-        ours, other = a.by_seed(**{over: at}), b.by_seed(**{over: at})
-        pair = paired_difference(ours, other)
+        pair = paired_difference(a.by_seed(**{over: at}), b.by_seed(**{over: at}))
         if pair.n:
-            apart = (ours - other).dropna()
-            one_sided = bool((apart < 0).all() or (apart > 0).all())
-            found.append((at, pair.mean, pair.low, pair.high, pair.n, pair.p_t, one_sided))
+            found.append((at, *pair.interval[:4], pair.p_t, pair.one_sided))
     table = pd.DataFrame(found, columns=[over, "mean", "low", "high", "n", "p", "one_sided"])
     table["p_holm"] = holm(table["p"])
     return table
