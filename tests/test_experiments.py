@@ -199,7 +199,7 @@ def test_readings_depart_from_ours_in_one_thing_except_all_together() -> None:
 
 def test_families_differ_in_one_thing() -> None:
     names = {r.model for r in runs("depth_scaling", "paper")}
-    assert {f"mlp-100x{n}" for n in range(1, 9)} <= names
+    assert {f"mlp-100x{n}" for n in (1, 2, 4, 8)} <= names
     assert {f"mlpbn-100x{n}" for n in range(1, 9)} <= names
     assert {f"wrn-{depth}-2" for depth in (10, 16, 22, 28)} <= names
     assert {f"wrn-16-{width}" for width in (1, 2, 4, 8)} <= names

@@ -272,6 +272,15 @@ def test_batch_norm_starts_as_the_identity(name):
         assert bn.num_batches_tracked == 0
 
 
+def test_a_deep_mlp_without_batch_norm_passes_its_input_on():
+    for name, low, high in (("mlp-100x8", 0.3, 3), ("mlpbn-100x8", 0, 0.01)):
+        linear = modules_of(build_model(name, generator=seeded(5)), nn.Linear)
+        x = torch.randn(500, linear[0].in_features, generator=seeded(6))
+        for layer in linear[:-1]:
+            x = torch.relu(x @ layer.weight.T)
+        assert low <= x.square().mean() <= high
+
+
 def test_unknown_parameters_are_not_left_uninitialised():
     with pytest.raises(TypeError, match=r"no initialisation rule for 0 \(PReLU\)"):
         init_weights(nn.Sequential(nn.PReLU()))
