@@ -125,14 +125,14 @@ def test_a_trend_is_shown_with_and_without_each_end(tmp_path: Path) -> None:
     assert tuple(seen.slope) == pytest.approx(
         tuple(t_interval(slope_by_hand(runs, mlps.sizes, (0, 1))))
     )
-    assert seen.cells["n"].tolist() == [3, 3, 2]
+    assert seen.cells["n"].tolist() == [3, 3, 2, 3]
     found = Growing("depth_scaling", "growth", "mnist", ("MLPs",)).measure(source, {}, 0.03)
     parts = {part.name: part for part in found.parts}
-    assert {"MLPs", "MLPs without 1", "MLPs without 4"} <= set(parts)
+    assert {"MLPs", "MLPs without 1", "MLPs without 8"} <= set(parts)
     assert parts["MLPs"].decides.mean == pytest.approx(-seen.slope.mean)
-    fewer = {m: size for m, size in mlps.sizes.items() if size != 4}
-    by_hand = t_interval(slope_by_hand(runs, fewer, (0, 1, 2)))
-    assert parts["MLPs without 4"].decides.mean == pytest.approx(-by_hand.mean)
+    fewer = {m: size for m, size in mlps.sizes.items() if size != 8}
+    by_hand = t_interval(slope_by_hand(runs, fewer, (0, 1)))
+    assert parts["MLPs without 8"].decides.mean == pytest.approx(-by_hand.mean)
 
 
 def test_a_trend_that_rests_on_one_end_is_none(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_networks_that_learn_nothing_are_not_in_the_slope(tmp_path: Path) -> Non
     mlps = effects.families(run.model for run in runs.planned)[0]
     seen = effects.scaling(runs, mlps, "growth")
     assert seen.unlearned == ["mlp-100x4"]
-    assert seen.cells["model"].tolist() == ["mlp-100x1", "mlp-100x2"]
+    assert seen.cells["model"].tolist() == ["mlp-100x1", "mlp-100x2", "mlp-100x8"]
     found = Growing("depth_scaling", "growth", "mnist", ("MLPs",)).measure(source, {}, 0)
     assert "at 4 nothing learned (dense: 0 of 3 [0, 56 %])" in found.parts[0].note
-    assert "runs that learned: 12 of 18" in found.note
+    assert "runs that learned: 18 of 24" in found.note
 
     def learned_once(run: Run) -> float | None:  # without the part nothing learns: no mean
         with_it = run.growth == "momentum" and run.redistribution == "momentum"
@@ -241,7 +241,7 @@ def test_runs_that_did_not_learn_are_told(judge: Judge) -> None:
     rows = judge(error, names=("ablations", "depth_scaling"))
     suffices = rows["ablation_random_growth_suffices"]
     assert "runs that learned: 2 of 3 [21, 94 %] against 3 of 3 [44, 100 %]" in suffices["detail"]
-    assert "runs that learned: 15 of 18" in rows["scaling_growth_depth"]["detail"]
+    assert "runs that learned: 20 of 24" in rows["scaling_growth_depth"]["detail"]
     assert "learned" not in rows["scaling_redistribution_depth"]["detail"]
 
 
