@@ -42,6 +42,8 @@ def names(source: Source) -> dict[str, Any]:
         **_parts(cells),
         "depth": facts.Depth(cells["depth_scaling"], "mlpbn"),
         "depth_erk": facts.Depth(cells["depth_scaling"], "mlpbn", "erk"),
+        "depth_plain": facts.Depth(cells["depth_scaling"], "mlp"),
+        "depth_plain_erk": facts.Depth(cells["depth_scaling"], "mlp", "erk"),
         "clock": Clock(root),
         "window": tables.Window(root),
         "verdicts": tables.Verdicts(scales, root),
