@@ -376,8 +376,7 @@ def init_weights(
     except that our MLPs without batch norm have no official counterpart:
 
     - "he": linear weights U(-b, b) with b = sqrt(6 / fan_in), which keeps the mean square of what
-      passes a ReLU (He et al. 2015), biases as in "default".  From "default" MLPs of six hidden
-      layers stay at chance at a density of 0.2.
+      passes a ReLU (He et al. 2015), biases as in "default".
 
     Batch-norm starts as the identity. Random numbers come from ``generator`` in the order of the
     modules (weight before bias), from the global stream without one. With "default" and no
