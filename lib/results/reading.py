@@ -337,7 +337,7 @@ def model_name(model: str) -> str:
 
 def interval_text(mean: float, low: float, high: float, digits: int = 2, sign: bool = False) -> str:
     """ "1.47 [1.40, 1.54]"; without the interval where there is none."""
-    form = f"{'+' if sign else ''}.{digits}f"
+    form = f"{'+' if sign else ''}z.{digits}f"  # z: no "−0.00"
     if math.isnan(mean):
         return "–"
     text = f"{mean:{form}}"

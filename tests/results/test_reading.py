@@ -97,6 +97,7 @@ def test_texts_of_numbers() -> None:
     assert reading.range_text(nan, 1) == "–" and reading.p_text(nan) == "–"
     assert (reading.p_text(0.0004), reading.p_text(0.0124)) == ("< 0.001", "0.012")
     assert reading.published_text({"test_error_pct": 1.47, "standard_error": nan}) == "1.47"
+    assert reading.interval_text(-0.001, -0.12, 0.11, sign=True) == "+0.00 [−0.12, +0.11]"
 
 
 def test_chance_is_told_by_the_error_or_by_the_loss() -> None:
