@@ -71,7 +71,8 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
         "lenet_starts": cells["initial_densities"].of(model="lenet300-100"),
         "erk_start": cells["initial_densities"].of(model="lenet300-100", init="erk"),
         "alexnet": cells["cifar10_table"].of(
-            model="alexnet-s", method=["dense", "snip", "sparse_momentum"]
+            model="alexnet-s",
+            method=["dense", "snip", "static", "set", "rigl", "sparse_momentum"],
         ),
         "mnist_parts": cells["ablations"].of(dataset="mnist", model="lenet300-100"),
         "full": rules("momentum", "momentum"),
