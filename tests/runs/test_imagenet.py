@@ -19,6 +19,8 @@ from lib.data import DataError
 from lib.results import store as results
 from lib.runs import imagenet
 
+# The scripts leave their group before they end, as the product does: gloo's threads may else still
+# hold tensors when the interpreter goes, which aborts it now and then.
 # Two ranks, one of which changes a mask behind the others' back.
 DRIFT = """
 import sys, torch, torch.distributed as dist
@@ -28,7 +30,10 @@ masks = {"a": torch.ones(3, dtype=torch.bool), "b": torch.zeros(2, 2, dtype=torc
 check_alike(masks)
 print("alike", flush=True)
 masks["b"][1, 0] = dist.get_rank() == 1
-check_alike(masks)
+try:
+    check_alike(masks)
+finally:
+    dist.destroy_process_group()
 """
 # Each rank's weights and momentum after a step on its own images.
 STEP = """
@@ -47,6 +52,7 @@ assert torch.equal(*all_parts), "weights differ"
 momentum = loop.optimizer.state[next(loop.model.parameters())]["momentum_buffer"]
 dist.all_gather_object(all_parts, momentum)
 assert torch.equal(*all_parts), "momentum differs"
+dist.destroy_process_group()
 print("equal", flush=True)
 """
 
@@ -94,7 +100,7 @@ def test_two_processes_train_and_store_one_row(images: Path) -> None:
     out = images / "results"
     arguments = ["-m", "lib.runs.imagenet", *only, *words, "--workers", "0", "--results", str(out)]
     done = two_processes(images, *arguments)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     csv = paths.results_csv("paper", "imagenet", out)
     runs = results.read_runs(csv)
     assert len(runs) == 1 and runs["status"][0] == "ok"
@@ -113,7 +119,7 @@ def test_processes_have_equal_weights_and_momentum(images: Path) -> None:
     script = images / "step.py"
     script.write_text(STEP)
     done = two_processes(images, str(script))
-    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
 
 
 def test_masks_that_drift_apart_are_noticed(images: Path) -> None:
