@@ -21,6 +21,7 @@ from lib.runs import imagenet
 
 # The scripts leave their group before they end, as the product does: gloo's threads may else still
 # hold tensors when the interpreter goes, which aborts it now and then.
+
 # Two ranks, one of which changes a mask behind the others' back.
 DRIFT = """
 import sys, torch, torch.distributed as dist
