@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lib.results.reading import (
     load,
     published_rows,
 )
-from lib.stats import paired_difference, t_interval, wilson
+from lib.stats import holm, paired_difference, t_interval, wilson
 
 Side = str | Mapping[str, Any]  # a method, or fields of its runs
 
@@ -262,6 +262,17 @@ class Cells:
         if not found.n:
             raise NoRuns(f"{self.experiment}: {a} and {b} share no seed at {density}")
         return Value(found.mean, found.low, found.high, found.n, sign=True)
+
+    def differs(self, a: str, others: Sequence[str], density: float) -> list[str]:
+        """Those of these methods from which A's error in one cell is shown to differ: p < 0.05 by
+        paired t-tests after Holm over them all; NoRuns where A shares no two seeds with one.
+        """
+        learned = {m: self._of(m, density, {}).learned().by_seed() for m in (a, *others)}
+        found = {m: paired_difference(learned[a], learned[m]) for m in others}
+        if few := [m for m, pair in found.items() if pair.n < 2]:
+            raise NoRuns(f"{self.experiment}: {a} and {few[0]} share no two seeds at {density}")
+        adjusted = holm(pair.p_t for pair in found.values())
+        return [m for m, p in zip(others, adjusted, strict=True) if p < LEVEL]
 
     def versus(self, a: Side, b: Side, **more: Any) -> Versus:
         """A against B at every share of weights that both have."""

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from lib import paths
 from lib.claims.networks import published_curve
@@ -94,6 +95,23 @@ def test_a_training_cut_short_is_not_called_the_papers_scale(tmp_path: Path) -> 
 def test_cells_without_runs_are_counted(tmp_path: Path) -> None:
     write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.method != "deepr")
     assert Cells("main_results", EVERY, tmp_path).scale.endswith("6 of 31 cells without runs")
+
+
+def test_the_differences_of_one_cell_are_adjusted_over_its_methods(tmp_path: Path) -> None:
+    above = {"set": (1.0, 1.1, 1.2), "static": (0.2, 0.4, 0.3), "dsr": (-1.0, 2.0, 1.1)}
+
+    def error(run: Run) -> float:
+        return 2.0 + above[run.method][run.seed] if run.method in above else 2.0
+
+    write_grid(tmp_path, "main_results", "paper", error, keep=lambda run: run.seed < 3)
+    cells = Cells("main_results", EVERY, tmp_path)
+    assert ttest_1samp(above["static"], 0.0).pvalue == pytest.approx(0.035, abs=0.001)
+    assert cells.differs("sparse_momentum", ["static"], 0.02) == ["static"]
+    assert cells.differs("sparse_momentum", list(above), 0.02) == ["set"]  # 2 x 0.035
+    one = tmp_path / "one"
+    write_grid(one, "main_results", "paper", error, keep=lambda run: run.seed == 0)
+    with pytest.raises(NoRuns, match="sparse_momentum and set share no two seeds"):
+        Cells("main_results", EVERY, one).differs("sparse_momentum", ["set"], 0.02)
 
 
 def test_one_seed_gives_no_interval_and_no_comparison(tmp_path: Path) -> None:
