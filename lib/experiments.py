@@ -518,7 +518,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
     ),
     "cifar10_table": Experiment(
-        title="CIFAR-10: dense, SNIP and sparse momentum",
+        title="CIFAR-10: test error by network and method",
         notebook="01_main_results",
         blocks={
             "smoke": _cifar_table("smoke", _SMALL_TABLE),

@@ -37,7 +37,7 @@ def cifar10_table(source: Source) -> Table:
     missing = {run.model for run in runs.planned} - set(runs.rows["model"])
     several = len({run.model for run in runs.planned})
     lost = f"{len(missing)} of {several} networks have no runs yet." if missing else ""
-    caption = "CIFAR-10: dense, SNIP and sparse momentum"
+    caption = "CIFAR-10: test error by network and method"
     return Table.of(lines, caption, note, lost, sentence(runs.scale()))
 
 

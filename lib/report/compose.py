@@ -70,10 +70,7 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
         "their_way": networks.of(model="lenet300-100-bn", update_every_steps=300),
         "lenet_starts": cells["initial_densities"].of(model="lenet300-100"),
         "erk_start": cells["initial_densities"].of(model="lenet300-100", init="erk"),
-        "alexnet": cells["cifar10_table"].of(
-            model="alexnet-s",
-            method=["dense", "snip", "static", "set", "rigl", "sparse_momentum"],
-        ),
+        "alexnet": cells["cifar10_table"].of(model="alexnet-s"),
         "mnist_parts": cells["ablations"].of(dataset="mnist", model="lenet300-100"),
         "full": rules("momentum", "momentum"),
         "unshared": rules("none", "momentum"),
