@@ -70,6 +70,8 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
         "their_way": networks.of(model="lenet300-100-bn", update_every_steps=300),
         "lenet_starts": cells["initial_densities"].of(model="lenet300-100"),
         "erk_start": cells["initial_densities"].of(model="lenet300-100", init="erk"),
+        "lenet5": cells["mnist_compression"].of(model="lenet5"),
+        "lenet5_starts": cells["initial_densities"].of(model="lenet5"),
         "alexnet": cells["cifar10_table"].of(model="alexnet-s"),
         "mnist_parts": cells["ablations"].of(dataset="mnist", model="lenet300-100"),
         "full": rules("momentum", "momentum"),
