@@ -339,7 +339,8 @@ def mnist_compression(source: Source) -> Plot:
         rows, theirs = every.where(model=model).errors(), literature(model)
         if len(rows):
             own = theirs[theirs["method"] != "other"]
-            wide += curves(ax, rows, "weights", theirs=own, level="dense", spread=0.02, log=True)
+            cut = curves(ax, rows, "weights", theirs=own, level="dense", spread=0.02, log=True)
+            wide += [f"{model_name(model)} {interval}" for interval in cut]
         for authors, points in theirs[theirs["method"] == "other"].groupby("authors", sort=False):
             ax.plot(points["weights"], points["test_error_pct"], shapes[authors], color=GREY,
                     mfc="white", mew=1.0, label=authors, zorder=2.3)  # fmt: skip
