@@ -37,6 +37,7 @@ def test_what_is_not_planned_at_every_profile() -> None:
     every = {(name, profile) for name in EXPERIMENTS for profile in PROFILES}
     at_hours = {
         "cifar10_table",
+        "training_length",
         "ablations",
         "depth_scaling",
         "sensitivity",
@@ -44,6 +45,7 @@ def test_what_is_not_planned_at_every_profile() -> None:
         "features",
     }
     missing = {(name, "hours") for name in EXPERIMENTS if name not in at_hours}
+    missing |= {("training_length", name) for name in PROFILES if name != "hours"}
     missing |= {("imagenet", "smoke"), ("imagenet", "quick"), ("computing", "quick")}
     assert every - set(CELLS) == missing
 

@@ -41,6 +41,16 @@ def cifar10_table(source: Source) -> Table:
     return Table.of(lines, caption, note, lost, sentence(runs.scale()))
 
 
+@table("training_length", "training_length")
+def training_length(source: Source) -> Table:
+    """Test error dense and with sparse momentum, by the number of epochs."""
+    runs = load("training_length", source).needed()
+    lines = error_lines(runs, by=(*_CELL, "epochs"))
+    note = "Test error in %: mean [95 % interval] of the seeds that learned; decays at the same "
+    note += "fractions of the training."
+    return Table.of(lines, "CIFAR-10: test error by length of training", note, sentence(runs.scale()))
+
+
 # ------------------------------------------------------------------------------------- WRN curves
 
 

@@ -173,5 +173,6 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "density": ("weights (%)", lambda share: f"{100 * share:g}"),
     "momentum": ("momentum", lambda value: f"{value:g}"),
     "lr": ("learning rate", lambda value: f"{value:g}"),
+    "epochs": ("epochs", lambda value: f"{value:g}"),
     "init": ("initial densities", lambda init: INITS.get(init, init)),
 }

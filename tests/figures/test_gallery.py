@@ -25,7 +25,7 @@ def scale_of(name: str) -> str:
     """A profile at which the made-up results have rows of a figure or table."""
     if name.startswith(("speedups", "features")):
         return "quick"
-    return "paper"
+    return "hours" if name == "training_length" else "paper"
 
 
 def readable(plot: figures.Plot) -> list[Text]:
