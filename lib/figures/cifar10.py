@@ -48,7 +48,9 @@ def training_length(source: Source) -> Table:
     lines = error_lines(runs, by=(*_CELL, "epochs"))
     note = "Test error in %: mean [95 % interval] of the seeds that learned; decays at the same "
     note += "fractions of the training."
-    return Table.of(lines, "CIFAR-10: test error by length of training", note, sentence(runs.scale()))
+    return Table.of(
+        lines, "CIFAR-10: test error by length of training", note, sentence(runs.scale())
+    )
 
 
 # ------------------------------------------------------------------------------------- WRN curves
