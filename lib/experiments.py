@@ -530,8 +530,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "paper": _cifar_table("paper", CIFAR10_TABLE),
         },
     ),
-    # Rule, written before the rows: the reduced length is a reason for an error above the published
-    # one if twice the epochs, decays at the same fractions, lower it in every shared seed.
+    # Rule, written before the rows: the reduced length is a reason for errors above the published
+    # ones if twice the epochs, decays at the same fractions, bring them below the 95 % interval.
     "training_length": Experiment(
         title="What twice the epochs change on CIFAR-10",
         notebook="01_main_results",
