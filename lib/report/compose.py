@@ -90,6 +90,9 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
             "momentum": momentum,
             "lr": lr,
         },
+        "specialisation": lambda a, b: facts.specialisation(
+            cells["features"].of(model="alexnet-s"), a, b
+        ),
         "readings": experiments.READINGS,
         "lowest_reading": lambda density: min(
             (

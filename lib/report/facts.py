@@ -21,6 +21,7 @@ from lib.claims.effects import Family, families, scaling
 from lib.claims.learning import collapsed
 from lib.claims.networks import Closer
 from lib.config import unknown
+from lib.results import measured
 from lib.results.clock import ALL, machine, whole_steps
 from lib.results.reading import (
     METHOD_NAMES,
@@ -312,6 +313,18 @@ def closer(networks: Cells, method: str, way: str = "with batch norm") -> Value:
         if part.name == way:
             return Value(*part.decides[:4], sign=True)
     raise NoRuns(f"{networks.experiment}: no seed of {method} has finished both networks")
+
+
+def specialisation(features: Cells, a: str, b: str) -> Value:
+    """Class specialisation of method A minus that of B, channels pooled, in points, over shared
+    seeds that learned in both: below zero the features of A are the more general ones.
+    """
+    found = measured.specialisation(features.runs.learned()).set_index("seed")
+    one, other = (100 * found.loc[found["method"] == side, measured.POOLED] for side in (a, b))
+    pair = paired_difference(one, other)
+    if not pair.n:
+        raise NoRuns(f"{features.experiment}: {a} and {b} share no seed")
+    return Value(pair.mean, pair.low, pair.high, pair.n, sign=True)
 
 
 def p_learn(trainability: Cells, variant: str, density: float) -> float:
