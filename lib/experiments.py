@@ -537,9 +537,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         notebook="01_main_results",
         blocks={
             "hours": tuple(
-                _alexnet(**method, epochs=epochs, lr_decay_every_steps=120 * epochs)
+                _alexnet(
+                    **method,
+                    **{k: times * _CIFAR["hours"][k] for k in ("epochs", "lr_decay_every_steps")},
+                )
                 for method in ({"method": "dense", "density": 1.0}, {})
-                for epochs in (_CIFAR["hours"]["epochs"], 2 * _CIFAR["hours"]["epochs"])
+                for times in (1, 2)
             )
         },
     ),
