@@ -51,6 +51,16 @@ def test_the_nearest_rows_count_and_a_suspended_machine_does_not(monkeypatch):
     assert 0 < of_a_pass(estimate, Run(model="mlp-20x1")) < 1  # by its share of the FLOPs
 
 
+def test_the_newest_rows_count(monkeypatch):
+    """A machine of the same name that has become slower is known by its last runs."""
+    rows = [row(i, "here", finished_utc=f"2026-11-25T10:{i:02}:00Z") for i in range(40)]
+    assert of_a_pass(estimator(monkeypatch, *rows), Run()) == pytest.approx(1)
+    slow = [
+        row(i, "here", passes=3.0, finished_utc=f"2026-11-29T10:{i}:00Z") for i in range(40, 44)
+    ]
+    assert of_a_pass(estimator(monkeypatch, *slow, *rows), Run()) == pytest.approx(3)
+
+
 def test_rows_of_another_machine_are_scaled_by_what_both_have_done(monkeypatch):
     rows = [row(1, "there"), row(2, "there", passes=5.0, density=1.0, method="dense")]
     assert of_a_pass(estimator(monkeypatch, *rows), Run(method="dense")) == pytest.approx(5)
