@@ -40,7 +40,6 @@ class PairedDifference:
     n: int
     sd: float
     p_t: float  # paired t-test, two-sided
-    p_wilcoxon: float  # Wilcoxon signed-rank test, two-sided
     seeds: tuple[int, ...]
     left_out: tuple[int, ...]  # seeds that one side lacks or where it diverged
     one_sided: bool  # every seed's difference has the sign of the mean
@@ -129,15 +128,11 @@ def paired_difference(a: pd.Series, b: pd.Series, level: float = 0.95) -> Paired
     seeds, left_out = (tuple(int(s) for s in every[keep]) for keep in (good, ~good))
     d = difference.to_numpy()[good]
     if d.size == 0:
-        return PairedDifference(NAN, NAN, NAN, 0, NAN, NAN, NAN, seeds, left_out, False)
+        return PairedDifference(NAN, NAN, NAN, 0, NAN, NAN, seeds, left_out, False)
     mean, low, high, n, sd = t_interval(d, level)
-    if n < 2:
-        p_t = p_w = NAN
-    else:
-        p_t = _p_of_t(mean, sd / math.sqrt(n), n - 1)
-        p_w = wilcoxon(d).p
+    p_t = NAN if n < 2 else _p_of_t(mean, sd / math.sqrt(n), n - 1)
     one_sided = bool((d < 0).all() or (d > 0).all())
-    return PairedDifference(mean, low, high, n, sd, p_t, p_w, seeds, left_out, one_sided)
+    return PairedDifference(mean, low, high, n, sd, p_t, seeds, left_out, one_sided)
 
 
 def value_difference(

@@ -175,11 +175,14 @@ class Runs:
 
     def curves(self) -> pd.DataFrame:
         """Per-epoch values of the finished runs (CURVE_COLUMNS of lib/results/store.py)."""
-        return results.read_curves(self.csv, runs=self.rows)
+        return self._beside(_curves(self.csv, _version(results.curves_path(self.csv))))
 
     def layers(self) -> pd.DataFrame:
         """Per-layer values of the finished runs (LAYER_COLUMNS of lib/results/store.py)."""
-        return results.read_layers(self.csv, runs=self.rows)
+        return self._beside(_layers(self.csv, _version(results.layers_path(self.csv))))
+
+    def _beside(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table[table["run_id"].isin(self.rows["run_id"])].reset_index(drop=True)
 
     def by_seed(self, value: str = "test_error_pct", **wanted: Any) -> pd.Series:
         """One column of the runs with these fields, indexed by seed.
@@ -260,13 +263,7 @@ def load(experiment: str, source: Source, **wanted: Any) -> Runs:
     """
     csv = source.csv(experiment)
     planned = planned_runs(experiment, source.profile)
-    try:
-        status = csv.stat()
-    except FileNotFoundError:
-        version = (0, 0, 0)
-    else:
-        version = (status.st_ino, status.st_size, status.st_mtime_ns)
-    rows = _sorted_rows(csv, version)
+    rows = _sorted_rows(csv, _version(csv))
     ok = rows["status"] == "ok"
     runs = Runs(experiment, source.profile, csv, planned, rows[ok], rows[~ok])
     return runs.only(select(planned, **wanted))
@@ -279,6 +276,14 @@ def planned_runs(experiment: str, profile: str) -> tuple[Run, ...]:
 
 # A figure and a dozen claims ask for the same grid and file: built and read once, and read again
 # when the file was replaced (writers put a new file in place, lib/results/store.py).
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return 0, 0, 0
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
@@ -294,6 +299,16 @@ def _sorted_rows(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
         key=lambda column: column.map(order) if column.name == "method" else column,
         ignore_index=True,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _curves(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
+    return results.read_curves(csv)
+
+
+@functools.lru_cache(maxsize=4)
+def _layers(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
+    return results.read_layers(csv)
 
 
 @functools.cache

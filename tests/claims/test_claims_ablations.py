@@ -190,7 +190,7 @@ def test_families_differ_in_one_thing_only() -> None:
 
 def pair(low: float, high: float) -> PairedDifference:
     nan = math.nan
-    return PairedDifference((low + high) / 2, low, high, 3, nan, nan, nan, (0, 1, 2), (), False)
+    return PairedDifference((low + high) / 2, low, high, 3, nan, nan, (0, 1, 2), (), False)
 
 
 @pytest.mark.parametrize(
