@@ -175,14 +175,13 @@ class Runs:
 
     def curves(self) -> pd.DataFrame:
         """Per-epoch values of the finished runs (CURVE_COLUMNS of lib/results/store.py)."""
-        return self._beside(_curves(self.csv, _version(results.curves_path(self.csv))))
+        table = _curves(self.csv, _version_of(results.curves_path(self.csv)))
+        return _of(table, set(self.rows["run_id"]))
 
     def layers(self) -> pd.DataFrame:
         """Per-layer values of the finished runs (LAYER_COLUMNS of lib/results/store.py)."""
-        return self._beside(_layers(self.csv, _version(results.layers_path(self.csv))))
-
-    def _beside(self, table: pd.DataFrame) -> pd.DataFrame:
-        return table[table["run_id"].isin(self.rows["run_id"])].reset_index(drop=True)
+        table = _layers(self.csv, _version_of(results.layers_path(self.csv)))
+        return _of(table, set(self.rows["run_id"]))
 
     def by_seed(self, value: str = "test_error_pct", **wanted: Any) -> pd.Series:
         """One column of the runs with these fields, indexed by seed.
@@ -263,7 +262,7 @@ def load(experiment: str, source: Source, **wanted: Any) -> Runs:
     """
     csv = source.csv(experiment)
     planned = planned_runs(experiment, source.profile)
-    rows = _sorted_rows(csv, _version(csv))
+    rows = _sorted_rows(csv, _version_of(csv))
     ok = rows["status"] == "ok"
     runs = Runs(experiment, source.profile, csv, planned, rows[ok], rows[~ok])
     return runs.only(select(planned, **wanted))
@@ -278,7 +277,7 @@ def planned_runs(experiment: str, profile: str) -> tuple[Run, ...]:
 # when the file was replaced (writers put a new file in place, lib/results/store.py).
 
 
-def _version(file: Path) -> tuple[int, int, int]:
+def _version_of(file: Path) -> tuple[int, int, int]:
     try:
         status = file.stat()
     except FileNotFoundError:
