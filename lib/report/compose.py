@@ -73,7 +73,9 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
         "lenet5": cells["mnist_compression"].of(model="lenet5"),
         "lenet5_starts": cells["initial_densities"].of(model="lenet5"),
         "alexnet": cells["cifar10_table"].of(model="alexnet-s"),
-        "mnist_parts": cells["ablations"].of(dataset="mnist", model="lenet300-100"),
+        "mnist_parts": cells["ablations"].of(
+            model="lenet300-100", redistribution=["momentum", "none"], growth=["momentum", "random"]
+        ),
         "full": rules("momentum", "momentum"),
         "unshared": rules("none", "momentum"),
         "random": rules("momentum", "random"),
