@@ -11,7 +11,7 @@ from typing import Any
 
 import mistune
 
-from lib.report.blocks import Block, Heading, Numbers, Picture, Prose, is_number
+from lib.report.blocks import Block, Heading, Numbers, Picture, Prose, cell, is_number
 
 _CSS = Path(__file__).with_name("page.css")
 _markdown = mistune.create_markdown(escape=True, plugins=["table"])
@@ -68,12 +68,13 @@ def _table(block: Numbers, folded: bool) -> str:
     kinds = []
     for column in frame.columns:
         longest = max((len(str(v)) for v in frame[column]), default=0)
-        kind = "number" if is_number(frame[column]) else "words" if longest > 40 else ""
-        kinds.append(f' class="{kind}"' if kind else "")
+        kinds.append("number" if is_number(frame[column]) else "words" if longest > 40 else "")
 
     def line(tag: str, values: Iterable[Any]) -> str:
-        cells = zip(values, kinds, strict=True)
-        inside = (f"<{tag}{kind}>{html.escape(str(v))}</{tag}>" for v, kind in cells)
+        inside = []
+        for value, kind in zip(values, kinds, strict=True):
+            name = f' class="{kind}"' if kind else ""
+            inside.append(f"<{tag}{name}>{html.escape(cell(value, kind == 'number'))}</{tag}>")
         return f"<tr>{''.join(inside)}</tr>"
 
     rows = "\n".join(line("td", row) for row in frame.itertuples(index=False))

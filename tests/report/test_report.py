@@ -152,6 +152,17 @@ def test_without_runs_it_says_so(tmp_path: Path) -> None:
     assert to_pdf("t", "s", found, tmp_path).startswith(b"%PDF-")
 
 
+def test_numbers_stand_to_the_right_whatever_brackets_follow() -> None:
+    """One cell with runs that failed turned its whole column into text."""
+    cells = ["18.41 [15.20, 21.62] (9 of 10 learned)", "1.78 [1.73, 1.83]", "–"]
+    claims = [f"a claim in {n} words that fill more than one line" for n in range(3)]
+    table = Table(pd.DataFrame({"claim": claims, "SET": cells}), "")
+    page = to_html("t", "s", [Numbers(table, "c", "Table 1")])
+    assert '<td class="words">a claim in 0 words' in page
+    held = "18.41 [15.20,\u00a021.62] (9\u00a0of\u00a010\u00a0learned)"
+    assert f'<td class="number">{held}</td>' in page
+
+
 def test_an_unknown_profile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown profile 'smok': did you mean 'smoke'"):
         report.report(Source("smok", tmp_path))
