@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ _LATEX = {
     "≤": r"$\leq$",
 }
 
+# "[2.49, 2.65]", "(9 of 10 learned)"
+_BRACKETS = re.compile(r"[\[(][^\])]*[\])]")
+
 
 @dataclass(frozen=True, repr=False)
 class Table:
@@ -46,7 +50,7 @@ class Table:
     def markdown(self) -> str:
         """GitHub Markdown; numbers to the right."""
         head, *body = self._cells(lambda text: text.replace("|", "\\|").replace("\n", " "))
-        rule = ["---:" if right else "---" for right in self._right()]
+        rule = ["---:" if right else "---" for right in self.right()]
         lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
         return (
             "\n\n".join(filter(None, (f"**{self.caption}**", "\n".join(lines), self.note))) + "\n"
@@ -55,7 +59,7 @@ class Table:
     def latex(self) -> str:
         """A table environment; needs the LaTeX package booktabs."""
         head, *body = (" & ".join(row) + r" \\" for row in self._cells(_latex))
-        align = "".join("r" if right else "l" for right in self._right())
+        align = "".join("r" if right else "l" for right in self.right())
         lines = [
             r"\begin{table}",
             r"\centering",
@@ -76,16 +80,35 @@ class Table:
         rows = [list(self.frame.columns), *self.frame.to_numpy().tolist()]
         return [[escaped(str(value)) for value in row] for row in rows]
 
-    def _right(self) -> list[bool]:
-        """Whether a column's texts are numbers."""
-        texts = ([t for t in self.frame[name] if t not in ("", "–")] for name in self.frame)
-        return [bool(some) and all(t[0] in "+−-<0123456789" for t in some) for some in texts]
+    def rows(self) -> list[list[str]]:
+        """The rows as a page sets them: numbers break before their brackets, not within them."""
+        right = self.right()
+        return [
+            [_unbroken(text) if held else text for text, held in zip(row, right, strict=True)]
+            for row in self._cells(str)[1:]
+        ]
+
+    def right(self) -> list[bool]:
+        """Which columns are set to the right: short numbers, whatever brackets follow them."""
+        return [
+            _numbers([t for t in self.frame[name] if t not in ("", "–")]) for name in self.frame
+        ]
 
     def __repr__(self) -> str:
         return f"Table({self.caption!r}, {len(self.frame)} rows)"
 
     def _repr_markdown_(self) -> str:
         return self.markdown()
+
+
+def _numbers(texts: list[str]) -> bool:
+    return bool(texts) and all(
+        re.match(r"[+−<-]?\s?[0-9]", t) and len(_BRACKETS.sub("", t)) < 24 for t in texts
+    )
+
+
+def _unbroken(text: str) -> str:
+    return _BRACKETS.sub(lambda found: found[0].replace(" ", "\u00a0"), text)
 
 
 def _latex(text: str) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from lib.figures import Table
 
@@ -50,21 +47,3 @@ class Numbers:
 
 
 Block = Heading | Prose | Picture | Numbers
-
-
-# "[2.49, 2.65]", "(9 of 10 learned)"
-_BRACKETS = re.compile(r"[\[(][^\])]*[\])]")
-
-
-def is_number(column: pd.Series) -> bool:
-    """Whether a column of a table is set to the right: short numbers, whatever brackets follow."""
-    texts = [str(v) for v in column if str(v) not in ("", "–")]
-    return bool(texts) and all(
-        re.match(r"[+−<-]?\s?[0-9]", t) and len(_BRACKETS.sub("", t)) < 24 for t in texts
-    )
-
-
-def cell(value: object, number: bool) -> str:
-    """A cell as it is set; one of numbers breaks before its brackets, not within them."""
-    text = str(value)
-    return _BRACKETS.sub(lambda m: m[0].replace(" ", "\u00a0"), text) if number else text

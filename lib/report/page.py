@@ -7,11 +7,10 @@ import html
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import mistune
 
-from lib.report.blocks import Block, Heading, Numbers, Picture, Prose, cell, is_number
+from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
 
 _CSS = Path(__file__).with_name("page.css")
 _markdown = mistune.create_markdown(escape=True, plugins=["table"])
@@ -66,18 +65,18 @@ def to_html(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
 def _table(block: Numbers, folded: bool) -> str:
     frame, note = block.table.frame, block.table.note
     kinds = []
-    for column in frame.columns:
+    for column, right in zip(frame.columns, block.table.right(), strict=True):
         longest = max((len(str(v)) for v in frame[column]), default=0)
-        kinds.append("number" if is_number(frame[column]) else "words" if longest > 40 else "")
+        kinds.append("number" if right else "words" if longest > 40 else "")
 
-    def line(tag: str, values: Iterable[Any]) -> str:
+    def line(tag: str, texts: Iterable[str]) -> str:
         inside = []
-        for value, kind in zip(values, kinds, strict=True):
+        for text, kind in zip(texts, kinds, strict=True):
             name = f' class="{kind}"' if kind else ""
-            inside.append(f"<{tag}{name}>{html.escape(cell(value, kind == 'number'))}</{tag}>")
+            inside.append(f"<{tag}{name}>{html.escape(text)}</{tag}>")
         return f"<tr>{''.join(inside)}</tr>"
 
-    rows = "\n".join(line("td", row) for row in frame.itertuples(index=False))
+    rows = "\n".join(line("td", row) for row in block.table.rows())
     below = f'<p class="note">{html.escape(note)}</p>' if note else ""
     said = f"<b>{html.escape(block.name)}.</b> {_inline(block.caption)}"
     table = (

@@ -9,7 +9,7 @@ from typing import Any
 import mistune
 import pandas as pd
 
-from lib.report.blocks import Block, Heading, Numbers, Picture, Prose, cell, is_number
+from lib.report.blocks import Block, Heading, Numbers, Picture, Prose
 
 _PAGE = 17.0, 17.0  # cm: width of the text, and the most a figure may take of its height
 _TALL = 7.0  # cm
@@ -68,13 +68,8 @@ def _table(block: Numbers) -> str:
     frame = block.table.frame
     wide = len(frame.columns)
     size = 8.2 if wide < 6 else 7.4 if wide < 8 else 6.6
-    numbers = [is_number(frame[c]) for c in frame.columns]
-    align = ", ".join("right" if number else "left" for number in numbers)
-    cells = [
-        _quoted(cell(value, number))
-        for row in frame.itertuples(index=False)
-        for value, number in zip(row, numbers, strict=True)
-    ]
+    align = ", ".join("right" if right else "left" for right in block.table.right())
+    cells = [_quoted(text) for row in block.table.rows() for text in row]
     said = [
         _quoted(f"{block.name}."),
         f"{{{_inline(block.caption)}}}",
