@@ -43,7 +43,8 @@ class Part:
 
     `decides` is what the verdict's rule speaks of, `shown` what is printed. A part that does not
     `count` is only listed, for instance one share of weights where the mean over them decides.
-    `margin` and `unit` where they are not the claim's own (log-ratios).
+    `margin` and `unit` where they are not the claim's own (log-ratios). `less_often`: A learned in
+    a smaller share of its runs than B, whatever those that did say.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Part:
     counts: bool = True
     margin: float | None = None
     unit: str = ""
+    less_often: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lib.claims.claim import NAN, Found, Measure, PaperValue, Part, corrected
-from lib.claims.learning import all_learned, learning
+from lib.claims.learning import all_learned, learned_share, learning
 from lib.config import Run
 from lib.results.reading import NoRuns, Runs, Source, Where, load, model_name, planned_runs, select
 from lib.stats import Interval, holm, paired_difference, t_interval, value_difference
@@ -68,7 +68,10 @@ def compared(
         said.append(f"{pair.mean:+.2f} points among them")
         interval, unit = paired_difference(log_a, log_b).interval, "% (log-ratio)"
         limit = 100 * margin / float(right[list(pair.seeds)].mean())
-    return Part(name, interval, interval, "; ".join(filter(None, said)), counts, limit, unit)
+    if less_often := failed and learned_share(a).share < learned_share(b).share:
+        said.append("the first learned less often")
+    note = "; ".join(filter(None, said))
+    return Part(name, interval, interval, note, counts, limit, unit, less_often)
 
 
 @dataclass(frozen=True)

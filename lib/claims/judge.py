@@ -39,8 +39,9 @@ RULE = (
     "claims on one experiment are adjusted by Holm, and 'reproduced' needs p < 0.05. Seeds that "
     "end at chance (error above 80 %, or a training loss of at least 98 % of guessing's) are in no "
     "mean; where some did, logarithms of the errors are compared among seeds that learned in both, "
-    "and the detail says how many learned. Parts, Holm and what failed seeds do are rules of "
-    "2026-11-24, that on the loss of 2026-11-25, after rows existed."
+    "and the detail says how many learned; a side that learned less often than the other has "
+    "nothing reproduced. Parts, Holm and what failed seeds do are rules of 2026-11-24, that on the "
+    "loss of 2026-11-25, that on learning less often of 2026-11-29, after rows existed."
 )
 
 _ORDER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_COMPARABLE, Verdict.REPRODUCED)
@@ -219,6 +220,11 @@ def _parts(
         limit = claim.rule.margin if part.margin is None else part.margin
         unit = part.unit or claim.rule.unit
         said = verdict(claim.rule.kind, part.decides, limit, source.profile)
+        needed = n_needed(claim.rule.kind, part.decides, limit)
+        if part.less_often and said == Verdict.REPRODUCED:
+            said = Verdict.INCONCLUSIVE
+        if part.less_often:
+            needed = None  # more seeds do not help
         if source.profile == "smoke":
             said = Verdict.NOT_COMPARABLE
         lines.append(
@@ -234,7 +240,7 @@ def _parts(
                 "verdict": str(said),
                 "decides": part.counts,
                 "note": part.note,
-                "needed": n_needed(claim.rule.kind, part.decides, limit),
+                "needed": needed,
                 "mean": part.decides.mean,
             }
         )

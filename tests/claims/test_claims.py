@@ -204,6 +204,22 @@ def test_a_run_that_failed_is_in_no_mean(judge: Judge, tmp_path: Path, lost: flo
     assert part["mean"] == pytest.approx(expected, abs=0.1)
 
 
+@pytest.mark.parametrize("loser", ["sparse_momentum", "deepr"])
+def test_a_side_that_learns_less_often_reproduces_nothing(judge: Judge, loser: str) -> None:
+    """The errors of its better seeds are a selection, though each of them is lower."""
+
+    def error(run: Run) -> float:
+        failed = run.method == loser and run.seed == 1 and run.density == 0.05
+        return 88.65 if failed else OWN[run.method] + 0.001 * run.seed
+
+    row = judge(error, "paper")["mnist_lower_than_others"]
+    ours = loser == "sparse_momentum"
+    assert row["ours_high"] < 0
+    assert row["verdict"] == ("inconclusive" if ours else "reproduced")
+    assert ("the first learned less often" in row["detail"]) == ours
+    assert "would need" not in row["detail"]
+
+
 def test_where_nothing_learned_there_is_no_verdict(judge: Judge) -> None:
     row = judge(lambda run: 88.65)["mnist_lower_than_others"]
     assert (row["verdict"], row["n"]) == ("inconclusive", 0)
