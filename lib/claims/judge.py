@@ -39,9 +39,8 @@ RULE = (
     "claims on one experiment are adjusted by Holm, and 'reproduced' needs p < 0.05. Seeds that "
     "end at chance (error above 80 %, or a training loss of at least 98 % of guessing's) are in no "
     "mean; where some did, logarithms of the errors are compared among seeds that learned in both, "
-    "and the detail says how many learned; a side that learned less often than the other has "
-    "nothing reproduced. Parts, Holm and what failed seeds do are rules of 2026-11-24, that on the "
-    "loss of 2026-11-25, that on learning less often of 2026-11-29, after rows existed."
+    "and a side that learned less often has nothing reproduced. The rules on parts, Holm and seeds "
+    "that fail are of 2026-11-24 to 29, after rows existed."
 )
 
 _ORDER = (Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_COMPARABLE, Verdict.REPRODUCED)
@@ -193,12 +192,17 @@ def _judged(claim: Claim, source: Source) -> _Judged:
         if all(needed):
             notes.append(f"would need n = {max(needed)}")
     unit = part.unit or claim.rule.unit
+    ours = f"{_number(claim, part.shown, unit)} {unit}"
+    if math.isnan(part.shown.mean):
+        ours = part.note or "–"
+    elif part.less_often:
+        ours += ", learning less often"
     limit = claim.rule.margin if part.margin is None else part.margin
     size = abs(part.decides.mean) / limit if limit else NAN
     if claim.rule.kind == "lower" and not math.isnan(size):
         notes.append(f"{size:.1f} times the margin")
     row |= {
-        "ours": f"{part.name and part.name + ': '}{_number(claim, part.shown, unit)} {unit}",
+        "ours": f"{part.name and part.name + ': '}{ours}",
         "n": part.shown.n,
         "verdict": str(said),
         "p": max((item["p"] for _, item in deciding), default=NAN),
