@@ -198,7 +198,7 @@ def _judged(claim: Claim, source: Source) -> _Judged:
     elif part.less_often:
         ours += ", learning less often"
     elif found.missing and {item["verdict"] for _, item in deciding} == {Verdict.REPRODUCED}:
-        ours += ", the others without rows"
+        ours += "; others: no rows yet"
     limit = claim.rule.margin if part.margin is None else part.margin
     size = abs(part.decides.mean) / limit if limit else NAN
     if claim.rule.kind == "lower" and not math.isnan(size):

@@ -31,7 +31,7 @@ RAW = "dsr_authors_raw_runs_wrn28-2_and_mnist"
 HEADLINES = "headline_and_speedup_claims"
 OTHERS = ("dsr", "set", "deepr")  # of the paper's MNIST and WRN-28-2 figures
 _ABSTRACT = "abstract, versions 1 and 2"
-_NOTES = "abstract, version 2, and public notes on the paper; its numbers are not public"
+_NOTES = "abstract, version 2; public notes on the paper"
 ROUNDING = 0.5  # per cent: what the rounding of a whole printed number allows
 
 

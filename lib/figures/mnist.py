@@ -101,7 +101,7 @@ def main_results(source: Source) -> Plot:
 
 
 def _wide(intervals: list[str]) -> str:
-    return f"Intervals wider than the panel: {'; '.join(intervals)}." if intervals else ""
+    return f"Intervals too wide to draw: {'; '.join(intervals)}." if intervals else ""
 
 
 @table("main_results_lenet300-100", "main_results")

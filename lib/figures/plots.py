@@ -244,7 +244,7 @@ def curves(
     standard_error. `level`: the key that is a horizontal line. `spread`: curves are moved apart by
     this share of x. Means of ours outside `limits` are arrows at the edge; what they are is
     returned, for the caption. `log`: a logarithmic scale of what was observed; an interval that is
-    wider than that is not drawn, and returned.
+    wider than that, or reaches zero, is not drawn, and returned.
     """
     keys = [key for key in LOOKS if key in set(rows[by]) and key != level]
     shift = {key: 1 + spread * (i - (len(keys) - 1) / 2) for i, key in enumerate(keys)}
@@ -254,7 +254,7 @@ def curves(
     inside = cells["mean"].between(*limits) if limits else cells["mean"].notna()
     every = [*own[y], *rows.loc[rows[by] == level, y], *(theirs[y] if theirs is not None else ())]
     ends = (min(every), max(every)) if log and every else (-math.inf, math.inf)
-    wide = (cells["low"] < ends[0]) & (cells["high"] > ends[1])
+    wide = (cells["low"] < ends[0]) & ((cells["high"] > ends[1]) | (log & (cells["low"] <= 0)))
     for key in keys:  # not by seaborn's lineplot: on a logarithmic axis its mean is the geometric
         look, mine = LOOKS[key], cells[(cells[by] == key) & inside].sort_values("x")
         ax.plot(mine["x"], mine["mean"], ls="-" if line else "none", color=look.colour,

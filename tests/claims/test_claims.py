@@ -187,7 +187,7 @@ def test_a_method_without_rows_leaves_the_claim_open(judge: Judge) -> None:
     row = judge(clear, keep=lambda run: run.method != "deepr")["mnist_lower_than_others"]
     assert row["verdict"] == "inconclusive" and row["detail"].startswith("DSR")
     assert "no rows yet: DeepR" in row["detail"]
-    assert row["ours"].endswith("points, the others without rows")
+    assert row["ours"].endswith("points; others: no rows yet")
 
 
 @pytest.mark.parametrize("lost", [None, 88.65])  # diverged; at chance
