@@ -287,7 +287,8 @@ def curves(
     return [
         *(f"{LOOKS[key].label} at {at:g}: {value:.3g}" for key, at, value in outside),
         *(
-            f"{LOOKS[r[by]].label} at {r[x]:g}: {r['low']:.3g} to {r['high']:.3g}"
+            f"{LOOKS[r[by]].label} at {r[x]:g}: "
+            + f"{r['low']:.3g} to {r['high']:.3g}".replace("-", "−")
             for r in cells[wide].to_dict("records")
         ),
     ]

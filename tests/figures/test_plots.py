@@ -82,10 +82,17 @@ def test_a_mean_outside_the_limits_is_an_arrow_and_named_without_its_bar(ax: Axe
     assert not any(low < 1 and high > 4 for low, high in bars_of(ax))
 
 
+def test_an_interval_that_reaches_zero_has_no_place_on_a_log_scale(ax: Axes) -> None:
+    rows = rows_of(set={1.0: [0.7, 0.9], 2.0: [2.0, 2.1, 2.2]})
+    assert curves(ax, rows, "weights", log=True) == ["SET at 1: −0.471 to 2.07"]
+    assert len(bars_of(ax)) == 1
+
+
 def test_an_interval_wider_than_what_was_observed_is_named_and_not_drawn(ax: Axes) -> None:
     rows = rows_of(set={1.0: [8.0, 11.0, 79.0], 2.0: [2.0, 2.1, 2.2]})
     low, high = t_interval([8.0, 11.0, 79.0])[1:3]
-    assert curves(ax, rows, "weights", log=True) == [f"SET at 1: {low:.3g} to {high:.3g}"]
+    said = f"SET at 1: −{-low:.3g} to {high:.3g}"
+    assert curves(ax, rows, "weights", log=True) == [said]
     assert all(bar[1] < 79 for bar in bars_of(ax)) and ax.get_ylim()[0] > 1
     assert line_of(ax, "set")[0] == [1.0, 2.0] and 79.0 in seeds_of(ax)
     curves(
