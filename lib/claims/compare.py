@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lib.claims.claim import NAN, Found, Measure, PaperValue, Part, corrected
-from lib.claims.learning import all_learned, learned_share, learning
+from lib.claims.learning import all_learned, learning, less_often
 from lib.config import Run
 from lib.results.reading import NoRuns, Runs, Source, Where, load, model_name, planned_runs, select
 from lib.stats import Interval, holm, paired_difference, t_interval, value_difference
@@ -68,10 +68,10 @@ def compared(
         said.append(f"{pair.mean:+.2f} points among them")
         interval, unit = paired_difference(log_a, log_b).interval, "% (log-ratio)"
         limit = 100 * margin / float(right[list(pair.seeds)].mean())
-    if less_often := failed and learned_share(a).share < learned_share(b).share:
+    if rarer := less_often(a, b):
         said.append("the first learned less often")
     note = "; ".join(filter(None, said))
-    return Part(name, interval, interval, note, counts, limit, unit, less_often)
+    return Part(name, interval, interval, note, counts, limit, unit, rarer)
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,8 @@ class Reduction(Measure):
         if by_seed.empty:
             return Found(tuple(listed), runs, ("all of them",), "; ".join(filter(None, said)))
         shown = t_interval(by_seed)
-        one = Part("", _off(shown, papers.get("")), shown)
+        rarer = less_often(a, *sides.values())
+        one = Part("", _off(shown, papers.get("")), shown, less_often=rarer)
         return Found((one, *listed), runs, note="; ".join(filter(None, said)))
 
     def _wide(self, runs: Runs) -> pd.DataFrame:

@@ -227,10 +227,9 @@ def _parts(
         unit = part.unit or claim.rule.unit
         said = verdict(claim.rule.kind, part.decides, limit, source.profile)
         needed = n_needed(claim.rule.kind, part.decides, limit)
-        if part.less_often and said == Verdict.REPRODUCED:
-            said = Verdict.INCONCLUSIVE
         if part.less_often:
             needed = None  # more seeds do not help
+            said = Verdict.INCONCLUSIVE if said == Verdict.REPRODUCED else said
         if source.profile == "smoke":
             said = Verdict.NOT_COMPARABLE
         lines.append(

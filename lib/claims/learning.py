@@ -57,6 +57,11 @@ def all_learned(*sides: Runs) -> bool:
     return all(share.k == share.n for share in map(learned_share, sides))
 
 
+def less_often(one: Runs, *others: Runs) -> bool:
+    """Whether a smaller share of the first's finished runs learned than of one of the others'."""
+    return any(learned_share(one).share < learned_share(other).share for other in others)
+
+
 def share_text(share: Share) -> str:
     """ "7 of 10 [40, 89 %]": k of n with Wilson's interval."""
     if not share.n:

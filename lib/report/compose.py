@@ -74,7 +74,10 @@ def _parts(cells: dict[str, Cells]) -> dict[str, Any]:
         "lenet5_starts": cells["initial_densities"].of(model="lenet5"),
         "alexnet": cells["cifar10_table"].of(model="alexnet-s"),
         "mnist_parts": cells["ablations"].of(
-            model="lenet300-100", redistribution=["momentum", "none"], growth=["momentum", "random"]
+            dataset="mnist",
+            model="lenet300-100",
+            redistribution=["momentum", "none"],
+            growth=["momentum", "random"],
         ),
         "full": rules("momentum", "momentum"),
         "unshared": rules("none", "momentum"),
