@@ -1,0 +1,158 @@
+"""Rows of an experiment as one DataFrame, and two cells of it set against each other by seed.
+
+A row is one run: the fields of `lib.config.Run` as planned, and what came out of it.  Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib import experiments
+from lib.paths import REPO
+from lib.results.stats import Interval, t_interval
+
+GUESSING = {"mnist": np.log(10), "cifar10": np.log(10), "imagenet": np.log(1000)}  # nats
+_NUMBERS = ("test_error_pct", "val_error_pct", "train_loss", "prune_rate", "update_every_steps")
+
+
+def planned(experiment: str, profile: str, **knobs: Iterable[Any]) -> pd.DataFrame:
+    """The grid: one row per planned run, with its run_id.
+
+    A knob replaces a field of every run by these values (`density=[0.01, 0.1]`); an empty one
+    leaves the grid as it is.  Raises ValueError for an unknown experiment, profile or field.
+    """
+    runs = experiments.runs(experiment, profile)
+    for name, values in knobs.items():
+        if values := list(values):
+            runs = [replace(run, **{name: value}) for run in runs for value in values]
+    columns = ["run_id", *experiments.Run.__dataclass_fields__]
+    return pd.DataFrame(
+        [{"run_id": r.run_id, **vars(r)} for r in dict.fromkeys(runs)], columns=columns
+    )
+
+
+def load(
+    experiment: str,
+    profile: str,
+    results: str | Path = "",
+    grid: pd.DataFrame | None = None,
+    **where: Any,
+) -> pd.DataFrame:
+    """The runs of the grid that are done: fields of the run, its results, and `learned`.
+
+    Errors in %, losses in nats, times in s.  `learned` is false for a run that diverged or ended
+    at chance: an error above 80 %, or a loss of at least 98 % of that of guessing.  `grid`: by
+    default that of the experiment.  `where` as in `select`.  An experiment without a file has no
+    rows.
+    """
+    grid = planned(experiment, profile) if grid is None else grid
+    file = Path(results or REPO / "results") / profile / f"{experiment}.csv"
+    if not file.exists():
+        return grid.iloc[:0].assign(test_error_pct=0.0, learned=True)
+    found = pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(_NUMBERS, ""))
+    outcome = [name for name in found if name not in grid or name == "run_id"]
+    rows = grid.merge(found[outcome], on="run_id")
+    chance = (rows.test_error_pct > 80) | (rows.train_loss >= 0.98 * rows.dataset.map(GUESSING))
+    return select(rows.assign(learned=(rows.status == "ok") & ~chance), **where)
+
+
+def select(rows: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    """The rows with these values; a list means any of them.  KeyError for an unknown column."""
+    chosen = np.ones(len(rows), bool)
+    for name, wanted in where.items():
+        wanted = wanted if isinstance(wanted, list) else [wanted]
+        chosen &= np.array([value in wanted for value in rows[name]], bool)
+    return rows[chosen]
+
+
+def by_seed(rows: pd.DataFrame, over: str = "", log: bool = False) -> pd.Series:
+    """Test error in % (or 100 times its logarithm) by seed, of runs that learned.
+
+    With `over` the mean over its values, NaN for a seed that lacks one or did not learn there.
+    Raises ValueError where two runs share a seed: select more.
+    """
+    error = rows.test_error_pct.where(rows.learned)
+    rows = rows.assign(value=100 * np.log(error) if log else error)
+    return rows.pivot(index="seed", columns=over or "dataset", values="value").mean(
+        axis=1, skipna=False
+    )
+
+
+def paired(
+    rows: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], over: str = ""
+) -> pd.Series:
+    """Error of cell A minus that of cell B in points, by seed, of seeds that learned in both."""
+    one, other = _sides(rows, a, b, over)
+    return (by_seed(one, over) - by_seed(other, over)).dropna()
+
+
+def minus(
+    rows: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], over: str = ""
+) -> Interval | None:
+    """A minus B as the claims compare them: in points, or as a log-ratio in % where a run of either
+    side failed; None where a side has no rows.  `rarer`: A learned less often than B.
+    """
+    one, other = _sides(rows, a, b, over)
+    if one.empty or other.empty:
+        return None
+    points = (by_seed(one, over) - by_seed(other, over)).dropna()
+    if one.learned.all() and other.learned.all():
+        return t_interval(points) if len(points) else None
+    logs = (by_seed(one, over, log=True) - by_seed(other, over, log=True)).dropna()
+    per_point = 100 / by_seed(other, over)[points.index].mean() if len(points) else 1.0
+    rarer = bool(one.learned.mean() < other.learned.mean())
+    return t_interval(logs)._replace(unit="% (log-ratio)", scale=per_point, rarer=rarer)
+
+
+def _sides(
+    rows: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], over: str
+) -> list[pd.DataFrame]:
+    """The rows of A and of B; with `over` those at values that both have."""
+    sides = [select(rows, **a), select(rows, **b)]
+    if not over:
+        return sides
+    both = set(sides[0][over]) & set(sides[1][over])
+    return [side[side[over].isin(both)] for side in sides]
+
+
+def published(table: str, **where: Any) -> pd.DataFrame:
+    """Rows of results/published/<table>.csv: test_error_pct, standard_error (%), n, suspect, ..."""
+    return select(pd.read_csv(REPO / "results" / "published" / f"{table}.csv"), **where)
+
+
+def missing(grid: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """How many runs of the grid have no row, and how long they take on one core, by the mean of the
+    done runs of the same network; "" where nothing is missing.
+    """
+    left = grid[~grid.run_id.isin(rows.run_id)]
+    if left.empty:
+        return ""
+    like = rows.groupby("model").train_seconds.mean() if len(rows) else pd.Series(dtype=float)
+    hours = left.model.map(like).astype(float) / 3600
+    text = f"{len(left)} of {len(grid)} runs are missing"
+    if hours.notna().any():
+        text += f"; {hours.notna().sum()} of them take {hours.sum():.1f} hours on one core"
+    if hours.isna().any():
+        unknown = left.model[hours.isna()]
+        text += f"; no run tells how long {len(unknown)} take ({', '.join(unknown.unique())})"
+    return text + "."
+
+
+def scale(rows: pd.DataFrame) -> str:
+    """Profile, epochs, seeds in a cell, runs and hardware of these rows, in one line."""
+    if rows.empty:
+        return "No runs yet."
+    fields = [name for name in experiments.Run.__dataclass_fields__ if name != "seed"]
+    cells = rows.groupby(fields).seed.nunique()
+    span = lambda v: f"{min(v)}" if min(v) == max(v) else f"{min(v)} to {max(v)}"  # noqa: E731
+    profile = rows.profile.iloc[0] + ("" if rows.profile.iloc[0] == "paper" else " (reduced scale)")
+    devices = " and ".join(sorted(set(rows.device)))
+    size = f"{span(rows.epochs)} epochs, {span(cells)} seeds, {len(rows)} runs"
+    return f"Profile {profile}: {size}, {devices}."
