@@ -282,6 +282,24 @@ _ALL_RULES = (
 _TWO_BY_TWO = (["momentum", "none"], ["momentum", "random"])  # the paper's ablation
 
 
+def _mechanism(
+    scale: Block, seeds: int, densities: list[float], growth: list[str]
+) -> tuple[Block, ...]:
+    """Start x redistribution x growth, all combinations."""
+    here: Block = {**scale, "init": _STARTS, "redistribution": ["none", "momentum"]}
+    return ({**here, "growth": growth, "density": densities, "seeds": seeds},)
+
+
+def _tuned(
+    scale: Block, seeds: int, densities: list[float], periods: list[int], rates: list[float]
+) -> tuple[Block, ...]:
+    """SET, DSR and RigL: prune rates, and mini-batches between two updates of the masks (0: an
+    epoch).
+    """
+    here: Block = {**scale, "method": ["set", "dsr", "rigl"], "density": densities}
+    return ({**here, "update_every_steps": periods, "prune_rate": rates, "seeds": seeds},)
+
+
 def _sensitivity(
     scale: Block, seeds: int, rates: list[float], momenta: list[float]
 ) -> tuple[Block, ...]:
@@ -292,10 +310,14 @@ def _sensitivity(
     )
 
 
-def _effective_step(scale: Block, seeds: int) -> tuple[Block, ...]:
-    """Two momenta at lr / (1 - momentum), the step along a gradient that stays, of 1 and of 10."""
+_STEPS = ((0.9, 0.1), (0.99, 0.01), (0.9, 1.0), (0.99, 0.1))
+
+
+def _effective_step(
+    scale: Block, seeds: int, settings: Sequence[tuple[float, float]] = _STEPS
+) -> tuple[Block, ...]:
+    """Momenta and rates: lr / (1 - momentum), the step along a gradient that stays, is 1 or 10."""
     methods: tuple[Block, ...] = ({}, {"method": "dense", "density": 1.0})
-    settings = ((0.9, 0.1), (0.99, 0.01), (0.9, 1.0), (0.99, 0.1))
     return tuple(
         {**scale, **method, "momentum": momentum, "lr": lr, "seeds": seeds}
         for method in methods
@@ -437,6 +459,7 @@ CIFAR10_TABLE = {
 _SMALL_TABLE = {"alexnet-s": 0.10, "wrn-10-1": 0.10}
 _NARROW = "wrn-10-1"
 _ONE_OF_TABLE = {"alexnet-s": 0.10}
+_SHARES = [0.01, 0.02, 0.03, 0.04, 0.05, 0.10]
 
 EXPERIMENTS: dict[str, Experiment] = {
     "main_results": Experiment(
@@ -445,7 +468,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         blocks={
             "smoke": _curve(_MNIST["smoke"], 2, [0.05, 0.10]),
             "quick": _curve(_MNIST["quick"], 3, [0.01, 0.02, 0.05, 0.10]),
-            "paper": _curve({}, 10, [0.01, 0.02, 0.03, 0.04, 0.05, 0.10]),
+            # RigL, and the control of every later paper: a dense network of as many weights
+            "paper": (
+                *_curve({}, 10, _SHARES),
+                {"method": ["rigl", "small_dense"], "density": _SHARES, "seeds": 10},
+            ),
         },
     ),
     # The uniform runs are those of the curve and of the comparison with the literature.
@@ -486,6 +513,17 @@ EXPERIMENTS: dict[str, Experiment] = {
             "paper": (
                 *_trainability({**_LENET5["paper"], "epochs": 10}, 20, [0.004, 0.01]),
                 *_late_collapse({**_LENET5["paper"], "epochs": 10}, 20),
+                # twenty more seeds of its four arms (decided on 2026-11-30, before their rows)
+                *_late_collapse({**_LENET5["paper"], "epochs": 10}, 40)[:4],
+                # the official code's arithmetic in place of ours, nothing else changed
+                {
+                    **_LENET5["paper"],
+                    **READINGS["official"],
+                    "epochs": 10,
+                    "schedule": "constant",
+                    "density": [0.004, 0.01, 0.05],
+                    "seeds": 20,
+                },
             ),
         },
     ),
@@ -527,7 +565,15 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_cifar_table("hours", _ONE_OF_TABLE),
                 _alexnet(method=[*_OTHERS, "rigl"]),
             ),
-            "paper": _cifar_table("paper", CIFAR10_TABLE),
+            "paper": (
+                *_cifar_table("paper", CIFAR10_TABLE),
+                {
+                    **_cifar("paper", "alexnet-s"),
+                    "method": ["rigl", "set", "static"],
+                    "density": 0.1,
+                    "seeds": 1,
+                },
+            ),
         },
     ),
     # Rule, written before the rows: the reduced length is a reason for errors above the published
@@ -593,6 +639,25 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
         },
     ),
+    # Which part of the method is what another start, or another rule, gives as well?
+    "mechanism": Experiment(
+        title="Start, redistribution and growth: what does each give?",
+        notebook="02_ablations",
+        blocks={
+            "smoke": _mechanism(_MNIST["smoke"], 2, [0.05], ["momentum"]),
+            "paper": _mechanism({}, 20, [0.01, 0.02, 0.05], ["random", "gradient", "momentum"]),
+        },
+    ),
+    # Rule, written before the rows: of each method and share of weights the setting of the lowest
+    # mean validation error over three seeds is taken, and its test error over ten is compared.
+    "tuned_baselines": Experiment(
+        title="Do the baselines err less when their own settings are tuned?",
+        notebook="01_main_results",
+        blocks={
+            "smoke": _tuned(_MNIST["smoke"], 1, [0.05], [20, 60], [0.2]),
+            "paper": _tuned({}, 3, [0.01, 0.05], [100, 300, 0], [0.1, 0.2, 0.4]),
+        },
+    ),
     # 540 steps are an epoch of the other profiles; one of `smoke` has 60.
     "official_readings": Experiment(
         title="Does the official code's reading of the algorithm explain a difference?",
@@ -654,7 +719,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         blocks={
             "smoke": _sensitivity(_MNIST["smoke"], 2, [0.2, 0.5], [0.5, 0.9]),
             "quick": _sensitivity(_MNIST["quick"], 3, [0.2, 0.5, 0.7], [0.5, 0.9, 0.99]),
-            "hours": (_alexnet(prune_rate=[0.2, 0.5]), _alexnet(momentum=[0.5, 0.9, 0.95])),
+            "hours": (
+                _alexnet(prune_rate=[0.2, 0.5]),
+                _alexnet(momentum=[0.5, 0.9, 0.95]),
+                _alexnet(momentum=0.7, lr=0.3),
+            ),
             "paper": tuple(
                 block
                 for scale in (
@@ -679,7 +748,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         blocks={
             "smoke": _effective_step(_MNIST["smoke"], 2),
             "quick": _effective_step(_MNIST["quick"], 3),
-            "paper": _effective_step({}, 10),
+            "paper": _effective_step({}, 10, (*_STEPS, (0.5, 0.5), (0.7, 0.3))),
         },
     ),
     "speedups": Experiment(
@@ -749,6 +818,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         blocks={
             "smoke": _dense_layers("smoke", ["alexnet-s"], [0.1]),
             "quick": _dense_layers("quick", ["alexnet-s"], [0.1]),
+            "hours": _dense_layers("hours", ["alexnet-s"], [0.1]),
             "paper": _dense_layers("paper", KEPT_DENSE, [0.05, 0.1]),
         },
     ),

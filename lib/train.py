@@ -24,7 +24,7 @@ from lib import data as datasets
 from lib.config import Run
 from lib.engines.base import Engine, Task
 from lib.engines.choice import choose, memory_format
-from lib.masking import DivergenceError, LayerReport
+from lib.masking import EVERY_STEP, DivergenceError, LayerReport
 from lib.models import layer_flops
 from lib.training import checkpoint as checkpoints
 from lib.training import start
@@ -125,6 +125,7 @@ class TrainingLoop:
         self.masking = start.masking(
             run, self.model, self.optimizer, self.schedule.total_steps, masks
         )
+        self._explore()
         self.flops = RelativeFlops(
             layer_flops(self.model, self.data.train_x.shape[1:]),
             {name: mask.numel() for name, mask in self.masking.masks.items()},
@@ -199,6 +200,8 @@ class TrainingLoop:
             self.optimizer.param_groups[0]["lr"] = lr
         loss = self.engine.step(index, schedule.until_update(state.step))
         state.step += 1
+        if run.method in EVERY_STEP:
+            self._explore()
         every = run.update_every_steps  # 0: at the end of the epoch, after validation
         if every and state.step % every == 0 and state.step < schedule.total_steps:
             self.update_masks()
@@ -241,8 +244,15 @@ class TrainingLoop:
         """Prune, redistribute, grow (lib/masking.py)."""
         self.engine.write_back()
         report = self.masking.update()
+        self._explore()
         self.state.report = [tuple(line) for line in report]
         self.engine.follow(report)
+
+    def _explore(self) -> None:
+        """Remember which weights were ever active."""
+        ever = self.state.explored
+        for name, mask in self.masking.masks.items():
+            ever[name] = ever[name] | mask if name in ever else mask.clone()
 
     def use(self, engine: Callable[[Task], Engine]) -> None:
         """From now on compute by another engine."""
@@ -313,6 +323,8 @@ class TrainingLoop:
             done.weights_active = sum(masking.active().values()) + kept_dense
             done.train_flops_rel = state.flops_sum / state.step
             done.inference_flops_rel = self.flops.inference(masking.active())
+            if ever := state.explored.values():
+                done.explored = sum(int(m.sum()) for m in ever) / masking.weights_total
         return done
 
     def train_flops_rel(self, active: dict[str, int]) -> float:

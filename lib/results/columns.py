@@ -48,6 +48,7 @@ COLUMNS: dict[str, type] = {
     "steps": int,
     "train_flops_rel": float,
     "inference_flops_rel": float,
+    "explored": float,
     "train_seconds": float,
     "threads": int,
     "kernels": str,
@@ -105,6 +106,7 @@ NULLABLE = frozenset(
         "weights_active",
         "train_flops_rel",
         "inference_flops_rel",
+        "explored",
         "momentum_share",
         "dirty",
     }
@@ -136,6 +138,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "val_error_pct": (0, 100),
     "density": (0, 1),
     "density_final": (0, 1),
+    "explored": (0, 1),
     "prune_rate": (0, 1),
 }
 MAX_INT = 2**63 - 1

@@ -13,7 +13,8 @@ class Outcome:
     `curves`, `layers` and `measures` are rows of the other files (lib/results/store.py). FLOPs are
     relative to the dense network's: inference with the final densities; training as the mean over
     all steps of forward, input-gradient and weight-gradient products, the weight gradient counted
-    densely in the steps whose growth rule reads it (RigL, appendix H). `kernels` is the name of
+    densely in the steps whose growth rule reads it (RigL, appendix H). `explored` is the share of
+    the maskable weights that was active at any time (Liu et al. 2021). `kernels` is the name of
     the engine that computed the run.
     """
 
@@ -27,6 +28,7 @@ class Outcome:
     steps: int = 0
     train_flops_rel: float | None = None
     inference_flops_rel: float | None = None
+    explored: float | None = None
     train_seconds: float = 0.0
     kernels: str = "torch"
     data_sha256: str = ""

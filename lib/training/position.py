@@ -29,6 +29,7 @@ class State:
     curves: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     report: list[tuple[Any, ...]] = field(default_factory=list)
+    explored: dict[str, Tensor] = field(default_factory=dict)  # weights that were ever active
     observed: dict[str, list[float]] = field(default_factory=dict)  # what a measure collects
 
 
