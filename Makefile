@@ -37,12 +37,12 @@ REQUIREMENTS := awk '/^  - pip:/ {pip = 1; next} pip && /^      - / {print $$2}'
 # `from lib import Masking` in any folder: the package as it stands here.
 EDITABLE := $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 
-PHONY := help env requirements runs notebooks figures report verdict reproduce status test lint \
+PHONY := help env requirements runs notebooks figures report verdict reproduce compare status test lint \
 	format bench lab clean check-python build-venv build-conda
 .PHONY: $(PHONY)
 
 ##@ Reproduce
-reproduce: env runs notebooks figures report verdict ## everything: environment, runs, notebooks, figures, report, verdict table
+reproduce: env runs $(if $(RESULTS),compare,notebooks figures report verdict) ## everything: environment, runs, notebooks, figures, report, verdict table
 
 env: ## create or update the environment from environment.yml (instant when it is up to date)
 ifdef READY
@@ -53,7 +53,7 @@ else
 endif
 
 runs: env ## train what is missing of PROFILE
-	$(PYTHON) -m lib run all --profile $(PROFILE)
+	$(PYTHON) -m lib run all --profile $(PROFILE) $(if $(RESULTS),--results $(RESULTS))
 
 notebooks: env ## execute the notebooks into results/PROFILE/notebooks
 	$(PYTHON) -m lib notebooks --profile $(PROFILE)
@@ -66,6 +66,9 @@ report: env ## build figures/report.pdf and figures/report.html from the saved r
 
 verdict: env ## print each claim: paper's value, ours with interval and n, verdict
 	$(PYTHON) -m lib verdict --profile $(PROFILE)
+
+compare: env ## set the rows in RESULTS beside the committed ones, cell by cell
+	$(PYTHON) -m lib compare --profile $(PROFILE) --results $(RESULTS)
 
 status: env ## say what is done, what is missing and how long the rest takes
 	$(PYTHON) -m lib status --profile $(PROFILE)
@@ -108,6 +111,7 @@ help: ## explain the targets (default)
 	@echo
 	@echo 'Variables'
 	@echo '  DATA_ROOT     folder of MNIST and CIFAR-10 (data/; downloaded when absent)'
+	@echo '  RESULTS       train everything anew into this folder and compare (make reproduce)'
 	@echo '  PYTHON        use this interpreter and create no environment'
 	@echo '  CONDA         conda, mamba or micromamba to use; empty for .venv and pip'
 

@@ -33,7 +33,17 @@ ADVICE = {
 
 
 ASCII = str.maketrans({"−": "-", "–": "-", "±": "+-", "×": "x", "≥": ">=", "≤": "<="})
-COMMANDS = ("run", "merge", "status", "notebooks", "figures", "report", "verdict", "bench")
+COMMANDS = (
+    "run",
+    "merge",
+    "status",
+    "notebooks",
+    "figures",
+    "report",
+    "verdict",
+    "compare",
+    "bench",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,6 +174,15 @@ def verdict(options: argparse.Namespace) -> None:
         print("--all: also claims without rows, the other tables, and the rule of the verdicts")
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Set the rows under --results beside the committed ones, cell by cell."""
+    from lib.results.compare import compare as cells
+
+    found = cells(options.profile, options.results)
+    print(found.to_string(index=False, float_format="%.2f"))
+    print(", ".join(f"{n} cells: {said}" for said, n in found.said.value_counts().items()))
+
+
 def bench(options: argparse.Namespace) -> None:
     """Measure the training speed: against a conventional script, and against the machine."""
     from lib.bench.speed import bench as measure
@@ -241,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     add(report)
     command = add(verdict)
     command.add_argument("--all", action="store_true", help="every table, not only the first")
+    add(compare)
     command = add(bench)
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
     command.add_argument("--only", action="append", default=[], metavar="TOPIC", help="one topic")
