@@ -85,6 +85,7 @@ lint: env ## check format and style with ruff and the types of lib/ with mypy
 format: env ## format the code and repair what ruff can repair
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m lib.lab
 
 bench: env ## measure the training speed against a conventional DataLoader script
 	$(PYTHON) -m lib bench
@@ -92,8 +93,10 @@ bench: env ## measure the training speed against a conventional DataLoader scrip
 soak: env ## kill, misuse and wear out everything for up to 20 minutes, into results/bench/soak.csv
 	$(PYTHON) -m tests.soak --csv results/bench/soak.csv $(ARGS)
 
-lab: env ## open the notebooks in JupyterLab
-	$(PYTHON) -m jupyterlab notebooks
+lab: env ## open the notebooks in JupyterLab; saving one keeps it as it is committed, without outputs
+	$(PYTHON) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+		--ContentsManager.pre_save_hook=lib.lab.without_outputs \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 requirements: ## print the pip requirements of environment.yml
 	@$(REQUIREMENTS) environment.yml
