@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Collect the rows of run CSVs (of shards, say) in one; identical rows are kept once."""
-    from lib.results.merge import merge as merge_csvs
+    from lib.results.store import merge as merge_csvs
 
     added = merge_csvs(options.sources, options.target)
     print(f"{options.target}: {added} runs added from {len(options.sources)} files")

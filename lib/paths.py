@@ -1,15 +1,22 @@
-"""Every path of the repository, in one place.
+"""Every path of the repository, in one place; files that survive a kill, locks.
 
 The environment is read when a function is called, never at import, so that a test or a notebook
 can point somewhere else.  A relative path in an environment variable counts from the repository
 root, not from the working directory: notebooks run in another directory than `make`.
-No function creates a directory; whoever writes does.
+No function that names a path creates it; whoever writes does.
+
+What is created here may be shared by all who may write into its folder, whatever the umask.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -67,3 +74,82 @@ def _name(what: str, value: str) -> str:
             "for instance 'quick'."
         )
     return value
+
+
+@contextlib.contextmanager
+def locked(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of this name; false where, without `wait`, another process has it.
+
+    The kernel lets go of it when the process dies.  (filelock opens for writing what a second user
+    may only read.)  Raises OSError with the way out on a file system without locks.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fd = _lock_file(file)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            reason = f"{error.strerror}: name folders on a local disk, with --results and "
+            raise OSError(error.errno, f"{reason}CHECKPOINT_ROOT", str(file)) from error
+        yield True
+    finally:
+        os.close(fd)
+
+
+def _lock_file(file: Path) -> int:
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        with contextlib.suppress(PermissionError):
+            return os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+        return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    _share(file)
+    return fd
+
+
+def append(file: Path, data: bytes) -> None:
+    """Add bytes to a file, on the disk when this returns; a kill leaves a part of them."""
+    new = not file.exists()
+    with open(file, "ab") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
+    if new:
+        _share(file)
+        _sync(file.parent)
+
+
+def write(file: Path, data: bytes) -> None:
+    """Put a file with these bytes in place in one step, on the disk when this returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # a name that nobody can foresee, and no link that waits there
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as new:
+        try:
+            new.write(data)
+            new.flush()
+            os.fsync(new.fileno())
+            _share(Path(new.name))
+            os.replace(new.name, file)
+        except BaseException:
+            os.unlink(new.name)
+            raise
+    _sync(file.parent)
+
+
+def _share(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot do this for folders
+            raise
+    finally:
+        os.close(fd)

@@ -57,11 +57,11 @@ RESUMED = ("perceptron/sparse_momentum", "torch/deepr", "sparse/rigl")
 
 
 def planned() -> pd.DataFrame:
-    """Experiment, profile, number of planned runs, and a hash of their ids in order."""
+    """Experiment, profile, number of planned runs, and a hash of their ids."""
     rows = []
     for name in experiments.EXPERIMENTS:
         for profile in experiments.PROFILES:
-            ids = [run.run_id for run in experiments.runs(name, profile)]
+            ids = sorted(run.run_id for run in experiments.runs(name, profile))
             if ids and name not in NOT_PINNED:
                 digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
                 rows.append((name, profile, len(ids), digest))

@@ -20,7 +20,6 @@ from lib.results.reading import (
     interval_text,
     load,
 )
-from lib.results.store import curves_path
 from lib.stats import Interval, Share, fisher, holm, share_difference, t_interval, wilson
 
 EXPERIMENT = "trainability"
@@ -85,7 +84,7 @@ def learning(*sides: Runs) -> str:
 def collapsed(runs: Runs) -> int:
     """How many runs that are at chance at the end, or diverged, had been below it (validation)."""
     lost = pd.concat([runs.rows[at_chance(runs.rows)], runs.diverged])
-    if lost.empty or not curves_path(runs.csv).exists():
+    if lost.empty:
         return 0
     curves = replace(runs, rows=lost).curves()
     best = curves.groupby("run_id")["val_error_pct"].min()

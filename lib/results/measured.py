@@ -39,7 +39,7 @@ def measures(runs: Runs, measure: str) -> pd.DataFrame:
     the finished runs was measured.
     """
     runs.needed()
-    rows = results.read_measures(runs.csv, runs=runs.rows)
+    rows = results.read_measures(runs.csv.parent, runs=runs.rows)
     rows = rows[rows["measure"] == measure]
     if rows.empty:
         raise NoRuns(

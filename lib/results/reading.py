@@ -175,12 +175,12 @@ class Runs:
 
     def curves(self) -> pd.DataFrame:
         """Per-epoch values of the finished runs (CURVE_COLUMNS of lib/results/store.py)."""
-        table = _curves(self.csv, _version_of(results.curves_path(self.csv)))
+        table = _curves(self.csv.parent, _version_of(self.csv.parent))
         return _of(table, set(self.rows["run_id"]))
 
     def layers(self) -> pd.DataFrame:
         """Per-layer values of the finished runs (LAYER_COLUMNS of lib/results/store.py)."""
-        table = _layers(self.csv, _version_of(results.layers_path(self.csv)))
+        table = _layers(self.csv.parent, _version_of(self.csv.parent))
         return _of(table, set(self.rows["run_id"]))
 
     def by_seed(self, value: str = "test_error_pct", **wanted: Any) -> pd.Series:
@@ -262,7 +262,7 @@ def load(experiment: str, source: Source, **wanted: Any) -> Runs:
     """
     csv = source.csv(experiment)
     planned = planned_runs(experiment, source.profile)
-    rows = _sorted_rows(csv, _version_of(csv))
+    rows = _sorted_rows(csv.parent, _version_of(csv.parent))
     ok = rows["status"] == "ok"
     runs = Runs(experiment, source.profile, csv, planned, rows[ok], rows[~ok])
     return runs.only(select(planned, **wanted))
@@ -273,16 +273,13 @@ def planned_runs(experiment: str, profile: str) -> tuple[Run, ...]:
     return _planned(experiment, profile, id(experiments.EXPERIMENTS.get(experiment)))
 
 
-# A figure and a dozen claims ask for the same grid and file: built and read once, and read again
-# when the file was replaced (writers put a new file in place, lib/results/store.py).
+# A figure and a dozen claims ask for the same grid and files: built and read once, and read again
+# when a file has changed. A run is in the file of one experiment of the profile.
 
 
-def _version_of(file: Path) -> tuple[int, int, int]:
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return 0, 0, 0
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _version_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    found = [(path.name, path.stat()) for path in sorted(folder.glob("*.csv"))]
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in found)
 
 
 @functools.lru_cache(maxsize=64)
@@ -291,9 +288,9 @@ def _planned(experiment: str, profile: str, _version: int) -> tuple[Run, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _sorted_rows(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
+def _sorted_rows(folder: Path, _version: object) -> pd.DataFrame:
     order = {name: i for i, name in enumerate(METHOD_NAMES)}
-    return results.read_runs(csv).sort_values(
+    return results.read_runs(folder).sort_values(
         ["dataset", "model", "method", "density", "seed", "run_id"],
         key=lambda column: column.map(order) if column.name == "method" else column,
         ignore_index=True,
@@ -301,13 +298,13 @@ def _sorted_rows(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
 
 
 @functools.lru_cache(maxsize=4)
-def _curves(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
-    return results.read_curves(csv)
+def _curves(folder: Path, _version: object) -> pd.DataFrame:
+    return results.read_curves(folder)
 
 
 @functools.lru_cache(maxsize=4)
-def _layers(csv: Path, _version: tuple[int, int, int]) -> pd.DataFrame:
-    return results.read_layers(csv)
+def _layers(folder: Path, _version: object) -> pd.DataFrame:
+    return results.read_layers(folder)
 
 
 @functools.cache

@@ -17,9 +17,9 @@ import pandas as pd
 from lib import experiments
 from lib.paths import REPO
 from lib.results.stats import Interval, t_interval
+from lib.results.store import read_runs
 
 GUESSING = {"mnist": np.log(10), "cifar10": np.log(10), "imagenet": np.log(1000)}  # nats
-_NUMBERS = ("test_error_pct", "val_error_pct", "train_loss", "prune_rate", "update_every_steps")
 
 
 def planned(experiment: str, profile: str, **knobs: Iterable[Any]) -> pd.DataFrame:
@@ -49,14 +49,11 @@ def load(
 
     Errors in %, losses in nats, times in s.  `learned` is false for a run that diverged or ended
     at chance: an error above 80 %, or a loss of at least 98 % of that of guessing.  `grid`: by
-    default that of the experiment.  `where` as in `select`.  An experiment without a file has no
-    rows.
+    default that of the experiment.  `where` as in `select`.  A run that several experiments
+    share is in the file of one of them, so all of the profile are read.
     """
     grid = planned(experiment, profile) if grid is None else grid
-    file = Path(results or REPO / "results") / profile / f"{experiment}.csv"
-    if not file.exists():
-        return grid.iloc[:0].assign(test_error_pct=0.0, learned=True)
-    found = pd.read_csv(file, keep_default_na=False, na_values=dict.fromkeys(_NUMBERS, ""))
+    found = read_runs(Path(results or REPO / "results") / profile)
     outcome = [name for name in found if name not in grid or name == "run_id"]
     rows = grid.merge(found[outcome], on="run_id")
     chance = (rows.test_error_pct > 80) | (rows.train_loss >= 0.98 * rows.dataset.map(GUESSING))

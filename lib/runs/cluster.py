@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib import paths
-from lib.results.merge import merge
+from lib.results.store import merge
 from lib.runs.plan import plan
 from lib.runs.runner import run_experiment
 

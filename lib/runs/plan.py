@@ -47,7 +47,7 @@ def plan(
         raise ValueError(f"shard {index}/{count}: the first number goes from 1 to {count}")
     runs = runs[index - 1 :: count]
     csv = paths.results_csv(profile, experiment, results_root)
-    known = set(results.read_runs(csv)["run_id"])
+    known = stored(csv.parent, experiments.experiment(experiment).measures)
     return Plan(
         experiment,
         profile,
@@ -57,36 +57,13 @@ def plan(
     )
 
 
-def copy_rows_of_other_experiments(todo: Plan) -> None:
-    """The same run can be a cell of several experiments: its row is copied, not trained again,
-    unless the other experiment did not take the measures that this one needs.
+def stored(folder: Path, measures: Sequence[str] = ()) -> set[str]:
+    """Ids of the runs that are done at a profile, whichever experiment trained them; with
+    `measures`, those that all of these were taken of, or that diverged.
     """
-    known = set(results.read_runs(todo.csv)["run_id"])
-    missing = {run.run_id for run in todo.todo} - known
-    if not missing:
-        return
-    needed = set(experiments.experiment(todo.experiment).measures)
-    for other in experiments.EXPERIMENTS:
-        source = todo.csv.with_name(f"{other}.csv")
-        if other == todo.experiment or not source.exists():
-            continue
-        rows = results.read_runs(source)
-        rows = rows[rows["run_id"].isin(missing)]
-        if rows.empty:
-            continue
-        curves = results.read_curves(source, runs=rows)
-        layers = results.read_layers(source, runs=rows)
-        measures = results.read_measures(source, runs=rows)
-        for row in rows.to_dict("records"):
-            mine = row["run_id"]
-            taken = measures[measures["run_id"] == mine]
-            if row["status"] == "ok" and not needed <= set(taken["measure"]):
-                continue
-            results.append_run(
-                todo.csv,
-                {**{str(k): v for k, v in row.items()}, "experiment": todo.experiment},
-                curves[curves["run_id"] == mine].to_dict("records"),
-                layers[layers["run_id"] == mine].to_dict("records"),
-                taken.to_dict("records"),
-            )
-            missing.discard(mine)
+    rows = results.read_runs(folder)
+    if not measures:
+        return set(rows["run_id"])
+    taken = results.read_measures(folder).groupby("run_id")["measure"].agg(set)
+    whole = {run_id for run_id, names in taken.items() if names >= set(measures)}
+    return {str(run_id) for run_id in rows["run_id"][rows["status"] == "diverged"]} | whole

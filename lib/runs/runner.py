@@ -18,7 +18,7 @@ from lib.results import store as results
 from lib.runs import cost
 from lib.runs.checks import check_before_training, check_settings
 from lib.runs.machine import check_device, default_device, default_jobs, device_name, versions
-from lib.runs.plan import Plan, copy_rows_of_other_experiments, plan
+from lib.runs.plan import Plan, plan
 from lib.runs.pool import Task, train_all
 from lib.runs.progress import Board, print_line
 from lib.runs.single import row_of, train_and_store
@@ -108,8 +108,6 @@ def run_experiments(
             raise refused
         return found
 
-    for one in plans():
-        copy_rows_of_other_experiments(one)
     planned = plans()
     tasks: dict[str, Task] = {}
     for one in planned:
@@ -136,13 +134,11 @@ def run_experiments(
         estimate = cost.Estimator(cost.rows_under(planned[0].csv.parent.parent), device)
         board = Board(title, runs, estimate, jobs)
         train_all(title, in_order, board, threads or own_threads, device, say)
-        for one in planned:
-            copy_rows_of_other_experiments(one)
     else:
         say(f"{title}: all {sum(len(one.done) for one in planned)} runs are done\n")
     tables = {}
     for one in planned:
         wanted = {run.run_id for run in (*one.done, *one.todo)}
-        rows = results.read_runs(one.csv)
+        rows = results.read_runs(one.csv.parent)
         tables[one.experiment] = rows[rows["run_id"].isin(wanted)].reset_index(drop=True)
     return tables

@@ -17,6 +17,7 @@ from lib import experiments, paths
 from lib.config import Run
 from lib.results import store as results
 from lib.runs.machine import device_name, versions
+from lib.runs.plan import stored
 
 # Fields of a run without a column of their own go into the column `overrides`.
 COLUMN_OF_FIELD = {item.name for item in fields(Run)} & set(results.COLUMNS)
@@ -44,7 +45,7 @@ def train_and_store(
     with claim(checkpoint) as mine:
         if not mine:
             return "elsewhere"
-        if run.run_id in set(results.read_runs(csv)["run_id"]):
+        if run.run_id in stored(csv.parent, experiments.experiment(experiment).measures):
             checkpoint.unlink(missing_ok=True)  # of a process killed between its row and this
             kept.unlink(missing_ok=True)
             return "done"

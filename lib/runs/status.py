@@ -39,7 +39,7 @@ def status_table(
     lines = [f"{'experiment':<20}{'done':>6}{'diverged':>10}{'missing':>9}{'left':>12}"]
     for name in names or experiments.EXPERIMENTS:
         todo = plan(name, profile, results_root=results_root)
-        rows = results.read_runs(todo.csv)
+        rows = results.read_runs(todo.csv.parent)
         here = {run.run_id for run in todo.done}
         diverged = set(rows["run_id"][rows["status"] == "diverged"]) & here
         seconds = {run.run_id: estimate.seconds(run) for run in todo.todo}

@@ -19,7 +19,6 @@ from lib.report.facts import (
     closer,
     p_learn,
     percents,
-    scales,
     specialisation,
 )
 from lib.results.reading import NoRuns, Source, load
@@ -59,38 +58,6 @@ def test_runs_that_did_not_learn_are_counted_and_not_averaged(cells: Cells) -> N
     against = cells.versus("sparse_momentum", "set")
     assert against.unlearned == (0.01,) and set(against.less) == {0.02, 0.03, 0.04, 0.05, 0.1}
     assert str(against).endswith("runs that did not learn at 1 %")
-
-
-def test_the_scale_is_the_largest_with_sparse_momentum(cells: Cells) -> None:
-    at = {
-        name: Cells(name, EVERY, cells.root).profile
-        for name in ("main_results", "initial_densities", "trainability", "cifar10_table")
-    }
-    assert at == {
-        "main_results": "paper",
-        "initial_densities": "quick",  # at the paper's scale only static masks
-        "trainability": "",
-        "cifar10_table": "",  # at quick its networks do not learn: no evidence
-    }
-    ablations = Cells("ablations", EVERY, cells.root)
-    assert ablations.of(dataset="mnist").profile == "quick"
-    assert ablations.of(dataset="cifar10").profile == "hours"
-    # a part of an experiment is read at the experiment's scale, and missing where it has no rows
-    assert cells.of(density=0.05).profile == "paper"
-    with pytest.raises(NoRuns):
-        cells.of(density=0.08).error("sparse_momentum")
-    assert scales("smoke") == ("smoke",) and scales("hours") == EVERY
-
-
-def test_a_part_without_rows_has_no_scale(tmp_path: Path) -> None:
-    write_grid(tmp_path, "mnist_compression", "paper", keep=lambda run: run.model != "lenet5")
-    part = Cells("mnist_compression", EVERY, tmp_path).of(model="lenet5")
-    for ask in (lambda: part.scale, lambda: part.n):
-        with pytest.raises(NoRuns):
-            ask()
-    seeds = Cells("main_results", EVERY, tmp_path)
-    write_grid(tmp_path, "main_results", "paper", keep=lambda run: run.seed < 2)
-    assert seeds.scale == "the paper's scale, 100 epochs, n = 2"  # fewer seeds than planned
 
 
 def test_a_training_cut_short_is_not_called_the_papers_scale(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.__main__ import main
-from lib.results.store import append_run, curves_path
+from lib.results.store import append_run
 from tests.soak import checkpoint_inputs, data_inputs, masking_inputs
 from tests.soak.parts import Ended, Row, Share, in_child
 from tests.support.made_up_runs import add, make_curves, make_row
@@ -213,7 +213,7 @@ def _csvs() -> Iterator[Bad]:
 
     def double_curve(folder: Path) -> object:
         csv = prepared(folder)
-        path = curves_path(csv)
+        path = csv.with_suffix(".curves.csv")
         path.write_text(path.read_text() + path.read_text().split("\n")[1] + "\n")
         return _watched(folder, lambda: add(csv, 3))
 
