@@ -34,7 +34,7 @@ def say(text: str) -> None:
 
 def run(notebook: Path, **parameters: Any) -> list[str]:
     """The report's blocks, in Markdown; raises what a cell raises, noting notebook and cell."""
-    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    shell: Any = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
     shell.display_formatter.formatters["text/markdown"].for_type(pd.DataFrame, markdown_table)
     shell.reset(new_session=False)
     shell.showtraceback = lambda *_, **__: None  # it is raised below
@@ -76,7 +76,7 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 def html(text: str) -> str:
     """The whole page; an image alone in its paragraph becomes a figure with its caption."""
-    body = mistune.create_markdown(plugins=["table"])(text)
+    body = str(mistune.create_markdown(plugins=["table"])(text))
     figure = r'<figure><img src="\1" alt=""><figcaption>\2</figcaption></figure>'
     body = re.sub(r'<p><img src="([^"]+)" alt="([^"]*)" ?/></p>', figure, body)
     style = (HERE / "page.css").read_text("utf-8")
@@ -126,7 +126,7 @@ def build(notebooks: Iterable[Path], folder: Path, **parameters: Any) -> None:
     figures.FOLDER, claims.FOLDER = folder / "figures", folder / "results"
     blocks = [block for notebook in notebooks for block in run(notebook, **parameters)]
     text = "\n\n".join(blocks).replace(" %", "\N{NO-BREAK SPACE}%") + "\n"
-    tokens = mistune.create_markdown(renderer="ast", plugins=["table"])(text)
+    tokens: Any = mistune.create_markdown(renderer="ast", plugins=["table"])(text)
     source = folder / "report.typ"
     source.write_text((HERE / "page.typ").read_text("utf-8") + "".join(map(typst, tokens)), "utf-8")
     (folder / "report.md").write_text(text, "utf-8")

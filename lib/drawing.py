@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +20,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -28,9 +28,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from lib.results.rows import scale
 from lib.results.stats import Interval, t_interval
 
-FOLDER: Path | None = (
-    None  # where figures are saved; None, as in a notebook opened by hand: nowhere
-)
+# Where figures are saved; None, as in a notebook opened by hand: nowhere.
+FOLDER: Path | None = None
 WIDTH = 6.3  # inches: 16 cm, the text of the report
 STYLE = Path(__file__).with_name("style.mplstyle")
 
@@ -87,7 +86,7 @@ def figure(
     titles: Iterable[str] = ("",),
     across: int = 2,
     height: float = 2.6,
-    **grid: object,
+    **grid: Any,
 ) -> Iterator[list[Axes]]:
     """Axes to draw on, one per title, `across` in a row, each row `height` inches.
 
@@ -104,7 +103,8 @@ def figure(
     with mpl.rc_context(fname=STYLE):
         plot = Figure(figsize=(WIDTH, height * down + 0.22), layout="constrained")
         FigureCanvasAgg(plot)
-        body, foot = plot.subfigures(2, 1, height_ratios=[height * down, 0.22], hspace=0)
+        halves = plot.subfigures(2, 1, squeeze=False, height_ratios=[height * down, 0.22], hspace=0)
+        body, foot = halves.flat
         axes = list(body.subplots(down, across, squeeze=False, **grid).flat)
         for ax, title in zip(axes, titles, strict=False):
             ax.set_title(title)
@@ -206,23 +206,29 @@ def dots(
 
 
 def heat_map(
-    ax: Axes, effects: pd.DataFrame, texts: pd.DataFrame, limit: float, colours: object = DIVERGING
+    ax: Axes,
+    effects: pd.DataFrame,
+    texts: pd.DataFrame,
+    limit: float,
+    colours: str | Colormap = DIVERGING,
 ) -> bool:
     """Cells coloured by the mean of their Interval within ±limit, with their text; what lies
     beyond is hatched.  Returns whether something does; None is an empty cell.
     """
     norm, beyond = Normalize(-limit, limit, clip=True), False
-    for row, (down, line) in enumerate(effects.iterrows()):
-        for column, (over, one) in enumerate(line.items()):
+    for row, line in enumerate(effects.to_numpy(object)):
+        for column, one in enumerate(line):
             known = isinstance(one, Interval) and not math.isnan(one.mean)
             outside = known and abs(one.mean) > limit
             beyond |= outside
             face = mpl.colormaps.get_cmap(colours)(norm(one.mean)) if known else "white"
             ax.add_patch(Rectangle((column, row), 1, 1, fc=face, ec="white", lw=2))
             if outside:
-                hatched = {"fc": "none", "ec": "white", "lw": 0, "hatch": "////", "alpha": 0.45}
-                ax.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, **hatched))
-            if isinstance(text := texts.loc[down, over], str):
+                inner = Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, fc="none", ec="white")
+                inner.set(lw=0, hatch="////", alpha=0.45)
+                ax.add_patch(inner)
+            text: object = texts.iat[row, column]
+            if isinstance(text, str):
                 at = (column + 0.5, row + 0.5)
                 ax.text(*at, text, ha="center", va="center", fontsize=8, linespacing=1.2)
     ax.set_xticks(np.arange(effects.shape[1]) + 0.5, list(effects.columns))
@@ -235,7 +241,7 @@ def heat_map(
 
 
 def colour_bar(
-    axes: list[Axes], limit: float, label: str, beyond: bool, colours: object = DIVERGING
+    axes: list[Axes], limit: float, label: str, beyond: bool, colours: str | Colormap = DIVERGING
 ) -> None:
     """One bar for all of these heat maps, with arrows where a cell lies beyond it."""
     if not axes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,8 @@ from lib.paths import REPO
 from lib.results.stats import PAPER_ONLY, Interval, holm, p_value, verdict
 
 TABLE = REPO / "results" / "published" / "claims.csv"
-FOLDER: Path | None = (
-    None  # where verdicts are kept; None, as in a notebook opened by hand: nowhere
-)
+# Where verdicts are kept; None, as in a notebook opened by hand: nowhere.
+FOLDER: Path | None = None
 NO_ROWS = "no rows yet"
 _ORDER = ["not reproduced", "inconclusive", "not comparable", "reproduced"]  # the weakest first
 _PART = ["id", "part", "decides", "mean", "low", "high", "unit", "n", "p", "p_holm", "verdict"]
@@ -51,6 +51,7 @@ class Judged:
 
     def _repr_markdown_(self) -> str:
         lines = [f"*{claims().loc[self.id].statement}*: **{self.verdict}**.", ""]
+        part: Any
         for part in self.parts.itertuples():
             one = Interval(part.mean, part.low, part.high, part.n, math.nan)
             said = f"{one.ci} {part.unit}, n = {part.n}, {part.verdict}"
@@ -71,7 +72,7 @@ def judge(
     Reproduced if every part is; not reproduced if one is not, at a level corrected for their
     number.  A cell that runs again judges again.  KeyError for an id that claims.csv lacks.
     """
-    claim = claims().loc[ident]
+    claim: Any = claims().loc[ident]
     found = {name: one for name, one in parts.items() if one is not None}
     lines = [_line(ident, name, one, profile, True) for name, one in found.items()]
     singles = [_line(ident, name, one, profile, False) for name, one in alone.items() if one]
@@ -97,8 +98,8 @@ def judge(
     return result
 
 
-def _line(ident: str, name: str, one: Interval, profile: str, decides: bool) -> dict[str, object]:
-    claim = claims().loc[ident]
+def _line(ident: str, name: str, one: Interval, profile: str, decides: bool) -> dict[str, Any]:
+    claim: Any = claims().loc[ident]
     said = verdict(claim.kind, one, claim.margin)
     if profile == "smoke" or (claim.kind in PAPER_ONLY and profile != "paper"):
         said = "not comparable"

@@ -15,11 +15,23 @@ import numpy as np
 import pandas as pd
 
 from lib import experiments
+from lib.config import Run
 from lib.paths import REPO
 from lib.results.stats import Interval, t_interval
 from lib.results.store import read_runs
 
 GUESSING = {"mnist": np.log(10), "cifar10": np.log(10), "imagenet": np.log(1000)}  # nats
+
+
+SCALES = ("paper", "hours")  # the largest first; quick and smoke show that the code runs, no more
+
+
+def largest(experiment: str, profile: str = "", results: str | Path = "") -> str:
+    """The profile if one is given, else the largest of SCALES that has rows of the experiment, and
+    the first without any.
+    """
+    found = (p for p in SCALES if len(load(experiment, p, results)))
+    return profile or next(found, SCALES[0])
 
 
 def planned(experiment: str, profile: str, **knobs: Iterable[Any]) -> pd.DataFrame:
@@ -32,7 +44,7 @@ def planned(experiment: str, profile: str, **knobs: Iterable[Any]) -> pd.DataFra
     for name, values in knobs.items():
         if values := list(values):
             runs = [replace(run, **{name: value}) for run in runs for value in values]
-    columns = ["run_id", *experiments.Run.__dataclass_fields__]
+    columns = ["run_id", *Run.__dataclass_fields__]
     return pd.DataFrame(
         [{"run_id": r.run_id, **vars(r)} for r in dict.fromkeys(runs)], columns=columns
     )
@@ -146,7 +158,7 @@ def scale(rows: pd.DataFrame) -> str:
     """Profile, epochs, seeds in a cell, runs and hardware of these rows, in one line."""
     if rows.empty:
         return "No runs yet."
-    fields = [name for name in experiments.Run.__dataclass_fields__ if name != "seed"]
+    fields = [name for name in Run.__dataclass_fields__ if name != "seed"]
     cells = rows.groupby(fields).seed.nunique()
     span = lambda v: f"{min(v)}" if min(v) == max(v) else f"{min(v)} to {max(v)}"  # noqa: E731
     profile = rows.profile.iloc[0] + ("" if rows.profile.iloc[0] == "paper" else " (reduced scale)")
