@@ -52,6 +52,11 @@ LOOKS = {
     "rigl": Look("RigL", "#56B4E9", "v"),
     "snip": Look("SNIP", "#D55E00", "P"),
     "static": Look("Static mask", "#666666", "X"),
+    "layers_left_dense": Look("Layers left dense, at their real share", "#CC79A7", "s"),
+    "cosine": Look("cosine decay", "#0072B2", "o"),
+    "linear": Look("linear decay", "#D55E00", "s"),
+    "full": Look("estimate, sparse convolution", "#0072B2", "o"),
+    "channel": Look("estimate, dense convolution", "#E69F00", "s"),
     "uniform": Look("same density in every layer", "#0072B2", "o"),
     "erk": Look("denser small layers (ERK)", "#882255", "s"),
 }
@@ -117,9 +122,12 @@ def figure(
         if handles:
             columns = max(1, min(len(handles), int(96 / (7 + max(map(len, handles))))))
             body.legend(handles.values(), handles, loc="outside lower left", ncols=columns)
-        said, reduced = scale(rows), rows.profile.iloc[0] != "paper"
-        foot.text(0.01, 0.5, said, fontsize=7.5, va="center", color="#B00000" if reduced else "0.3")
-        png, profile = BytesIO(), rows.profile.iloc[0]
+        timed = "machine" in rows  # by a clock: no profile, no seeds
+        profile = "bench" if timed else rows.profile.iloc[0]
+        said = f"Clock of {rows.machine.iloc[0].split(';')[0]}." if timed else scale(rows)
+        colour = "0.3" if timed or profile == "paper" else "#B00000"  # a reduced scale
+        foot.text(0.01, 0.5, said, fontsize=7.5, va="center", color=colour)
+        png = BytesIO()
         plot.savefig(png, format="png", metadata={"Software": None})
         if FOLDER:
             (FOLDER / profile).mkdir(parents=True, exist_ok=True)
@@ -166,6 +174,17 @@ def curves(
                 label=look.label, zorder=4)  # fmt: skip
         low, high = zip(*[one[1:3] for one in cells.values()], strict=True)
         ax.vlines(at, low, high, color=look.colour, lw=1.3, zorder=3)
+
+
+def printed(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str = "method") -> None:
+    """Published points, open and dashed, with 1.96 standard errors where one was printed; rows
+    with no key of LOOKS are left out.
+    """
+    for key in [key for key in LOOKS if key in set(rows[by])]:
+        mine = rows[rows[by] == key].sort_values(x)
+        look, ends = LOOKS[key], 1.96 * mine.standard_error.fillna(0)
+        ax.errorbar(mine[x], mine[y], ends, ls=":", lw=1, marker=look.marker, mfc="white",
+                    color=look.colour, alpha=0.75, elinewidth=0.8, zorder=1.5)  # fmt: skip
 
 
 def dots(

@@ -17,8 +17,8 @@ import pandas as pd
 from lib import experiments
 from lib.config import Run
 from lib.paths import REPO
+from lib.results import store
 from lib.results.stats import Interval, t_interval
-from lib.results.store import read_runs
 
 GUESSING = {"mnist": np.log(10), "cifar10": np.log(10), "imagenet": np.log(1000)}  # nats
 
@@ -65,11 +65,25 @@ def load(
     share is in the file of one of them, so all of the profile are read.
     """
     grid = planned(experiment, profile) if grid is None else grid
-    found = read_runs(Path(results or REPO / "results") / profile)
+    found = store.read_runs(Path(results or REPO / "results") / profile)
+    found = found.rename(columns={"kernels": "computed_by"})  # the grid's: what was asked for
     outcome = [name for name in found if name not in grid or name == "run_id"]
     rows = grid.merge(found[outcome], on="run_id")
     chance = (rows.test_error_pct > 80) | (rows.train_loss >= 0.98 * rows.dataset.map(GUESSING))
     return select(rows.assign(learned=(rows.status == "ok") & ~chance), **where)
+
+
+def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFrame:
+    """What lies beside the rows of these runs, with the fields of the run: kind "curves" (one row
+    per epoch), "layers" (per recorded epoch and layer) or "measures" (lib/results/store.py).
+    """
+    if rows.empty:  # of no profile, so of no folder
+        found = pd.DataFrame(columns=list(store.BESIDE[f".{kind}.csv"]))
+    else:
+        folder = Path(results or REPO / "results") / rows.profile.iloc[0]
+        found = getattr(store, f"read_{kind}")(folder)
+    fields = ["run_id", *(name for name in Run.__dataclass_fields__ if name not in found)]
+    return found.merge(rows[fields], on="run_id")
 
 
 def select(rows: pd.DataFrame, **where: Any) -> pd.DataFrame:
@@ -134,6 +148,17 @@ def _sides(
 def published(table: str, **where: Any) -> pd.DataFrame:
     """Rows of results/published/<table>.csv: test_error_pct, standard_error (%), n, suspect, ..."""
     return select(pd.read_csv(REPO / "results" / "published" / f"{table}.csv"), **where)
+
+
+def bench(table: str) -> pd.DataFrame:
+    """Rows of results/bench/<table>.csv (`make bench`): topic, what, setting, value with unit, low
+    and high of n repeats, machine; with model, density (0 to 1) and batch of a whole network.
+    """
+    rows = pd.read_csv(REPO / "results" / "bench" / f"{table}.csv")
+    known = rows.setting.str.extract(
+        r"(?P<model>[^,]+), (?P<density>[\d.e-]+) %, batch (?P<batch>\d+)"
+    )
+    return rows.join(known.assign(density=known.density.astype(float) / 100))
 
 
 def missing(grid: pd.DataFrame, rows: pd.DataFrame) -> str:
