@@ -85,8 +85,8 @@ class Run:
     variance of its outputs.
 
     `kernels`: "auto", whichever is faster here; "torch", masked dense layers; "sparse", lib/kernels
-    wherever they know the network, faster or not (not on a GPU or without a compiler). The row
-    says what it was.
+    (with bf16: lib/cpu) wherever they know the network, faster or not (not on a GPU or without a
+    compiler). The row says what it was.
     """
 
     dataset: str = "mnist"

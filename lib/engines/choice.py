@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lib.config import UNMASKED, Run
+from lib.cpu import bf16_engine
 from lib.data import Dataset
 from lib.engines.base import Engine
 from lib.engines.chain import perceptron_layers
@@ -30,6 +31,11 @@ def choose(
     """The engine of the run: what `run.kernels` asks for, as far as it knows this network, these
     settings and this machine; "auto" takes the fastest.
     """
+    if run.kernels == "sparse" and run.precision == "bf16" and device.type == "cpu":
+        learns = run.method not in (*UNMASKED, *EVERY_STEP) and run.momentum > 0
+        convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        known = learns and convolutional and bf16_engine.knows(model)
+        return bf16_engine.Bf16Engine if known else TorchEngine
     if run.kernels == "torch" or device.type != "cpu" or run.precision != "fp32" or not available():
         return TorchEngine
     if perceptron_layers(model):

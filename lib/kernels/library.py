@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ import torch  # noqa: F401  loads the OpenMP runtime that the library shares
 from lib.kernels.layouts import MIRRORED
 
 _HERE = Path(__file__).resolve().parent
-SOURCES = (
-    "sparse.hpp",
-    "blocked.hpp",
-    "perceptron.hpp",
-    "dense.hpp",
-    "select.hpp",
-    "sparse.cpp",
+SOURCES = tuple(
+    _HERE / name
+    for name in (
+        "sparse.hpp",
+        "blocked.hpp",
+        "perceptron.hpp",
+        "dense.hpp",
+        "select.hpp",
+        "sparse.cpp",
+    )
 )
 FLAGS = (
     "-std=c++17",
@@ -126,10 +130,10 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def build(link_openmp: bool = False) -> Path:
-    """Path of the compiled library, built unless the cache holds it for these sources,
-    flags, compiler and processor. A build takes some ten seconds and says so on stderr; of several
-    processes one builds and the others wait.
+def build(link_openmp: bool = False, sources: Sequence[Path] = SOURCES) -> Path:
+    """Path of the compiled library (`sources`: headers, last what is compiled), built unless the
+    cache holds it for these sources, flags, compiler and processor. A build takes some ten seconds
+    and says so on stderr; of several processes one builds and the others wait.
 
     Raises:
         KernelsUnavailable: no C++ compiler, it failed, or the cache can't be written.
@@ -142,16 +146,16 @@ def build(link_openmp: bool = False) -> Path:
     key = hashlib.sha256()
     for part in (cxx, _run([cxx, "--version"]), cpu_id(), str(link_openmp), *FLAGS):
         key.update(part.encode() + b"\0")
-    for name in SOURCES:
-        key.update((_HERE / name).read_bytes() + b"\0")
-    name, folder = f"sparse-{key.hexdigest()[:16]}", cache_dir()
+    for source in sources:
+        key.update(source.read_bytes() + b"\0")
+    name, folder = f"{sources[-1].stem}-{key.hexdigest()[:16]}", cache_dir()
     try:
         if found := _cached(folder, name):
             return found
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "compile.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return _cached(folder, name) or _compile(cxx, folder, name, link_openmp)
+            return _cached(folder, name) or _compile(cxx, folder, name, link_openmp, sources[-1])
     except OSError as error:
         raise KernelsUnavailable(
             f"the cache {folder} can't be written ({error.strerror}); set SPARSE_CACHE to a folder "
@@ -173,11 +177,11 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _compile(cxx: str, folder: Path, name: str, link_openmp: bool) -> Path:
+def _compile(cxx: str, folder: Path, name: str, link_openmp: bool, source: Path) -> Path:
     print("compiling the CPU kernels, once for this machine", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        compiled, linked = Path(scratch) / "sparse.o", Path(scratch) / "sparse.so"
-        _run([cxx, *FLAGS, "-c", str(_HERE / "sparse.cpp"), "-o", str(compiled)])
+        compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        _run([cxx, *FLAGS, "-c", str(source), "-o", str(compiled)])
         openmp = ["-fopenmp"] if link_openmp else []
         _run([cxx, "-shared", str(compiled), *openmp, "-o", str(linked)])
         target = folder / f"{name}-{_digest(linked)}.so"

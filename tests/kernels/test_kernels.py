@@ -540,7 +540,7 @@ def test_compiled_once_by_whoever_is_first_and_again_when_damaged(
     source = tmp_path / "sparse.cpp"
     source.write_text("int nothing;")
     monkeypatch.setattr(library, "_HERE", tmp_path)
-    monkeypatch.setattr(library, "SOURCES", (source.name,))
+    monkeypatch.setattr(library, "SOURCES", (source,))
     monkeypatch.setenv("SPARSE_CACHE", str(tmp_path / "cache"))
 
     def build(count: int) -> tuple[set[Path], int]:
