@@ -54,7 +54,7 @@ LOOKS = {
     "static": Look("Static mask", "#666666", "X"),
     "layers_left_dense": Look("Layers left dense, at their real share", "#CC79A7", "s"),
     "cosine": Look("cosine decay", "#0072B2", "o"),
-    "linear": Look("linear decay", "#D55E00", "s"),
+    "linear": Look("linear decay", "#882255", "s"),
     "full": Look("estimate, sparse convolution", "#0072B2", "o"),
     "channel": Look("estimate, dense convolution", "#E69F00", "s"),
     "uniform": Look("same density in every layer", "#0072B2", "o"),

@@ -10,7 +10,6 @@ from lib.figures import (  # noqa: F401
     features,
     mnist,
     readings,
-    sensitivity,
     speed,
     trainability,
 )

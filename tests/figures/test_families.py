@@ -21,7 +21,6 @@ from lib.figures import (
     features,
     mnist,
     readings,
-    sensitivity,
     speed,
     trainability,
 )
@@ -367,67 +366,6 @@ def test_reduced_runs_are_not_compared_and_ours_is_needed(tmp_path: Path) -> Non
     )  # fmt: skip
     with pytest.raises(NoRuns, match="no seed has finished ours and another reading"):
         readings.conclusions(Source("quick", tmp_path / "other"))
-
-
-# ------------------------------------------------------------------------------------- sensitivity
-
-
-def test_the_papers_tests_on_the_published_data(root: Path) -> None:
-    """As computed from the official data: Levene W = .0102, p = .92; Wilcoxon 27, p = 1."""
-    frame = table("sensitivity_tests", Source("quick", root))
-    wanted = (frame["data"] == "published") & (frame["hyper-parameter"] == "momentum")
-    (row,) = frame[wanted].to_dict("records")
-    assert (row["points"], row["Levene W"], row["p"]) == ("12", "0.010", "0.921")
-    assert (row["Wilcoxon"], row["p (Wilcoxon)"]) == ("27", "1.000")
-    assert row["networks"] == "AlexNet-s, VGG16-D"
-
-
-def test_sizes_of_the_effects_and_published_curves_apart_at_a_reduced_scale(root: Path) -> None:
-    frame = table("sensitivity", Source("quick", root), "network", "curve")
-    mine = frame.loc[("LeNet-300-100", "Sparse momentum, cosine decay")]
-    assert mine["largest difference (points)"].endswith(" at 0.7")
-    assert float(mine["largest difference (points)"].split()[0]) == pytest.approx(0.5, abs=0.2)
-    theirs = frame.loc[("AlexNet-s (published)", "Sparse momentum, cosine decay")]
-    assert theirs["range (points)"] == "0.73"  # 14.943 - 14.217
-    quick, paper = (figures.FIGURES["sensitivity"](Source(p, root)) for p in ("quick", "paper"))
-    titles = [ax.get_title(loc="left") for ax in quick.axes]
-    assert "AlexNet-s (published): momentum" in titles
-    assert not any("published" in ax.get_title(loc="left") for ax in paper.axes)
-
-
-def test_steps_that_fail_are_told_from_those_that_learn(tmp_path: Path) -> None:
-    def error(run: Run) -> float | None:
-        """Diverged at a step of ten, but for one seed, which ends at chance."""
-        if run.lr / (1 - run.momentum) < 5:
-            return 2.0 + run.seed
-        return 88.65 if run.method == "dense" and run.seed == 0 else None
-
-    write_grid(tmp_path, "effective_step", "quick", error)
-    columns = ("method", "momentum", "learning rate")
-    frame = table("effective_step", Source("quick", tmp_path), *columns)
-    mean, low, high, *_ = t_interval([2.0, 3.0, 4.0])
-    for method in ("Sparse momentum", "Dense"):
-        for momentum, lr in (("0.9", "0.1"), ("0.99", "0.01")):
-            row = frame.loc[(method, momentum, lr)]
-            assert (row["lr / (1 − momentum)"], row["learned"]) == ("1", "3 of 3")
-            assert row["test error (%)"] == f"{mean:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
-        for momentum, lr in (("0.9", "1"), ("0.99", "0.1")):
-            row = frame.loc[(method, momentum, lr)]
-            assert (row["lr / (1 − momentum)"], row["learned"]) == ("10", "0 of 3")
-            assert row["test error (%)"] == "–"
-
-
-def test_real_shares_are_those_of_the_old_code(root: Path) -> None:
-    frame = table("dense_layers", Source("paper", root))
-    assert len(frame) == 10
-    for row in frame.to_dict("records"):
-        computed_ = float(row["real, from the old code (%)"])
-        assert float(row["real (%)"]) == pytest.approx(computed_, abs=0.1), row["network"]
-        difference = row["difference to nominal share"].split()[0].replace("−", "-")
-        assert float(difference) == pytest.approx(-1.5, abs=0.2)
-    rows = sensitivity.dense_layers(Source("paper", root))
-    july = rows[rows["variant"] == "layers_left_dense"]
-    assert (july["real"] > july["nominal"] + 5).all()
 
 
 # ------------------------------------------------------------------- computing, speed and features
