@@ -130,10 +130,10 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def build(link_openmp: bool = False, sources: Sequence[Path] = SOURCES) -> Path:
-    """Path of the compiled library (`sources`: headers, last what is compiled), built unless the
-    cache holds it for these sources, flags, compiler and processor. A build takes some ten seconds
-    and says so on stderr; of several processes one builds and the others wait.
+def build(link_openmp: bool = False, sources: Sequence[Path] = ()) -> Path:
+    """Path of the compiled library (`sources`: headers, last what is compiled; SOURCES without),
+    built unless the cache holds it for these sources, flags, compiler and processor. A build takes
+    some ten seconds and says so on stderr; of several processes one builds and the others wait.
 
     Raises:
         KernelsUnavailable: no C++ compiler, it failed, or the cache can't be written.
@@ -143,7 +143,7 @@ def build(link_openmp: bool = False, sources: Sequence[Path] = SOURCES) -> Path:
         raise KernelsUnavailable(
             "no C++ compiler was found (CXX, g++, c++, clang++); install one to use sparse kernels"
         )
-    key = hashlib.sha256()
+    sources, key = sources or SOURCES, hashlib.sha256()
     for part in (cxx, _run([cxx, "--version"]), cpu_id(), str(link_openmp), *FLAGS):
         key.update(part.encode() + b"\0")
     for source in sources:
