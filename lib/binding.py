@@ -68,6 +68,8 @@ def block(output: dict[str, Any]) -> str:
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """A DataFrame as a table of Markdown; a named index becomes a column."""
+    if frame.empty:
+        return "No rows yet."
     frame = frame.reset_index() if frame.index.names != [None] else frame
     lines = [list(frame.columns), ["---"] * frame.shape[1], *frame.fillna("").to_numpy(object)]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]

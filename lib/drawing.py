@@ -116,6 +116,9 @@ def figure(
         for ax in axes[len(titles) :]:
             ax.set_axis_off()
         yield axes[: len(titles)]
+        if rows.empty:
+            display(Markdown(f"*{caption}* No runs yet."))
+            return
         handles: dict[str, object] = {}  # by label, so that each stands once
         for ax in axes:
             handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -158,14 +161,24 @@ def curves(
     spread: float = 0.0,
     line: bool = True,
 ) -> None:
-    """Mean and interval of y at each x, each row (a seed) a dot; one curve per key of LOOKS.
+    """Mean and interval of y at each x, each row (a seed) a dot; one curve per key of LOOKS. With a
+    column `learned` only those that did, and where not all did a hollow mark with "2/10".
 
     `spread` moves the curves apart by this share of x.
     """
     keys = [key for key in LOOKS if key in set(rows[by])]
     for i, key in enumerate(keys):
-        look, mine = LOOKS[key], rows[rows[by] == key].dropna(subset=[y])
+        look, mine = LOOKS[key], rows[rows[by] == key]
         moved = 1 + spread * (i - (len(keys) - 1) / 2)
+        for at, part in mine.groupby(x) if "learned" in rows else ():
+            if (k := part.learned.sum()) and k < len(part):  # the survivors, hollow and counted
+                place = (moved * at, part[y][part.learned].mean())
+                ax.plot(*place, marker=look.marker, mfc="white", color=look.colour, zorder=5)
+                ax.annotate(f"{k}/{len(part)}", place, (3, 3), textcoords="offset points",
+                            fontsize=7, color=look.colour)  # fmt: skip
+        mine = (mine[mine.learned] if "learned" in rows else mine).dropna(subset=[y])
+        if mine.empty:
+            continue
         ax.plot(mine[x] * moved, mine[y], ls="none", marker="o", ms=2.6, mew=0, alpha=0.35,
                 color=look.colour, zorder=2)  # fmt: skip
         cells = {at: t_interval(part) for at, part in mine.groupby(x)[y]}
