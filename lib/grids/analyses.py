@@ -148,7 +148,7 @@ def effective_step(profile: str) -> Blocks:
 
 @grid("05_speedups", measures=("speedups",))
 def speedups(profile: str) -> Blocks:
-    """What sparse weights could save, and what empty channels do save."""
+    """What sparse weights could save."""
     found = table_of_networks(profile)
     if profile == "quick":
         found += (scale(profile, NARROW, density=[0.1, 0.3]),)

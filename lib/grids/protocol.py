@@ -18,7 +18,7 @@ Blocks = tuple[Block, ...]
 class Experiment:
     """A question, the notebook that answers it, and its blocks of runs at each profile.
 
-    `measures` (lib/measures) are taken of each finished network.
+    `measures` (lib/measures.py) are taken of each finished network.
     """
 
     title: str

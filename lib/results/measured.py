@@ -1,8 +1,7 @@
 """What was measured on trained networks (results/<profile>/<experiment>.measures.csv), per run:
 class specialisation and speed-ups.  Imports no torch.
 
-The definitions of the rows are in lib/measures/features.py and lib/measures/speedups.py, where they
-are taken.
+The definitions of the rows are in lib/measures.py, where they are taken.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import pandas as pd
 from lib.results import store as results
 from lib.results.reading import NoRuns, Runs, published_rows
 
-# The bins of the official histograms; lib/measures/features.py counts in the same ones.
+# The bins of the official histograms; lib/measures.py counts in the same ones.
 BIN_EDGES = np.linspace(0.09, 0.51, 50)
 
 # The three speed-ups of a run, in the order of every figure and table.
@@ -29,6 +28,8 @@ SPEEDUPS = {
 POOLED, EQUAL = "pooled", "equal"
 WEIGHTINGS = {POOLED: "channels pooled", EQUAL: "layers weighted equally"}
 
+_SUMMED = ["dense_s", "full_sparse_s", "channel_sparse_s", "dense_forward_s", "removed_forward_s"]
+_SUMMED += ["channels", "removed_channels", "weights", "removed_weights", "max_difference"]
 _RUN = ["model", "method", "density", "seed"]
 
 
@@ -53,7 +54,8 @@ def measures(runs: Runs, measure: str) -> pd.DataFrame:
 
 
 def speedups(runs: Runs) -> pd.DataFrame:
-    """One row per run: full, channel, removed (times faster than the dense pass) and what went.
+    """One row per run: full, channel, removed (times faster than the dense pass) and what went; of
+    runs made since empty channels are no longer taken out the first two, NaN for the rest.
 
     The estimates as the official code sums them: per convolution the mean over the mini-batches
     of a segment, summed over the convolutions and the segments; dense over estimate.  `removed`
@@ -64,7 +66,7 @@ def speedups(runs: Runs) -> pd.DataFrame:
     rows = measures(runs, "speedups")
     found = []
     for key, group in rows.groupby(_RUN, sort=False):
-        total = group.groupby("quantity")["value"].sum()
+        total = group.groupby("quantity")["value"].sum().reindex(_SUMMED)
         found.append(
             {
                 **dict(zip(_RUN, key, strict=True)),
@@ -80,7 +82,7 @@ def speedups(runs: Runs) -> pd.DataFrame:
 
 
 def _ratio(dense: float, sparse: float) -> float:
-    return dense / sparse if sparse > 0 else math.inf
+    return math.inf if sparse == 0 else dense / sparse
 
 
 # ----------------------------------------------------------------------------------- features

@@ -74,7 +74,7 @@ def test_histograms_are_shares_of_the_kept_channels(root: Path) -> None:
 
 
 def test_bins_are_those_of_the_measurement() -> None:
-    from lib.measures.features import BIN_EDGES
+    from lib.measures import BIN_EDGES
 
     assert np.array_equal(BIN_EDGES, measured.BIN_EDGES)
 
