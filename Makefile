@@ -58,14 +58,14 @@ runs: env ## train what is missing of PROFILE
 notebooks: env ## execute the notebooks into results/PROFILE/notebooks
 	$(PYTHON) -m lib notebooks --profile $(PROFILE)
 
-figures: env ## redraw every figure and table from the saved results
-	$(PYTHON) -m lib figures --profile $(PROFILE)
+figures: env ## redraw every figure from the rows, at the largest scale that has some
+	$(PYTHON) -m lib figures
 
-report: env ## build figures/report.pdf and figures/report.html from the saved results
-	$(PYTHON) -m lib report --profile $(PROFILE)
+report: env ## bind the notebooks to figures/report.pdf and .html, from the committed rows
+	$(PYTHON) -m lib report
 
-verdict: env ## print each claim: paper's value, ours with interval and n, verdict
-	$(PYTHON) -m lib verdict --profile $(PROFILE)
+verdict: env ## judge each claim by the rows: verdict, difference with interval and n
+	$(PYTHON) -m lib verdict
 
 compare: env ## set the rows in RESULTS beside the committed ones, cell by cell
 	$(PYTHON) -m lib compare --profile $(PROFILE) --results $(RESULTS)

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the clean-up of Ctrl-C
     try:
-        if "profile" in options and options.profile not in experiments.PROFILES:
+        if options.__dict__.get("profile") and options.profile not in experiments.PROFILES:
             raise ValueError(unknown("profile", options.profile, experiments.PROFILES))
         options.command(options)
     except KeyboardInterrupt:
@@ -148,30 +147,33 @@ def notebooks(options: argparse.Namespace) -> None:
 
 
 def figures(options: argparse.Namespace) -> None:
-    """Redraw every figure and table from the saved CSVs."""
-    from lib.figures import draw_all
+    """Redraw every figure from the rows, each experiment at the largest scale that has some."""
+    from lib.binding import bind
 
-    drawn = draw_all(_source(options))
-    for folder in dict.fromkeys(path.parent for path in drawn):
-        kinds = Counter(path.suffix[1:] for path in drawn if path.parent == folder)
-        print(f"{folder}: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}")
+    folder, _ = bind(options.profile, options.results)
+    print(f"{folder}: {len(list(folder.glob('*/*.png')))} figures, as PNG and PDF")
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write figures/report.pdf and report.html, and the findings of README, from the CSVs."""
-    from lib.report.report import report as write
+    """Bind the notebooks to figures/report.pdf and .html, with figures, verdicts and README's
+    findings; trains nothing.
+    """
+    from lib.binding import bind, write
 
-    for path in write(_source(options)):
+    folder, text = bind(options.profile, options.results)
+    for path in write(text, folder):
         print(path)
 
 
 def verdict(options: argparse.Namespace) -> None:
-    """Print the table: claim, the paper's value, ours, verdict."""
-    from lib.claims import verdict_text
+    """Judge every claim by the rows, each experiment at the largest scale that has some."""
+    from lib.binding import bind
+    from lib.results.claims import scorecard
 
-    print(verdict_text(_source(options), whole=options.all))
+    bind(options.profile, options.results, draw=False)
+    print(scorecard(options.profile, options.results, whole=options.all).to_string(index=False))
     if not options.all:
-        print("--all: also claims without rows, the other tables, and the rule of the verdicts")
+        print("--all: also the claims without rows")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -256,10 +258,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--set", action="append", default=[], metavar="PARAMETER=VALUE", help="papermill parameter"
     )
-    add(figures)
-    add(report)
-    command = add(verdict)
-    command.add_argument("--all", action="store_true", help="every table, not only the first")
+    for function in (figures, report, verdict):
+        command = add(function)
+        command.set_defaults(profile="")
+    command.add_argument("--all", action="store_true", help="also the claims without rows")
     add(compare)
     command = add(bench)
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")

@@ -1,14 +1,15 @@
 """The report is the notebooks, bound: what their cells tagged `report` say and show, in order.
 
-Runs the cells of the notebooks in this process, without a kernel, as one Markdown, HTML and PDF.
-Imports no torch.
+The cells run in this process, without a kernel; a notebook without such a cell is left out.  Each
+experiment is shown at the largest scale that has rows, and nothing is trained.  Imports no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,16 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown, display
 from traitlets.config import Config
 
-from lib import drawing as figures
+from lib import drawing
+from lib.paths import REPO
 from lib.results import claims
+from lib.results.rows import SCALES
+from lib.results.store import run_paths
 
 HERE = Path(__file__).parent
+TITLE = "Sparse Networks from Scratch, reproduced"
+FINDINGS = re.compile(r"(<!-- findings:[^>]*-->\n).*?(<!-- end of findings -->)", re.DOTALL)
+_markdown = mistune.create_markdown(renderer="ast", plugins=["table"])
 
 
 def say(text: str) -> None:
@@ -32,8 +39,17 @@ def say(text: str) -> None:
     display(Markdown(text))
 
 
-def run(notebook: Path, **parameters: Any) -> list[str]:
-    """The report's blocks, in Markdown; raises what a cell raises, noting notebook and cell."""
+def chapters() -> list[Path]:
+    """The notebooks that have cells for the report: the opening page, then by number."""
+    found = [p for p in (REPO / "notebooks").glob("*.ipynb") if '"report"' in p.read_text("utf-8")]
+    return sorted(found, key=lambda path: (path.stem != "findings", path.stem))
+
+
+def run(notebook: Path, tag: str = "report", **parameters: Any) -> list[str]:
+    """What the cells with this tag say, in Markdown, one block a paragraph, figure or table.
+
+    Raises what a cell raises, with a note of notebook and cell.
+    """
     shell: Any = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
     shell.display_formatter.formatters["text/markdown"].for_type(pd.DataFrame, markdown_table)
     shell.reset(new_session=False)
@@ -42,18 +58,19 @@ def run(notebook: Path, **parameters: Any) -> list[str]:
     for number, cell in enumerate(json.loads(notebook.read_text("utf-8"))["cells"]):
         source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
         if cell["cell_type"] == "markdown":
-            blocks += [source] * ("report" in tags)
+            blocks += [source] * (tag in tags)
             continue
         if "parameters" in tags:
             source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
         shell.display_pub = CapturingDisplayPublisher()  # of display(), and of last expressions:
         shell.display_trap.hook = CapturingDisplayHook(shell, shell.display_pub.outputs)
-        result = shell.run_cell(source)
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = shell.run_cell(source)
         error = result.error_before_exec or result.error_in_exec
         if error:
             error.add_note(f"{notebook.name}, cell {number}:\n{source}")
             raise error
-        if "report" in tags:
+        if tag in tags:
             blocks += filter(None, map(block, shell.display_pub.outputs))
     return blocks
 
@@ -62,7 +79,7 @@ def block(output: dict[str, Any]) -> str:
     """An output in Markdown: a figure with its caption, a paragraph, a table; "" for another."""
     about = output.get("metadata") or {}
     if "figure" in about:
-        return f"![{about['caption']}](figures/{about['figure']}.png)"
+        return f"![{about['caption']}]({about['figure']}.png)"
     return "" if "caption" in about else output["data"].get("text/markdown", "")
 
 
@@ -81,9 +98,12 @@ def html(text: str) -> str:
     body = str(mistune.create_markdown(plugins=["table"])(text))
     figure = r'<figure><img src="\1" alt=""><figcaption>\2</figcaption></figure>'
     body = re.sub(r'<p><img src="([^"]+)" alt="([^"]*)" ?/></p>', figure, body)
-    style = (HERE / "page.css").read_text("utf-8")
-    head = f'<meta charset="utf-8"><title>Report</title><style>{style}</style>'
-    return f'<!doctype html><html lang="en">{head}\n{body}</html>\n'
+    body = body.replace("<table>", '<div class="scroll"><table>')
+    body = body.replace("</table>", "</table></div>")
+    head = f'<meta charset="utf-8"><title>{TITLE}</title>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<style>\n{(HERE / 'page.css').read_text('utf-8')}</style>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
 
 
 def typst(token: dict[str, Any]) -> str:
@@ -114,28 +134,77 @@ def typst(token: dict[str, Any]) -> str:
         "paragraph": f"{text}\n\n",
         "emphasis": f"#emph[{text}];",
         "strong": f"#strong[{text}];",
-        "heading": f"{'#pagebreak(weak: true)' if level == 1 else ''}\n\n{'=' * level} {text}\n\n",
+        "heading": f"#heading(level: {level})[{text}]\n\n",
         "list": f"#{'enum' if attrs.get('ordered') else 'list'}({text})\n\n",
         "list_item": f"[{text}],",
         "link": f"#link({json.dumps(attrs.get('url', ''))})[{text}];",
     }[kind]
 
 
-def build(notebooks: Iterable[Path], folder: Path, **parameters: Any) -> None:
-    """Write report.md, .html and .pdf into the folder, with figures/ and verdicts in results/."""
+def build(
+    folder: Path | None,
+    verdicts: Path,
+    results: str = "",
+    profile: str = "",
+    notebooks: Iterable[Path] = (),
+    **parameters: Any,
+) -> str:
+    """Run the notebooks (all chapters); the report in Markdown.
+
+    Figures go to `folder`/<profile>/ (None: nowhere), verdicts.csv and verdicts.parts.csv to
+    `verdicts`/<profile>/.  `profile`: of all; empty: the largest of each experiment that has rows.
+    """
+    drawing.FOLDER, claims.FOLDER = folder, verdicts
+    given = {"profile": profile, "results": results, **parameters}
+    try:
+        blocks = [one for path in notebooks or chapters() for one in run(path, **given)]
+    finally:
+        drawing.FOLDER = claims.FOLDER = None
+    return "\n\n".join(blocks).replace(" %", "\N{NO-BREAK SPACE}%") + "\n"
+
+
+def bind(profile: str = "", results: str | None = None, draw: bool = True) -> tuple[Path, str]:
+    """The folder of the figures, and the report in Markdown, from the rows of all experiments.
+
+    Only all committed rows change committed files: from one profile, or from other results,
+    everything goes to figures/ beside those rows.  ValueError where there are none.
+    """
+    root, own = Path(results or REPO / "results"), bool(profile or results)
+    if own and not any(run_paths(root / scale) for scale in ([profile] if profile else SCALES)):
+        raise ValueError(
+            f"{root / profile} holds no results: python -m lib run all --profile "
+            f"{profile or 'paper'} trains what is missing"
+        )
+    folder = root / profile / "figures" if own else REPO / "figures"
+    text = build(folder if draw else None, root, results or "", profile)
+    findings = REPO / "notebooks" / "findings.ipynb"
+    if draw and not own and findings.exists():
+        into_readme(REPO / "README.md", run(findings, "findings", profile=profile, results=""))
+    return folder, text
+
+
+def write(text: str, folder: Path) -> list[Path]:
+    """Write report.md, .html and .pdf beside the figures that the Markdown names; their paths."""
     import typst as compiler
 
-    figures.FOLDER, claims.FOLDER = folder / "figures", folder / "results"
-    blocks = [block for notebook in notebooks for block in run(notebook, **parameters)]
-    text = "\n\n".join(blocks).replace(" %", "\N{NO-BREAK SPACE}%") + "\n"
-    tokens: Any = mistune.create_markdown(renderer="ast", plugins=["table"])(text)
-    source = folder / "report.typ"
-    source.write_text((HERE / "page.typ").read_text("utf-8") + "".join(map(typst, tokens)), "utf-8")
-    (folder / "report.md").write_text(text, "utf-8")
-    (folder / "report.html").write_text(html(text), "utf-8")
-    (folder / "report.pdf").write_bytes(compiler.compile(str(source), timestamp=0))
+    tokens: Any = _markdown(text)
+    source = (HERE / "page.typ").read_text("utf-8") + "".join(map(typst, tokens))
+    how: dict[str, Any] = {"root": str(folder), "timestamp": 0, "ignore_system_fonts": True}
+    made = {"md": text.encode(), "html": html(text).encode(), "typ": source.encode()}
+    paths = {kind: folder / f"report.{kind}" for kind in made}
+    for kind, content in made.items():
+        paths[kind].write_bytes(content)
+    paths["pdf"] = folder / "report.pdf"
+    paths["pdf"].write_bytes(compiler.compile(str(paths["typ"]), **how))
+    paths.pop("typ").unlink()
+    return list(paths.values())
 
 
-if __name__ == "__main__":
-    chosen = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
-    build(chosen, Path(sys.argv[2]), profile=sys.argv[1])
+def into_readme(readme: Path, findings: Iterable[str]) -> None:
+    """Write the findings between their markers; ValueError without the two comments."""
+    text, found = FINDINGS.subn(
+        lambda at: "\n".join([at[1].rstrip(), *findings, at[2]]), readme.read_text("utf-8")
+    )
+    if found != 1:
+        raise ValueError(f"{readme} must have one pair of comments around its findings, see git")
+    readme.write_text(text, "utf-8")

@@ -6,7 +6,6 @@ and, in the report's run, keeps it in verdicts.csv.  The rule is `stats.verdict`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from lib.paths import REPO
-from lib.results.stats import PAPER_ONLY, Interval, holm, p_value, verdict
+from lib.results.rows import SCALES
+from lib.results.stats import NAN, PAPER_ONLY, Interval, holm, p_value, verdict
 
 TABLE = REPO / "results" / "published" / "claims.csv"
 # Where verdicts are kept; None, as in a notebook opened by hand: nowhere.
@@ -42,10 +42,8 @@ class Judged:
     id: str
     verdict: str  # before Holm
     part: str = ""  # the one that decides: what speaks least for the claim
-    one: Interval = field(
-        default_factory=lambda: Interval(math.nan, math.nan, math.nan, 0, math.nan)
-    )
-    p: float = math.nan
+    one: Interval = field(default_factory=lambda: Interval(NAN, NAN, NAN, 0, NAN))
+    p: float = NAN
     missing: tuple[str, ...] = ()
     parts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=_PART))
 
@@ -53,7 +51,7 @@ class Judged:
         lines = [f"*{claims().loc[self.id].statement}*: **{self.verdict}**.", ""]
         part: Any
         for part in self.parts.itertuples():
-            one = Interval(part.mean, part.low, part.high, part.n, math.nan)
+            one = Interval(part.mean, part.low, part.high, part.n, NAN)
             said = f"{one.ci} {part.unit}, n = {part.n}, {part.verdict}"
             lines.append(f"- {part.part}: {said}{'' if part.decides else ', listed only'}")
         lines += [f"- no rows yet: {', '.join(self.missing)}"] if self.missing else []
@@ -104,7 +102,7 @@ def _line(ident: str, name: str, one: Interval, profile: str, decides: bool) -> 
     if profile == "smoke" or (claim.kind in PAPER_ONLY and profile != "paper"):
         said = "not comparable"
     p = p_value(claim.kind, one, claim.margin)
-    values = [ident, name, decides, *one[:3], one.unit, one.n, p, math.nan, said]
+    values = [ident, name, decides, *one[:3], one.unit, one.n, p, NAN, said]
     return dict(zip(_PART, values, strict=True))
 
 
@@ -120,7 +118,7 @@ def verdicts(profile: str, *experiments: str) -> pd.DataFrame:
     found = [_judged[profile, ident] for ident in wanted.index]
     rows = pd.DataFrame(
         [{"id": j.id, "verdict": j.verdict, "part": j.part, "mean": j.one.mean, "low": j.one.low,
-          "high": j.one.high, "unit": j.one.unit, "n": j.one.n, "p": j.p, "p_holm": math.nan,
+          "high": j.one.high, "unit": j.one.unit, "n": j.one.n, "p": j.p, "p_holm": NAN,
           "missing": "; ".join(j.missing)} for j in found],
         index=list(wanted.index),
     )  # fmt: skip
@@ -138,6 +136,31 @@ def verdicts(profile: str, *experiments: str) -> pd.DataFrame:
         "claim": wanted.statement, "whose": wanted.whose, "difference [95 %]": told, "n": rows.n,
         "verdict": rows.verdict,
     }).set_index("claim")  # fmt: skip
+
+
+def scorecard(
+    profile: str = "", results: str | Path | None = None, whole: bool = True
+) -> pd.DataFrame:
+    """Each claim with its verdict at this profile, or at the largest of SCALES that has one, from
+    verdicts.csv; without `whole` only those that have rows.
+    """
+    scales = [profile] if profile else list(SCALES)
+    files = [Path(results or REPO / "results") / scale / "verdicts.csv" for scale in scales]
+    found = pd.concat([pd.read_csv(f).assign(scale=f.parent.name) for f in files if f.exists()])
+    found = found[found.verdict != NO_ROWS].drop_duplicates("id").set_index("id")
+    table = claims().drop(columns="unit").join(found, how="left" if whole else "inner")
+    numbers = table[["mean", "low", "high", "n", "unit"]].itertuples(index=False, name=None)
+    ours = [
+        f"{Interval(mean, low, high, n, NAN).ci}\N{NO-BREAK SPACE}{unit}, n = {n:.0f}"
+        if n > 0
+        else ""
+        for mean, low, high, n, unit in numbers
+    ]
+    return pd.DataFrame({
+        "claim": table.statement, "whose": table.whose, "verdict": table.verdict.fillna(NO_ROWS),
+        "difference [95 %]": ours, "decided by": table.part.fillna(""),
+        "scale": table.scale.fillna(""),
+    })  # fmt: skip
 
 
 def _put(rows: pd.DataFrame, file: Path) -> None:
