@@ -3,61 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import errno
 import os
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from lib import experiments, paths
 from lib.config import parse_field, unknown
 
-if TYPE_CHECKING:
-    from lib.results.reading import Source
-
 # What to do about an error of the system; its own message says no more than what it is.
 ADVICE = {
-    errno.EISDIR: "this is a folder: name a file",
-    errno.ENOTDIR: "a part of this path is a file: name a folder",
     errno.ENOSPC: "make room on that disk; what is stored is safe, and the same command goes on",
     errno.EACCES: "change its permissions, or name another folder with --results",
     errno.EROFS: "that disk is read-only: name another folder with --results",
-    errno.ENOENT: "there is no such file or folder: check the path",
 }
 
 
-ASCII = str.maketrans({"−": "-", "–": "-", "±": "+-", "×": "x", "≥": ">=", "≤": "<="})
-COMMANDS = (
-    "run",
-    "merge",
-    "status",
-    "notebooks",
-    "figures",
-    "report",
-    "verdict",
-    "compare",
-    "bench",
-)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 1 with a sentence on standard error, 130 after Ctrl-C."""
-    _print_in_any_locale()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        print(f"error: {unknown('command', words[0], COMMANDS)}", file=sys.stderr)
-        return 1
-    options = _parser().parse_args(words)
+    """Run one command; 0 when it worked, 1 with a sentence on standard error, 2 for wrong words,
+    130 after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a locale without our signs stops nothing
+    options = _parser().parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the clean-up of Ctrl-C
     try:
-        if options.__dict__.get("profile") and options.profile not in experiments.PROFILES:
-            raise ValueError(unknown("profile", options.profile, experiments.PROFILES))
         options.command(options)
     except KeyboardInterrupt:
         return 130
@@ -67,51 +43,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if options.traceback:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        advice = ADVICE.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+        print(f"error: {said}{'; ' if advice else ''}{advice}", file=sys.stderr)
         return 1
     return 0
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in ADVICE:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; {ADVICE[error.errno]}"
-    return str(error)
-
-
-def _print_in_any_locale() -> None:
-    """Where the locale has no such character, print one that looks like it, or a question mark."""
-
-    def plain(error: UnicodeError) -> tuple[str, int]:
-        assert isinstance(error, UnicodeEncodeError)
-        text = error.object[error.start : error.end].translate(ASCII)
-        return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode(), error.end
-
-    codecs.register_error("plain", plain)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="plain")
-
-
 def run(options: argparse.Namespace) -> None:
     """Train what is missing of some experiments, or of all: the first seed first."""
-    from lib.runs.runner import run_experiments
+    selected: dict[str, Any] = {
+        "only": options.only,
+        "overrides": dict(options.set),
+        "results_root": options.results and str(Path(options.results).resolve()),
+        "device": options.device,
+    }
+    names = _names(options.experiment)
+    if not options.executor:
+        from lib.runs.runner import run_experiments
 
-    if options.executor:
-        for name in _names(options.experiment):
-            _submit(name, options)
+        more = {"jobs": options.jobs, "threads": options.threads, "shard": options.shard}
+        for name, rows in run_experiments(names, options.profile, **selected, **more).items():
+            if len(rows):
+                print(_errors(name, rows))
+        folder = paths.results_dir(options.profile, options.results)
+        print(f"rows: {folder}; of runs that --set changed: {folder.parent / 'own' / folder.name}")
         return
-    run_experiments(
-        _names(options.experiment),
-        options.profile,
-        only=options.only,
-        overrides=_overrides(options.set),
-        shard=_shard(options.shard),
-        results_root=options.results,
-        jobs=options.jobs,
-        threads=options.threads,
-        device=options.device,
-    )
+    from lib.runs.cluster import submit
+
+    words = {k: int(v) if v.isdigit() else v for k, v in options.job}
+    for name in names:
+        jobs = submit(name, options.profile, options.executor, options.shards, words, **selected)
+        print(f"{name} ({options.profile}): submitted {', '.join(job.job_id for job in jobs)}")
+        if options.executor == "local":  # local jobs end with this process
+            for job in jobs:
+                print(job.result())
+
+
+def _errors(name: str, rows: Any) -> str:
+    """The test errors of an experiment's runs, in one line."""
+    errors = rows["test_error_pct"].dropna()
+    said = f"{name}: {len(rows)} runs, {(rows['status'] == 'diverged').sum()} of them diverged"
+    if len(errors):
+        said += f", test error {errors.min():.2f} to {errors.max():.2f} %"
+    return f"{said}, median {errors.median():.2f} %" if len(errors) else said
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -123,15 +100,12 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def status(options: argparse.Namespace) -> None:
-    """What is done, what is missing, and how long the rest will take on this machine."""
-    from lib.runs.machine import check_device
-    from lib.runs.status import status_table
+    """What is done, what is missing, and how many core-hours the rest takes."""
+    from lib.runs.runner import status_table
 
-    check_device(options.device)
-    if options.results is not None:
-        _source(options)
-    names = _names(options.experiment)
-    print(status_table(options.profile, options.results, options.device, names))
+    if options.results is not None and not Path(options.results or "-").is_dir():
+        raise ValueError(f"--results {options.results!r}: name the folder that holds the profiles")
+    print(status_table(options.profile, options.results, _names(options.experiment)))
 
 
 def notebooks(options: argparse.Namespace) -> None:
@@ -141,7 +115,7 @@ def notebooks(options: argparse.Namespace) -> None:
     execute_all(
         options.profile,
         only=options.only,
-        parameters=_raw_overrides(options.set),
+        parameters=dict(options.set),
         results_root=options.results,
     )
 
@@ -199,64 +173,115 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
 
 
+def _checked(function: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The function as a type of argparse that keeps what its ValueError says."""
+
+    def checked(text: str) -> Any:
+        try:
+            return function(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"{text!r}: write name=value, for instance epochs=15")
+    return name, value
+
+
+def field(text: str) -> tuple[str, Any]:
+    """A field of a run and its value, from "name=value"; ValueError otherwise."""
+    name, value = _pair(text)
+    return name, parse_field(name, value)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise ValueError(f"must be from 1 to 10000, got {text}")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise ValueError(f"{text!r}: write i/n, for instance 1/4")
+    return int(index), int(count)
+
+
+def _profile(text: str) -> str:
+    if text and text not in experiments.PROFILES:  # "": the largest scale that has rows
+        raise ValueError(unknown("profile", text, experiments.PROFILES))
+    return text
+
+
+def _experiment(text: str) -> str:
+    if text != "all":
+        experiments.experiment(text)
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m lib", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    pairs: dict[str, Any] = {"action": "append", "default": []}
+    profiles = f"scale of the runs: {', '.join(experiments.PROFILES)} (default: quick)"
 
     def add(function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         name = function.__name__
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(command=function)
-        command.add_argument(
-            "--profile",
-            default="quick",
-            metavar="NAME",
-            help=f"scale of the runs: {', '.join(experiments.PROFILES)} (default: quick)",
-        )
-        command.add_argument("--results", metavar="DIR", help="write to and read from DIR instead")
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
+        if function is not merge:
+            command.add_argument(
+                "--profile", type=_checked(_profile), default="quick", help=profiles
+            )
+            command.add_argument(
+                "--results", metavar="DIR", help="write to and read from DIR instead"
+            )
         return command
 
     command = add(run)
-    command.add_argument("experiment", nargs="+", help=f"all, {', '.join(experiments.EXPERIMENTS)}")
+    known = f"all, {', '.join(experiments.EXPERIMENTS)}"
+    command.add_argument("experiment", nargs="+", type=_checked(_experiment), help=known)
+    command.add_argument("--only", **pairs, metavar="FIELD=VALUE", help="keep runs that have it")
     command.add_argument(
-        "--only", action="append", default=[], metavar="FIELD=VALUE", help="keep runs that have it"
+        "--set", **pairs, type=_checked(field), metavar="FIELD=VALUE", help="override in every run"
     )
     command.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override in every run"
+        "--shard",
+        type=_checked(_shard),
+        default=(1, 1),
+        metavar="I/N",
+        help="every N-th run from I",
     )
-    command.add_argument(
-        "--shard", default="1/1", metavar="I/N", help="every N-th run from the I-th"
-    )
-    command.add_argument("--jobs", type=int, help="runs side by side (default: as measured best)")
-    command.add_argument("--threads", type=int, help="threads of each run")
+    command.add_argument("--jobs", type=_checked(_count), help="runs side by side (default: cores)")
+    command.add_argument("--threads", type=_checked(_count), help="threads of each run")
     command.add_argument("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
-
-    command.add_argument(
-        "--executor", choices=["local", "slurm"], help="submit shards as jobs (submitit)"
-    )
-    command.add_argument("--shards", type=int, default=2, help="number of jobs for --executor")
+    command.add_argument("--executor", choices=["local", "slurm"], help="submit shards as jobs")
+    command.add_argument("--shards", type=_checked(_count), default=2, help="number of jobs")
     command.add_argument(
         "--job",
-        action="append",
-        default=[],
+        **pairs,
+        type=_checked(_pair),
         metavar="NAME=VALUE",
-        help="parameter of the jobs, for instance timeout_min=240 or slurm_partition=gpu",
+        help="timeout_min=240, for one",
     )
-
-    command = commands.add_parser("merge", help=merge.__doc__, description=merge.__doc__)
-    command.set_defaults(command=merge, traceback=False)
+    command = add(merge)
     command.add_argument("target", help="CSV that the rows go to")
     command.add_argument("sources", nargs="+", help="run CSVs; curves and layers come along")
-
     command = add(status)
-    command.add_argument("experiment", nargs="*", help="those to tell of (default: all)")
-    command.add_argument("--device", default="cpu", help='"cpu" or "cuda"')
-
+    command.add_argument("experiment", nargs="*", type=_checked(_experiment), help="default: all")
     command = add(notebooks)
-    command.add_argument("--only", action="append", default=[], metavar="NAME", help="one notebook")
+    command.add_argument("--only", **pairs, metavar="NAME", help="one notebook")
     command.add_argument(
-        "--set", action="append", default=[], metavar="PARAMETER=VALUE", help="papermill parameter"
+        "--set",
+        **pairs,
+        type=_checked(_pair),
+        metavar="PARAMETER=VALUE",
+        help="papermill parameter",
     )
     for function in (figures, report, verdict):
         command = add(function)
@@ -274,71 +299,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(names: Sequence[str]) -> list[str]:
     """The experiments named, each once; all of them for "all" and for none."""
-    for name in names:
-        if name != "all":
-            experiments.experiment(name)
     every = "all" in names or not names
     return list(experiments.EXPERIMENTS) if every else list(dict.fromkeys(names))
-
-
-def _source(options: argparse.Namespace) -> Source:
-    """The rows of the profile, here or under --results; ValueError where there are none."""
-    from lib.results.reading import Source
-    from lib.results.store import run_paths
-
-    given = options.results
-    folder = paths.results_dir(options.profile, given)
-    if given is not None and not Path(given).is_dir():
-        what = "is a file, not a folder" if Path(given).exists() else "doesn't exist"
-        raise ValueError(f"--results {given!r} {what}: name the folder that holds the profiles")
-    if given == "" or not run_paths(folder):
-        raise ValueError(
-            f"{folder} holds no results: python -m lib run all --profile {options.profile} trains "
-            "what is missing"
-        )
-    return Source(options.profile, given)
-
-
-def _submit(name: str, options: argparse.Namespace) -> None:
-    from lib.runs.cluster import submit
-
-    jobs = submit(
-        name,
-        options.profile,
-        options.executor,
-        options.shards,
-        only=options.only,
-        overrides=_overrides(options.set),
-        results_root=options.results,
-        device=options.device,
-        **{k: int(v) if v.isdigit() else v for k, v in _raw_overrides(options.job).items()},
-    )
-    print(f"{name} ({options.profile}): submitted {', '.join(job.job_id for job in jobs)}")
-    if options.executor == "local":  # local jobs end with this process
-        for job in jobs:
-            print(job.result())
-
-
-def _overrides(texts: Sequence[str]) -> dict[str, object]:
-    return {name: parse_field(name, value) for name, value in _raw_overrides(texts).items()}
-
-
-def _raw_overrides(texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise ValueError(f"--set {text!r}: write name=value, for instance epochs=15")
-        pairs[name] = value
-    return pairs
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        index, count = map(int, text.split("/"))
-    except ValueError:
-        raise ValueError(f"--shard {text!r}: write i/n, for instance 1/4") from None
-    return index, count
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class TrainingLoop:
                     index = order[k * run.batch_size : (k + 1) * run.batch_size]
                     loss_sum += self.step(index) * len(index)
                     state.step_in_epoch = k + 1
-                    if self.device.type != "cpu":
+                    if self.device.type != "cpu" and state.step_in_epoch % 100:
                         continue  # looking at the clock is free, looking at the loss is not
                     now = time.perf_counter()
                     if progress is not None and now - told > 1.0:

@@ -25,7 +25,7 @@ from lib.kernels import library
 from lib.masking import Masking
 from lib.models import build_model
 from lib.results import store as results
-from lib.runs import runner
+from lib.runs import single
 from lib.train import Interrupted, TrainingLoop, train
 from lib.training.streams import stream
 from tests.support.masked import SPARSE
@@ -158,7 +158,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
     kills = json.loads(done.stdout)
     assert set(kills) == set(methods) and min(kills.values()) >= 2, kills
     for method in methods:
-        whole, killed = tmp_path / method / "whole.csv", tmp_path / method / "killed.csv"
+        whole, killed = (tmp_path / method / way / "x.csv" for way in ("whole", "killed"))
         rows = [results.read_runs(path) for path in (whole, killed)]
         assert [len(r) for r in rows] == [1, 1]
         compared = [c for c in results.COLUMNS if c not in results.PROVENANCE]
@@ -370,12 +370,13 @@ def test_a_diverging_run_is_recorded_without_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("CHECKPOINT_ROOT", str(tmp_path / "checkpoints"))
     run = replace(SMALL, lr=1e6)
     csv = tmp_path / "a.csv"
-    assert runner.train_and_store(run, "main_results", "smoke", csv) == "diverged"
+    task = single.Task(run, "main_results", "smoke", csv)
+    assert single.train_and_store(task) == "diverged"
     row = results.read_runs(csv).iloc[0]
     assert row["status"] == "diverged" and row["run_id"] == run.run_id and row["lr"] == 1e6
     for name in ("test_error_pct", "val_error_pct", "train_loss", "density_final"):
         assert pd.isna(row[name])
-    assert runner.train_and_store(run, "main_results", "smoke", csv) == "done"
+    assert single.train_and_store(task) == "done"
     assert not list((tmp_path / "checkpoints").rglob("*.pt"))
 
 

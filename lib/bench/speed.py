@@ -37,7 +37,7 @@ from lib.kernels import keep_freed_memory
 from lib.masking import Masking
 from lib.models import build_model, forward_flops
 from lib.results.clock import COLUMNS
-from lib.runs import runner
+from lib.runs import machine
 from lib.train import TrainingLoop, flushed_denormals
 
 REPEATS = 5
@@ -301,10 +301,10 @@ def describe_machine() -> str:
         flags = " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in words)
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
-    versions = runner.versions()
+    versions = machine.versions()
     day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return (
-        f"{cores} x {runner.device_name()} ({flags}); torch {versions['torch']}, "
+        f"{cores} x {machine.device_name()} ({flags}); torch {versions['torch']}, "
         f"Python {versions['python']}, commit {versions['commit']}, load {load:.1f}, {day}"
     )
 

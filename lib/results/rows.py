@@ -65,7 +65,9 @@ def load(
     share is in the file of one of them, so all of the profile are read.
     """
     grid = planned(experiment, profile) if grid is None else grid
-    found = store.read_runs(Path(results or REPO / "results") / profile)
+    root = Path(results or REPO / "results")  # own: runs of a grid that was changed by a knob
+    found = pd.concat([store.read_runs(root / profile), store.read_runs(root / "own" / profile)])
+    found = found.drop_duplicates("run_id")
     found = found.rename(columns={"kernels": "computed_by"})  # the grid's: what was asked for
     outcome = [name for name in found if name not in grid or name == "run_id"]
     rows = grid.merge(found[outcome], on="run_id")
@@ -161,6 +163,11 @@ def bench(table: str) -> pd.DataFrame:
     return rows.join(known.assign(density=known.density.astype(float) / 100))
 
 
+def seconds(runs: pd.DataFrame, done: pd.DataFrame) -> pd.Series:
+    """What each run takes on one core: the mean of the done runs of the same network, else NaN."""
+    return runs["model"].map(done.groupby("model")["train_seconds"].mean()).astype(float)
+
+
 def missing(grid: pd.DataFrame, rows: pd.DataFrame) -> str:
     """How many runs of the grid have no row, and how long they take on one core, by the mean of the
     done runs of the same network; "" where nothing is missing.
@@ -168,8 +175,7 @@ def missing(grid: pd.DataFrame, rows: pd.DataFrame) -> str:
     left = grid[~grid.run_id.isin(rows.run_id)]
     if left.empty:
         return ""
-    like = rows.groupby("model").train_seconds.mean() if len(rows) else pd.Series(dtype=float)
-    hours = left.model.map(like).astype(float) / 3600
+    hours = seconds(left, rows) / 3600
     text = f"{len(left)} of {len(grid)} runs are missing"
     if hours.notna().any():
         text += f"; {hours.notna().sum()} of them take {hours.sum():.1f} hours on one core"

@@ -17,6 +17,7 @@ import argparse
 import functools
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.config import Run, parse_field, stream_seed
+from lib.config import Run, stream_seed
 from lib.data import DataError, Dataset
 from lib.engines.eager import TorchEngine
 from lib.models import IMAGENET_SHAPE
-from lib.train import TrainingLoop, train
+from lib.train import Interrupted, TrainingLoop, train
 from lib.training.streams import stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,15 +41,21 @@ def missing() -> str:
     """Why ImageNet can't be read, as a sentence; empty when it is there."""
     root = os.environ.get("IMAGENET_ROOT", "").strip()
     if not root:
-        return (
-            "ImageNet runs are left out: set IMAGENET_ROOT to a folder with train/<class>/ and "
-            "val/<class>/ (ILSVRC 2012)."
-        )
+        return "set IMAGENET_ROOT to a folder with train/<class>/ and val/<class>/ (ILSVRC 2012)"
     for part in ("train", "val"):
         folder = Path(root) / part
         if not folder.is_dir() or not any(entry.is_dir() for entry in folder.iterdir()):
-            return f"ImageNet runs are left out: no folder of a class in {folder} (IMAGENET_ROOT)."
+            return f"no folder of a class in {folder} (IMAGENET_ROOT)"
     return ""
+
+
+def how_to_train(runs: int) -> str:
+    """What to do about ImageNet runs that are missing: the plain runner leaves them out."""
+    first = f"{missing()}, and then " if missing() else ""
+    return (
+        f"{runs} ImageNet runs are left out: {first}torchrun --nproc-per-node <GPUs> "
+        "-m lib.runs.imagenet trains them, several processes on one run"
+    )
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -225,18 +232,16 @@ def _folders(root: Path) -> tuple[Any, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the missing runs of experiment "imagenet", with all processes on one run at a time."""
-    from lib import paths
-    from lib.results import store as results
-    from lib.runs import plan, single
+    from lib.__main__ import field
+    from lib.runs import machine, runner, single
 
     parser = argparse.ArgumentParser(prog="torchrun -m lib.runs.imagenet", description=main.__doc__)
     parser.add_argument("--profile", default="paper")
     parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--set", action="append", default=[], type=field, metavar="FIELD=VALUE")
     parser.add_argument("--results", metavar="DIR")
     parser.add_argument("--workers", type=int, help="reading processes per GPU")
     options = parser.parse_args(arguments)
-    overrides = dict(text.split("=", 1) for text in options.set)
 
     cuda = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
@@ -244,30 +249,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    rank, _ = rank_and_world()
+    rank, world = rank_and_world()
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+
+    def should_stop() -> bool:
+        told = torch.tensor(len(asked), device=device)
+        if world > 1:  # all at the same step, or one would wait for the others for ever
+            dist.all_reduce(told)
+        return bool(told)
+
+    machine.versions()
     try:
-        todo = plan.plan(
+        tasks = runner.tasks_of(
             "imagenet",
             options.profile,
             only=options.only,
-            overrides={name: parse_field(name, value) for name, value in overrides.items()},
+            overrides=dict(options.set),
             results_root=options.results,
         )
-        for run in todo.todo:
-            checkpoint = paths.checkpoints_dir() / options.profile / f"{run.run_id}.pt"
+        for task in runner.missing("imagenet", tasks):
             outcome = train(
-                run,
+                task.run,
                 make_loop=functools.partial(
-                    ImageNetLoop, run, device=device, workers=options.workers
+                    ImageNetLoop, task.run, device=device, workers=options.workers
                 ),
-                checkpoint=checkpoint,
+                checkpoint=task.checkpoint,
                 checkpoint_seconds=600.0,
+                should_stop=should_stop,
             )
             if rank == 0:
-                row = single.row_of(run, outcome, "imagenet", options.profile, device)
-                results.append_run(todo.csv, row, outcome.curves, outcome.layers)
-                checkpoint.unlink(missing_ok=True)
-                print(f"{run.run_id}: {outcome.status}, test error {outcome.test_error_pct} %")
+                row = single.row_of(task.run, outcome, "imagenet", task.profile, device)
+                result = {"row": row, "curves": outcome.curves, "layers": outcome.layers}
+                single.keep_or_append(task, result, task.checkpoint.with_suffix(".result.json"))
+                task.checkpoint.unlink(missing_ok=True)
+                print(f"{task.run.run_id}: {outcome.status}, error {outcome.test_error_pct} %")
+    except Interrupted:
+        raise SystemExit(128 + signal.SIGTERM) from None  # its checkpoint is written
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""This machine: devices, cores, what it is called, and what there is room for."""
+"""This machine and this code: devices, cores, names, versions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ import functools
 import os
 import platform
 import re
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lib import paths
-from lib.config import Run
-
-# On a GPU, runs of networks that do not fill it are trained so many side by side.
-GPU_JOBS = 4
-FILLS_A_GPU = 2e10
 
 
 def default_device() -> str:
@@ -43,24 +36,6 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r}: torch finds {count} GPUs here; use --device cpu")
 
 
-def default_jobs(runs: Sequence[Run], device: str) -> tuple[int, int]:
-    """(runs side by side, threads of each): on a CPU one single-threaded run per core.
-
-    Runs are independent, so this wastes nothing on synchronising threads: `make bench` measures
-    it against one run with all threads. On a GPU one at a time, or GPU_JOBS where none of them
-    fills it: the forward pass of a mini-batch is under FILLS_A_GPU floating-point operations.
-    `make bench` measures that too, where there is a GPU; none has been at hand so far.
-    """
-    jobs = max(1, min(cores(), len(runs)))
-    if device != "cpu":
-        from lib.models import forward_flops
-
-        work = {(run.model, run.batch_size) for run in runs}
-        small = all(sum(forward_flops(m).values()) * b < FILLS_A_GPU for m, b in work)
-        jobs = min(jobs, GPU_JOBS) if small else 1
-    return jobs, 1
-
-
 def cores() -> int:
     """Processor cores that this process may use."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -82,46 +57,35 @@ def device_name(device: str = "cpu") -> str:
 
 @functools.lru_cache(maxsize=1)
 def versions() -> dict[str, Any]:
-    """Commit of the code, whether the tree was dirty, and versions of what the numbers rest on."""
-    from importlib.metadata import version
+    """Commit of the code, whether the tree was dirty, and versions of what the numbers rest on.
 
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(paths.REPO), *words], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = git("rev-parse", "--short=12", "HEAD")
+    "unknown", and None for dirty, where nobody can say: without the git program, or in a copy that
+    is no checkout, also when it lies inside another repository.
+    """
+    ours = _git("rev-parse", "--show-toplevel")
+    commit = _git("rev-parse", "--short=12", "HEAD") if ours and paths.REPO.samefile(ours) else ""
     code = ("lib", "environment.yml")
     return {
         "commit": commit or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--", *code)) if commit else None,
+        "dirty": bool(_git("status", "--porcelain", "--", *code)) if commit else None,
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "torchvision": version("torchvision"),
+        **{name: _version(name) for name in ("torch", "torchvision")},
     }
 
 
-def check_writable(folders: Iterable[Path]) -> None:
-    """Create the folders and a file in each; ValueError with what to do where that fails."""
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"{folder} can't be written to ({error.strerror}): nothing was trained; name "
-                "another folder with --results, or for checkpoints with CHECKPOINT_ROOT"
-            ) from None
+def _git(*words: str) -> str:
+    # an inherited GIT_DIR, as in a hook, names another repository
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(paths.REPO), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=own)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise ValueError where the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {free / 1e6:,.0f} MB free, but checkpoints and results take up to "
-            f"{needed / 1e6:,.0f} MB: nothing was trained; make room on that disk, or set "
-            "CHECKPOINT_ROOT to a folder on another"
-        )
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -9,27 +9,25 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing import connection, get_context, resource_tracker
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
 from types import SimpleNamespace
 from typing import Any
 
-from lib.config import Run
-from lib.runs.plan import Plan
-from lib.runs.progress import Board
-from lib.runs.single import checkpoint_of, train_and_store
+from tqdm import tqdm
 
-Task = tuple[Run, Plan]
+from lib.runs.single import Task, train_and_store
 
 # Told to stop, a worker has so long for its mini-batch and its checkpoint; then it is killed.
 STOP_SECONDS = 15.0
-SAY_SECONDS = 0.5
+# A run that another process is training is asked for again after so long.
+ELSEWHERE_SECONDS = 2.0
 
 
 class WorkerError(RuntimeError):
@@ -44,20 +42,36 @@ class _Worker:
     ready: bool = False  # it has sent something: it could start
 
 
-@dataclass
 class _Pool:
     """The workers, and what became of their runs."""
 
-    jobs: int
-    threads: int
-    device: str
-    board: Board
-    say: Callable[[str], None]
-    waiting: deque[Task]
-    workers: list[_Worker] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)  # of runs whose worker was killed
-    error: WorkerError | None = None  # the first one; no run is begun after it
-    elsewhere: int = 0
+    def __init__(
+        self,
+        title: str,
+        tasks: Sequence[Task],
+        seconds: Mapping[str, float],
+        jobs: int,
+        threads: int,
+        device: str,
+    ) -> None:
+        self.waiting, self.jobs = deque(tasks), jobs
+        self.threads, self.device = threads, device
+        self.workers: list[_Worker] = []
+        self.failed: list[str] = []  # runs whose worker was killed
+        self.errors: list[WorkerError] = []  # no run is begun after the first
+        self.told_of_others = False
+        self.left = {task.run.run_id: task.run for task in tasks}
+        self.seconds = seconds
+        self.begun: dict[str, float] = {}  # when a run was first heard of
+        self.taken: dict[str, list[float]] = {}  # by network: seconds of the runs of this call
+        self.bar = tqdm(
+            total=len(tasks),
+            desc=title,
+            unit="run",
+            file=sys.stdout,
+            mininterval=0.5 if sys.stdout.isatty() else 60.0,
+            bar_format="{desc}: {percentage:3.0f} %|{bar:20}| {n_fmt} of {total_fmt} runs{postfix}",
+        )
 
     def busy(self) -> bool:
         return any(worker.task is not None for worker in self.workers)
@@ -65,12 +79,11 @@ class _Pool:
     def assign(self) -> None:
         """Give each idle worker a run, and start workers up to the number wanted."""
         idle = [worker for worker in self.workers if worker.task is None]
-        while self.waiting and self.error is None and (idle or len(self.workers) < self.jobs):
+        while self.waiting and not self.errors and (idle or len(self.workers) < self.jobs):
             worker = idle.pop() if idle else self._start()
             worker.task = self.waiting.popleft()
-            run, todo = worker.task
             with contextlib.suppress(OSError):  # it was killed meanwhile: `hear` says so
-                worker.pipe.send((run, todo.experiment, todo.profile, todo.csv, self.device))
+                worker.pipe.send((worker.task, self.device))
 
     def hear(self, timeout: float) -> None:
         """Take one message of each worker that has sent one, and notice those that died."""
@@ -85,12 +98,16 @@ class _Pool:
     def _start(self) -> _Worker:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(theirs, self.threads, os.getpid()), daemon=True
-        )
-        resource_tracker.ensure_running()  # starting it within would unblock the signal again
-        with _workers_ignore_interrupts():
+        arguments = (theirs, self.threads, os.getpid())
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        # Ctrl-C goes to the whole group; a child inherits that it is ignored, even while it imports
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+        try:
             process.start()
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, before)
         theirs.close()
         self.workers.append(_Worker(process, ours))
         return self.workers[-1]
@@ -99,21 +116,41 @@ class _Pool:
         worker.ready = True
         if kind == "ready" or worker.task is None:
             return
-        run_id = worker.task[0].run_id
+        run_id, now = worker.task.run.run_id, time.monotonic()
         if kind == "progress":
-            self.board.note(run_id, *rest)
+            self.begun.setdefault(run_id, now)
+            self._show(rest[0])
             return
-        worker.task = None
-        self.board.end(run_id)
         if kind == "error":
             sentence, text = rest
             error = WorkerError(sentence)
             error.__cause__ = RuntimeError(f"in a worker:\n{text}")
-            self.error = self.error or error
+            self.errors.append(error)
         elif rest[0] == "elsewhere":
-            self.elsewhere += 1
+            self.waiting.append(worker.task)  # it is stored one day, or ours when that process ends
+            if not self.told_of_others:
+                self.bar.write(f"{run_id}: another process is training it; waiting", sys.stdout)
+            self.told_of_others = True
         elif rest[0] == "interrupted":
             self.failed.append(f"{run_id}: its worker was told to stop")
+        else:
+            run = self.left.pop(run_id)
+            if run_id in self.begun:
+                self.taken.setdefault(run.model, []).append(rest[1])
+            self.bar.update()
+            self._show(None)
+        worker.task = None
+
+    def _show(self, error_pct: float | None) -> None:
+        """The time left, by the mean of the runs of the same network, of this call if there are."""
+        mean = {model: sum(times) / len(times) for model, times in self.taken.items()}
+        each = {i: mean.get(r.model, self.seconds.get(r.model, 0.0)) for i, r in self.left.items()}
+        now = time.monotonic()
+        whole = sum(max(0.0, s - (now - self.begun.get(i, now))) for i, s in each.items())
+        left = tqdm.format_interval(whole / self.jobs) if all(each.values()) else "?"
+        last = "" if error_pct is None else f"validation error {error_pct:.2f} %"
+        self.bar.set_postfix_str(f"{left} left{', ' * bool(last)}{last}", refresh=False)
+        self.bar.update(0)
 
     def _died(self, worker: _Worker) -> None:
         self.workers.remove(worker)
@@ -122,44 +159,37 @@ class _Pool:
         code = worker.process.exitcode
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended ({code})"
         if not worker.ready and code >= 0:
-            self.error = self.error or WorkerError(
-                f"a worker process {how} before its first run: call the runner from a script's "
-                '`if __name__ == "__main__":`, and see the message above, if any'
-            )
+            said = f"a worker process {how} before its first run: call the runner from a script's "
+            said += '`if __name__ == "__main__":`, and see the message above, if any'
+            self.errors.append(WorkerError(said))
         elif worker.task is not None:
-            run, todo = worker.task
-            self.board.end(run.run_id)
-            self.failed.append(f"{run.run_id}: its worker {how}")
-            reason = ", for want of memory perhaps: fewer --jobs need less" * (code == -9)
-            left = kept(run, todo.profile)
-            self.say(f"{self.failed[-1]}{reason}; {left}; the other runs go on\n")
+            self.failed.append(f"{worker.task.run.run_id}: its worker {how}")
+            reason = ", for want of memory perhaps: fewer --jobs need less" if code == -9 else ""
+            self.bar.write(f"{self.failed[-1]}{reason}; {kept(worker.task)}", sys.stdout)
 
     def stop(self) -> None:
         """Have the runs in training write their checkpoints, and say which did."""
         stopped = [worker.task for worker in self.workers if worker.task is not None]
         self.waiting.clear()
-        self.say("stopping: waiting for the checkpoints of the runs in training\n")
-        self.error = None
+        self.bar.write("stopping: waiting for the checkpoints of the runs in training", sys.stdout)
+        self.errors.clear()
         for worker in self.workers:
             worker.process.terminate()  # it finishes its mini-batch and saves (`_serve`)
         end = time.monotonic() + STOP_SECONDS
         while self.busy() and time.monotonic() < end:
             self.hear(0.1)
-        late = [worker for worker in self.workers if worker.task is not None]
-        for worker in late:
-            worker.process.kill()
-        problems = [str(self.error)] if self.error else []
-        problems += [
-            f"{w.task[0].run_id}: not ready in {STOP_SECONDS:.0f} s" for w in late if w.task
-        ]
-        for problem in problems:
-            self.say(f"{problem}\n")
-        for run, todo in stopped:
-            self.say(f"{run.run_id}: {kept(run, todo.profile)}\n")
-        self.say("stopped; the same command goes on\n")
+        for worker in self.workers:
+            if worker.task is not None:
+                worker.process.kill()
+        for error in self.errors:
+            self.bar.write(str(error), sys.stdout)
+        for task in stopped:
+            self.bar.write(f"{task.run.run_id}: {kept(task)}", sys.stdout)
+        self.bar.write("stopped; the same command goes on", sys.stdout)
 
     def close(self) -> None:
         """End the workers, which have no run any more or are not waited for."""
+        self.bar.close()
         for worker in self.workers:
             worker.pipe.close()  # an idle one ends by itself
         for worker in self.workers:
@@ -172,40 +202,33 @@ class _Pool:
 def train_all(
     title: str,
     tasks: Sequence[Task],
-    board: Board,
+    seconds: Mapping[str, float],
+    jobs: int,
     threads: int,
     device: str,
-    say: Callable[[str], None],
 ) -> None:
-    """Train and store all tasks, `board.jobs` at a time, in order.
+    """Train and store all tasks, `jobs` at a time, in order; a run that another process is training
+    is waited for, and taken over when that process ends.
 
-    On KeyboardInterrupt or SystemExit the runs in training write their checkpoints, within
-    STOP_SECONDS, and the exception goes on. Raises WorkerError for the first run that failed, after
-    those in training have ended, and at the end for runs whose worker was killed.
+    `seconds` says what a run of each network takes, for the time left.  On KeyboardInterrupt or
+    SystemExit the runs in training write their checkpoints, within STOP_SECONDS, and the exception
+    goes on.  Raises WorkerError for the first run that failed, after those in training have ended,
+    and at the end for runs whose worker was killed.
     """
-    pool = _Pool(board.jobs, threads, device, board, say, deque(tasks))
-    said = 0.0
+    pool = _Pool(title, tasks, seconds, jobs, threads, device)
     try:
-        say(board.line())
         pool.assign()
         while pool.busy():
-            pool.hear(SAY_SECONDS)
+            pool.hear(0.5)
             pool.assign()
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                say(board.line())
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or a scheduler's time limit
         with contextlib.suppress(KeyboardInterrupt):  # a second one: without waiting any longer
             pool.stop()
         raise
     finally:
         pool.close()
-    if pool.error is None:
-        say(board.line() + "\n")
-    if pool.elsewhere:
-        say(f"{pool.elsewhere} of these runs are being trained by another process\n")
-    if pool.error is not None:
-        raise pool.error
+    if pool.errors:
+        raise pool.errors[0]
     if pool.failed:
         raise WorkerError(
             f"{len(pool.failed)} of {len(tasks)} runs of {title} aren't done, and the same "
@@ -213,36 +236,13 @@ def train_all(
         )
 
 
-def kept(run: Run, profile: str) -> str:
+def kept(task: Task) -> str:
     """What is left of an unfinished run, as the disk says."""
     try:
-        seconds = time.time() - checkpoint_of(run, profile).stat().st_mtime
+        seconds = time.time() - task.checkpoint.stat().st_mtime
     except OSError:
         return "no checkpoint yet, it starts anew"
     return f"its checkpoint of {max(seconds, 0):.0f} s ago stays"
-
-
-@contextlib.contextmanager
-def _workers_ignore_interrupts() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C, which goes to the whole group of processes: not
-    even while they import. For this process it is only put off.
-    """
-    caught: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
-    # Blocking is inherited by the children, but holds for this thread only: a library's thread may
-    # take the signal, and Python would then run the handler here.
-    defer = threading.current_thread() is threading.main_thread() and callable(handler)
-    if defer:
-        signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if defer:
-            signal.signal(signal.SIGINT, handler)
-    if caught:
-        raise KeyboardInterrupt
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,8 +257,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def _serve(pipe: connection.Connection, threads: int, parent: int) -> None:
-    """Train what comes through the pipe, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
+    """Train what comes through the pipe, until it is closed or the parent is gone."""
     signal.signal(signal.SIGTERM, _stop)
     import torch
 
@@ -269,41 +268,39 @@ def _serve(pipe: connection.Connection, threads: int, parent: int) -> None:
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         pipe.send(("ready",))
         while True:
-            task = pipe.recv()
-            pipe.send(_train_one(pipe, parent, *task))
+            task, device = pipe.recv()
+            pipe.send(_train_one(pipe, parent, task, device))
             _asked.to_stop = False
 
 
 def _train_one(
-    pipe: connection.Connection,
-    parent: int,
-    run: Run,
-    experiment: str,
-    profile: str,
-    csv: Path,
-    device: str,
-) -> tuple[str, ...]:
-    """Train one run and store its row; ("ended", what became of it) or ("error", what happened)."""
+    pipe: connection.Connection, parent: int, task: Task, device: str
+) -> tuple[str, str, Any]:
+    """Train one run and store its row; ("ended", what became of it, seconds) or ("error", what
+    happened, traceback).
+    """
 
     def told(progress: Any) -> None:
         with contextlib.suppress(OSError):  # the parent has ended: `should_stop` says so
-            pipe.send(("progress", progress.epoch / progress.epochs, progress.val_error_pct))
+            pipe.send(("progress", progress.val_error_pct))
 
     def should_stop() -> bool:
         return _asked.to_stop or os.getppid() != parent
 
     if should_stop():  # before the seconds that loading takes
-        return "ended", "interrupted"
+        return "ended", "interrupted", None
     from lib.train import Interrupted
 
+    started = time.monotonic()
     try:
-        return "ended", train_and_store(
-            run, experiment, profile, csv, device=device, progress=told, should_stop=should_stop
-        )
+        status = train_and_store(task, device=device, progress=told, should_stop=should_stop)
+        if status == "elsewhere":
+            time.sleep(ELSEWHERE_SECONDS)
+        return "ended", status, time.monotonic() - started
     except Interrupted:
-        return "ended", "interrupted"
+        return "ended", "interrupted", None
     except Exception as error:
         expected = isinstance(error, (ValueError, RuntimeError, OSError))
         said = str(error) if expected else f"{type(error).__name__}: {error}"
-        sentence = said if run.run_id in said else f"{run.run_id}: {said}"
+        sentence = said if task.run.run_id in said else f"{task.run.run_id}: {said}"
         return "error", sentence, traceback.format_exc()

@@ -1,65 +1,41 @@
-"""Runs a grid: skips what is done, trains the rest in worker processes, stores every row at once.
+"""Runs grids: skips what is done, trains the rest in worker processes, stores every row at once.
 
-The command line, the notebooks and cluster shards all call `run_experiment`. A run that is in the
-CSV is not trained again; a run that was killed continues from its checkpoint; two processes never
-train the same run at the same time.
+The command line, the notebooks and cluster shards all call `run_experiments`.  A run that has a row
+is not trained again; a run that was killed continues from its checkpoint; two processes never train
+the same run at the same time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import pandas as pd
 
 from lib import experiments, paths
-from lib.results import store as results
-from lib.runs import cost
-from lib.runs.checks import check_before_training, check_settings
-from lib.runs.machine import check_device, default_device, default_jobs, device_name, versions
-from lib.runs.plan import Plan, plan
-from lib.runs.pool import Task, train_all
-from lib.runs.progress import Board, print_line
-from lib.runs.single import row_of, train_and_store
+from lib.config import Run
+from lib.results import rows as reading
+from lib.results import store
+from lib.runs.machine import check_device, cores, default_device
+from lib.runs.pool import train_all
+from lib.runs.single import Task, stored, train_and_store
 
-__all__ = [
-    "device_name",
-    "plan",
-    "row_of",
-    "run_experiment",
-    "run_experiments",
-    "train_and_store",
-    "versions",
-]
+__all__ = ["Task", "run_experiment", "run_experiments", "tasks_of", "train_and_store"]
 
 
-class Options(TypedDict, total=False):
-    """What `run_experiments` takes beside names and profile."""
-
-    only: str | Sequence[str]
-    overrides: dict[str, Any] | None
-    shard: tuple[int, int]
-    results_root: str | Path | None
-    jobs: int | None
-    threads: int | None
-    device: str | None
-    say: Callable[[str], None] | None
-
-
-def run_experiment(
-    experiment: str, profile: str = "quick", **options: Unpack[Options]
-) -> pd.DataFrame:
+def run_experiment(experiment: str, profile: str = "quick", **options: Any) -> pd.DataFrame:
     """Train what is missing of one experiment and return the rows of its selected runs; the options
     are those of `run_experiments`.
     """
-    return run_experiments([experiment], profile, **options)[experiment]
+    return run_experiments(experiment, profile, **options)[experiment]
 
 
 def run_experiments(
     names: str | Sequence[str],
     profile: str = "quick",
     *,
+    grid: pd.DataFrame | Iterable[Run] | None = None,
     only: str | Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
     shard: tuple[int, int] = (1, 1),
@@ -67,78 +43,141 @@ def run_experiments(
     jobs: int | None = None,
     threads: int | None = None,
     device: str | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Train what is missing of some experiments, the first seed of all of them, then the second;
-    returns the rows of all selected runs of each (lib/results/store.py). A run that several need is
-    trained once.
+    returns the rows of all selected runs of each (lib/results/store.py).
 
-    `only`, `overrides` and `shard` select and change runs (`plan`); of several experiments, those
-    in which no run has all that `only` asks are left out, and ValueError says when none is left.
-    `jobs` runs are trained side by side with `threads` threads each; by default whichever
-    `default_jobs` says. `say` receives one line of progress, about twice a second. Everything that
-    can be known to fail raises ValueError before the first step (lib/runs/checks.py). On Ctrl-C
-    the workers write their checkpoints and KeyboardInterrupt goes on. Raises WorkerError for the
-    first run that failed, after the runs in training have ended, and, at the end, for runs whose
-    worker was killed; diverged runs are rows, not errors.
+    `grid`, `only`, `overrides` and `shard` as in `tasks_of`; of several experiments, those in which
+    no run has all that `only` asks are left out.  `jobs` runs are trained side by side, by default
+    one on each core or one on the GPU, with `threads` threads each.  Raises ValueError, before the
+    first step, for what can be known to fail; WorkerError as in lib/runs/pool.py.  On Ctrl-C the
+    workers write their checkpoints.  Diverged runs are rows, not errors.
     """
     names = [names] if isinstance(names, str) else list(names)
-    check_settings(jobs, threads)
     if device is not None:
         check_device(device)
-    say = say or print_line()
-
-    def plans() -> list[Plan]:
-        found, refused = [], None
-        for name in names:
-            try:
-                found.append(
-                    plan(
-                        name,
-                        profile,
-                        only=only,
-                        overrides=overrides,
-                        shard=shard,
-                        results_root=results_root,
-                    )
-                )
-            except experiments.NoSuchRunError as error:
-                refused = error
-        if refused is not None and not found:
-            raise refused
-        return found
-
-    planned = plans()
-    tasks: dict[str, Task] = {}
-    for one in planned:
-        for run in one.todo:
-            if run.dataset != "imagenet":
-                tasks.setdefault(run.run_id, (run, one))
-    if any(run.dataset == "imagenet" for one in planned for run in one.todo):
-        from lib.runs.imagenet import missing
-
-        say(
-            (missing() or "ImageNet runs are left out: torchrun -m lib.runs.imagenet trains them")
-            + "\n"
-        )
+    selected: dict[str, list[Task]] = {}
+    refused = None
+    for name in names:
+        try:
+            selected[name] = tasks_of(name, profile, grid, only, overrides, shard, results_root)
+        except experiments.NoSuchRunError as error:
+            refused = error
+    if refused is not None and not selected:
+        raise refused
+    todo: dict[str, Task] = {}
+    for name, tasks in selected.items():
+        for task in missing(name, tasks):
+            todo.setdefault(task.run.run_id, task)
+    by_torchrun = [task for task in todo.values() if task.run.dataset == "imagenet"]
+    here = [task for task in todo.values() if task.run.dataset != "imagenet"]
+    here.sort(key=lambda task: task.run.seed)
     title = f"{' '.join(names) if len(names) < 4 else f'{len(names)} experiments'} ({profile})"
-    if tasks:
+    if by_torchrun:
+        from lib.runs.imagenet import how_to_train
+
+        if not here and set(names) == {"imagenet"}:
+            raise ValueError(how_to_train(len(by_torchrun)))
+        print(how_to_train(len(by_torchrun)))
+    if here:
+        from lib.runs.checks import check_before_training
+
         device = device or default_device()
-        in_order = sorted(tasks.values(), key=lambda task: task[0].seed)
-        runs = [run for run, _ in in_order]
-        own_jobs, own_threads = default_jobs(runs, device)
-        jobs = min(jobs or own_jobs, len(runs))
-        check_before_training(
-            runs, [one.csv for one in planned], paths.checkpoints_dir() / profile, jobs
-        )
-        estimate = cost.Estimator(cost.rows_under(planned[0].csv.parent.parent), device)
-        board = Board(title, runs, estimate, jobs)
-        train_all(title, in_order, board, threads or own_threads, device, say)
-    else:
-        say(f"{title}: all {sum(len(one.done) for one in planned)} runs are done\n")
-    tables = {}
-    for one in planned:
-        wanted = {run.run_id for run in (*one.done, *one.todo)}
-        rows = results.read_runs(one.csv.parent)
-        tables[one.experiment] = rows[rows["run_id"].isin(wanted)].reset_index(drop=True)
-    return tables
+        jobs = min(jobs or (cores() if device == "cpu" else 1), len(here))
+        check_before_training(here)
+        done = store.read_runs(paths.results_dir(profile, results_root))
+        means = done.groupby("model")["train_seconds"].mean()
+        seconds = {str(model): float(mean) for model, mean in means.items()}
+        train_all(title, here, seconds, jobs, threads or 1, device)
+    elif not any(selected.values()):
+        raise ValueError(f"{title} has no runs: profiles are {', '.join(experiments.PROFILES)}")
+    elif not by_torchrun:
+        print(f"{title}: all {sum(map(len, selected.values()))} runs are done")
+    return {name: _rows(tasks) for name, tasks in selected.items()}
+
+
+def tasks_of(
+    experiment: str,
+    profile: str,
+    grid: pd.DataFrame | Iterable[Run] | None = None,
+    only: str | Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    shard: tuple[int, int] = (1, 1),
+    results_root: str | Path | None = None,
+) -> list[Task]:
+    """The runs of an experiment, done or not, each with the CSV that its row goes to.
+
+    `grid` replaces the experiment's own: runs, or a DataFrame with their fields (lib/results/rows).
+    `only` keeps runs with all the given `field=value` (several values of one field: any of them);
+    `overrides` sets fields of every run, which gives new ids; `shard` (i, n) keeps every n-th run
+    from the i-th, 1-based.  Runs that are not in the experiment's own grid go to results/own.
+    Raises ValueError for unknown names and for a selection without runs.
+    """
+    planned = experiments.runs(experiment, profile)
+    runs = planned
+    if isinstance(grid, pd.DataFrame):
+        known = [name for name in Run.__dataclass_fields__ if name in grid]
+        runs = [
+            Run(**{str(k): v for k, v in row.items()}) for row in grid[known].to_dict("records")
+        ]
+    elif grid is not None:
+        runs = list(grid)
+    if overrides:
+        runs = experiments.unique(run.overridden(**overrides) for run in runs)
+    runs = experiments.select(runs, only)
+    index, count = shard
+    if not 1 <= index <= count:
+        raise ValueError(f"shard {index}/{count}: the first number goes from 1 to {count}")
+    own = {run.run_id for run in planned}
+    there = paths.results_csv(profile, experiment, results_root)
+    beside = there.parent.parent / "own" / profile / there.name
+    return [
+        Task(run, experiment, profile, there if run.run_id in own else beside)
+        for run in runs[index - 1 :: count]
+    ]
+
+
+def missing(experiment: str, tasks: Iterable[Task]) -> list[Task]:
+    """Those that have no row yet, or not the measures that the experiment takes."""
+    tasks = list(tasks)
+    measures = experiments.experiment(experiment).measures
+    done = {folder: stored(folder, measures) for folder in {task.csv.parent for task in tasks}}
+    return [task for task in tasks if task.run.run_id not in done[task.csv.parent]]
+
+
+def _rows(tasks: Sequence[Task]) -> pd.DataFrame:
+    folders = dict.fromkeys(task.csv.parent for task in tasks)
+    found = pd.concat([store.read_runs(folder) for folder in folders])
+    wanted = {task.run.run_id for task in tasks}
+    return found[found["run_id"].isin(wanted)].reset_index(drop=True)
+
+
+def status_table(
+    profile: str, results_root: str | Path | None = None, names: Sequence[str] = ()
+) -> str:
+    """One line per experiment (all, or those named): runs done, diverged and missing, and the
+    core-hours left by the mean of the done runs of the same network; the last line counts a run
+    that several experiments need once.
+    """
+    done = store.read_runs(paths.results_dir(profile, results_root))
+    diverged = set(done["run_id"][done["status"] == "diverged"])
+    left: dict[str, Task] = {}
+    every: dict[str, Task] = {}
+    lines = [f"{'experiment':<20}{'done':>7}{'diverged':>10}{'missing':>9}{'core-hours left':>17}"]
+
+    def line(name: str, tasks: Iterable[str], todo: Iterable[Task]) -> str:
+        runs = pd.DataFrame({"model": [task.run.model for task in todo]}, dtype=object)
+        hours = reading.seconds(runs, done) / 3600
+        time = f"{hours.sum():,.1f}{'+' if hours.isna().any() else ''}" if len(runs) else ""
+        bad = len(diverged & set(tasks))
+        return f"{name:<20}{len(set(tasks)) - len(runs):>7}{bad:>10}{len(runs):>9}{time:>17}"
+
+    for name in names or experiments.EXPERIMENTS:
+        tasks = {t.run.run_id: t for t in tasks_of(name, profile, results_root=results_root)}
+        todo = {task.run.run_id: task for task in missing(name, tasks.values())}
+        lines.append(line(name, tasks, todo.values()))
+        every |= tasks
+        left |= todo
+    lines.append(line("all, each run once", every, left.values()))
+    lines.append(f"profile {profile}; +: no run tells how long some networks take")
+    return "\n".join(lines)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lib import data, kernels
-from lib.runs.runner import versions
+from lib.runs.machine import versions
 from tests.soak import bad_inputs, conditions, kills
 from tests.soak.parts import Row, Share
 

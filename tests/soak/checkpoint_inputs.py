@@ -34,7 +34,7 @@ def _train(run: Run, csv: Path, stop_after: int = 0) -> None:
 
     os.replace = counted
     try:
-        single.train_and_store(run, "main_results", "smoke", csv, checkpoint_seconds=0)
+        single.train_and_store(single.Task(run, "main_results", "smoke", csv), checkpoint_seconds=0)
     finally:
         os.replace = replace
 
@@ -47,15 +47,16 @@ def _good() -> tuple[bytes, bytes, str]:
     before = os.environ.get("CHECKPOINT_ROOT")
     os.environ["CHECKPOINT_ROOT"] = str(folder)
     for run in (RUN, RUN.overridden(seed=5)):
-        os.waitpid(fork(lambda run=run: _train(run, folder / "part.csv", 9)), 0)
-        found.append(single.checkpoint_of(run, "smoke").read_bytes())
-        single.checkpoint_of(run, "smoke").unlink()
-    os.waitpid(fork(lambda: _train(RUN, folder / "whole.csv")), 0)
+        os.waitpid(fork(lambda run=run: _train(run, folder / "part" / "x.csv", 9)), 0)
+        checkpoint = single.Task(run, "main_results", "smoke", Path()).checkpoint
+        found.append(checkpoint.read_bytes())
+        checkpoint.unlink()
+    os.waitpid(fork(lambda: _train(RUN, folder / "whole" / "x.csv")), 0)
     if before is None:
         del os.environ["CHECKPOINT_ROOT"]
     else:
         os.environ["CHECKPOINT_ROOT"] = before
-    return found[0], found[1], str(folder / "whole.csv")
+    return found[0], found[1], str(folder / "whole" / "x.csv")
 
 
 class _Malicious:
@@ -112,7 +113,7 @@ def prepare() -> None:
 def _tried(folder: Path, make: Callable[[bytes, bytes, Path], bytes]) -> int:
     good, other, whole = _good()
     marker = folder / "code was run"
-    path = single.checkpoint_of(RUN, "smoke")
+    path = single.Task(RUN, "main_results", "smoke", Path()).checkpoint
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(make(good, other, marker))
     csv = folder / "smoke" / "main_results.csv"

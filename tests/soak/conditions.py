@@ -43,7 +43,8 @@ def _many(folder: Path, wanted: int, share: Share) -> None:
             break
         run = TINY.overridden(seed=seed, method=("sparse_momentum", "set", "dense")[seed % 3])
         # A file each, as reading a growing one takes growing memory.
-        single.train_and_store(run, "main_results", "smoke", folder / str(seed) / "x.csv")
+        csv = folder / str(seed) / "x.csv"
+        single.train_and_store(single.Task(run, "main_results", "smoke", csv))
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         held.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
     early = max(held[: len(held) // 4])

@@ -91,7 +91,7 @@ def trainings(share: Share) -> Row:
 
 
 def _train(run: Run, csv: Path) -> None:
-    single.train_and_store(run, "main_results", "smoke", csv, checkpoint_seconds=0)
+    single.train_and_store(single.Task(run, "main_results", "smoke", csv), checkpoint_seconds=0)
 
 
 def _end_of(pid: int) -> int:

@@ -1,8 +1,8 @@
 """Kills a training process again and again until the run is done; a program, used by test_train.
 
-python kill_and_resume.py FOLDER METHOD...   writes FOLDER/<METHOD>/whole.csv, trained in one go,
-and FOLDER/<METHOD>/killed.csv, and prints the number of kills of each method as JSON. Every attempt
-is a process of its own; forking them saves importing and loading anew.
+python kill_and_resume.py FOLDER METHOD...   writes FOLDER/<METHOD>/whole/x.csv, trained in one go,
+and FOLDER/<METHOD>/killed/x.csv, and prints the number of kills of each method as JSON. Every
+attempt is a process of its own; forking them saves importing and loading anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from lib import paths
 from lib.config import Run
-from lib.runs import runner, single
+from lib.runs import single
 
 
 def run_of(method: str) -> Run:
@@ -43,7 +43,8 @@ def start(run: Run, csv: Path) -> int:
         return pid
     code = 1
     try:
-        runner.train_and_store(run, "main_results", "smoke", csv, checkpoint_seconds=0)
+        task = single.Task(run, "main_results", "smoke", csv)
+        single.train_and_store(task, checkpoint_seconds=0)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -87,9 +88,11 @@ def main() -> None:
     for method in methods:
         run = run_of(method)
         single.dataset(run.dataset, "cpu", run.val_fraction, run.train_samples)
-        _, status = os.waitpid(start(run, folder / method / "whole.csv"), 0)
+        _, status = os.waitpid(start(run, folder / method / "whole" / "x.csv"), 0)
         assert status == 0, status
-        kills[method] = train_with_kills(run, folder / method / "killed.csv", random.Random(method))
+        kills[method] = train_with_kills(
+            run, folder / method / "killed" / "x.csv", random.Random(method)
+        )
     print(json.dumps(kills))
 
 
