@@ -6,11 +6,8 @@
 from lib.figures import (  # noqa: F401
     ablations,
     cifar10,
-    computing,
-    features,
     mnist,
     readings,
-    speed,
     trainability,
 )
 from lib.figures.gallery import FIGURES, TABLES, Absent, Entry, draw_all, output_dir, show

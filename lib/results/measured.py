@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,22 +118,6 @@ def specialisation(runs: Runs) -> pd.DataFrame:
     return pd.DataFrame(found, columns=[*_RUN, POOLED, EQUAL])
 
 
-def histograms(runs: Runs) -> dict[tuple[str, str, int], np.ndarray]:
-    """(model, method, layer index) -> share of the kept channels in each bin of BIN_EDGES, the
-    runs pooled; float [bins].  Channels beyond the last edge count in the total only.
-    """
-    index = feature_layers(runs)[["run_id", "layer", "index", "kept"]]
-    rows = measures(runs, "features").merge(index, on=["run_id", "layer"])
-    rows = rows[rows["quantity"] == "histogram"]
-    kept = index.merge(runs.rows[["run_id", "model", "method"]], on="run_id")
-    totals = kept.groupby(["model", "method", "index"])["kept"].sum().to_dict()
-    found: dict[Any, np.ndarray] = {key: np.zeros(len(BIN_EDGES) - 1) for key in totals}
-    counts: Any = rows.groupby(["model", "method", "index", "position"])["value"].sum()
-    for (model, method, i, position), value in dict(counts).items():
-        found[model, method, i][position] = value / totals[model, method, i]
-    return found
-
-
 def official_specialisation(model: str) -> pd.DataFrame:
     """The official arrays of a model: layer_index, method, mean, kept (channels); empty if none."""
     try:
@@ -154,14 +137,6 @@ def official_means(model: str) -> dict[str, dict[str, float]]:
         }
         for method, part in official_specialisation(model).groupby("method")
     }
-
-
-def layer_densities(runs: Runs) -> pd.DataFrame:
-    """model, layer, epoch -> mean density (0 to 1) over the runs; layers in the network's order."""
-    rows = runs.layers().merge(runs.rows[["run_id", "model"]], on="run_id")
-    rows["density"] = rows["active"] / rows["weights"]
-    means = rows.groupby(["model", "layer", "epoch"], sort=False)["density"].mean()
-    return means.reset_index()
 
 
 def cells(table: pd.DataFrame) -> Iterable[tuple[str, str, float]]:

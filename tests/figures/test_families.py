@@ -10,18 +10,14 @@ import pandas as pd
 import pytest
 
 from lib import experiments, figures
-from lib.claims.computing import differences
 from lib.claims.effects import FULL, rules
 from lib.config import Run
 from lib.experiments import READINGS
 from lib.figures import (
     ablations,
     cifar10,
-    computing,
-    features,
     mnist,
     readings,
-    speed,
     trainability,
 )
 from lib.results.published import published
@@ -366,49 +362,3 @@ def test_reduced_runs_are_not_compared_and_ours_is_needed(tmp_path: Path) -> Non
     )  # fmt: skip
     with pytest.raises(NoRuns, match="no seed has finished ours and another reading"):
         readings.conclusions(Source("quick", tmp_path / "other"))
-
-
-# ------------------------------------------------------------------- computing, speed and features
-
-
-def test_ways_of_computing_are_paired_by_seed(tmp_path: Path) -> None:
-    def error(run: Run) -> float:
-        return 3.0 + run.seed + 0.25 * (run.kernels == "sparse")
-
-    write_grid(tmp_path, "computing", "hours", error)
-    source = Source("hours", tmp_path)
-    rows = computing.minus_masked(source)
-    assert rows.groupby("way")["difference"].mean().to_dict() == {"sparse": 0.25, "bf16": 0.0}
-    pair = differences(load("computing", source), "sparse")["lenet5"]
-    frame = table("computing", source, "network", "computed as")
-    row = frame.loc[("LeNet-5", "non-zeros only, float32")]
-    assert row["difference (points)"] == "+0.25 [+0.25, +0.25]" and row["n"] == str(pair.n)
-    assert row["p (Holm)"] == "< 0.001"
-    band = figures.FIGURES["computing"](source).axes[0].patches[0]
-    assert band.get_x() == pytest.approx(-0.1)  # the margin on MNIST
-    other = tmp_path / "other"
-    write_grid(other, "computing", "hours", error, lambda r: r.precision == "bf16")
-    with pytest.raises(NoRuns, match="no seed was computed in two ways"):
-        computing.minus_masked(Source("hours", other))
-
-
-def test_speed_is_in_times_and_parts_in_shares_of_the_dense_step(root: Path) -> None:
-    source = Source("quick", root)
-    rows = speed.speedups(source)
-    sparse = rows[rows["method"].eq("sparse_momentum") & rows["kind"].eq("removed")]
-    assert sparse["times"].tolist() == pytest.approx([1.25] * len(sparse))
-    parts = speed.step_parts(source)
-    assert parts.loc[("vgg16-d", "dense")].sum() == pytest.approx(100)
-    assert parts.loc[("vgg16-d", "sparse")].sum() == pytest.approx(100 * 0.7 / 1.5)
-    assert speed.published_range() == (2.74, 5.61)
-    frame = table("speedups_window", source)
-    assert frame["all"].tolist() == ["2 of 200", "0 of 200"]
-    assert frame["training FLOPs (%)"].tolist() == ["7.6", "14.0"]
-
-
-def test_specialisation_is_sparse_minus_dense(root: Path) -> None:
-    rows = features.specialisation(Source("quick", root)).set_index(["model", "weighting", "seed"])
-    assert rows.loc[("alexnet-s", "equal", 0), "value"] == pytest.approx(-1.0)
-    frame = table("features_means", Source("quick", root), "network", "weighting")
-    row = frame.loc[("AlexNet-s", "channels pooled")]
-    assert row["official: dense, sparse (%)"] == "19.73, 18.00"

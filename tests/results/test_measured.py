@@ -65,14 +65,6 @@ def test_last_relu_of_a_wrn_is_left_out(root: Path) -> None:
     assert list(alexnet["index"][:2]) == [0, 1]
 
 
-def test_histograms_are_shares_of_the_kept_channels(root: Path) -> None:
-    found = measured.histograms(load("features", Source("quick", root)))
-    shares = found["alexnet-s", "dense", 1]
-    assert shares.shape == (49,)
-    kept = KEPT["features.5"]
-    assert shares[7] == pytest.approx((kept - 1) / kept) and shares.sum() == shares[7]
-
-
 def test_bins_are_those_of_the_measurement() -> None:
     from lib.measures import BIN_EDGES
 
@@ -91,15 +83,6 @@ def test_official_means_are_the_published_ones() -> None:
         found = [means[m][k] for k in ("pooled", "equal") for m in ("dense", "sparse_momentum")]
         assert found == pytest.approx(values, abs=0.011), model
     assert measured.official_means("wrn-10-1") == {}
-
-
-def test_layer_densities_are_means_over_seeds(root: Path) -> None:
-    found = measured.layer_densities(
-        load("features", Source("hours", root), method="sparse_momentum")
-    )
-    cell = found[(found["model"] == "alexnet-s") & (found["epoch"] == 2)].set_index("layer")
-    assert cell.loc["features.0.weight", "density"] == pytest.approx(0.81)  # of seeds 0, 1 and 2
-    assert list(cell.index) == ["features.0.weight", "features.3.weight"]
 
 
 def test_runs_without_measures_are_told_apart_from_no_runs(tmp_path: Path) -> None:
