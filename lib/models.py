@@ -1,38 +1,33 @@
-"""The networks of the paper, built by name: ``build_model("lenet300-100")``.
+"""The networks of the paper, built by name: `build_model("lenet300-100")`.
 
 All forwards return logits. The networks are those of the official code (e19ff16,
-``sparselearning/models.py``), which takes the CIFAR-10 ones from the SNIP paper (Lee et al. 2019).
+`sparselearning/models.py`), which takes the CIFAR-10 ones from the SNIP paper (Lee et al. 2019).
 Every weight a method may mask is a parameter with more than one dimension; biases and batch-norm
-are not (paper, section 3). ``lenet300-100-bn`` is the MNIST network of another code, that of DSR's
-authors (:func:`build_dsr_mlp`).
+are not (paper, section 3).
 
-Three families are parametric: ``mlp-<width>x<hidden layers>`` on MNIST (``mlp-100x3``), the same
-with batch norm (``mlpbn-100x3``), and ``wrn-<depth>-<width>`` on CIFAR-10, depth 6n + 4
-(``wrn-22-4``).
+Three families are parametric: `mlp-<width>x<hidden layers>` on MNIST (`mlp-100x3`), the same
+with batch norm (`mlpbn-100x3`), and `wrn-<depth>-<width>` on CIFAR-10, depth 6n + 4
+(`wrn-22-4`).
 
 Shapes are written [samples, channels, height, width] or [samples, features].
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
 import difflib
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-MNIST_SHAPE = (1, 28, 28)
-CIFAR_SHAPE = (3, 32, 32)
 IMAGENET_SHAPE = (3, 224, 224)
-
-# The official code constructs every WRN with this rate, not only WRN-22-8.
-WRN_DROPOUT = 0.3
-
 SCALE_STEPS = 10_000  # width multipliers are searched in steps of 1 / SCALE_STEPS
 
 
@@ -48,27 +43,17 @@ class MLP(nn.Sequential):
     """Linear layers fc1, fc2, ... with ReLU between: [N, 1, 28, 28] or [N, 784] -> [N, classes].
 
     With `norm`, batch norm comes before each ReLU: masked layers shrink the signal, and many of
-    them without normalisation learn nothing. With `norm_logits` it comes after the last layer too.
+    them without normalisation learn nothing.  With `norm_logits` it comes after the last layer too.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        hidden: Sequence[int],
-        num_classes: int,
-        norm: bool = False,
-        *,
-        norm_logits: bool = False,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, widths: Sequence[int], norm: bool, norm_logits: bool, bias: bool) -> None:
         super().__init__()
-        widths = [inputs, *hidden, num_classes]
+        last = len(widths) - 1
         for i in range(1, len(widths)):
-            last = i == len(widths) - 1
             self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i], bias))
-            if norm_logits if last else norm:
+            if norm_logits if i == last else norm:
                 self.add_module(f"bn{i}", nn.BatchNorm1d(widths[i]))
-            if not last:
+            if i < last:
                 self.add_module(f"relu{i}", nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,18 +61,34 @@ class MLP(nn.Sequential):
         return super().forward(x.flatten(1))  # [N, 784] -> [N, classes]
 
 
+def build_mlp(
+    hidden: Sequence[int],
+    norm: bool = False,
+    norm_logits: bool = False,
+    bias: bool = True,
+    *,
+    scale: float,
+    num_classes: int,
+    dropout: float,
+) -> MLP:
+    """A perceptron on MNIST; `hidden` are the widths at scale 1."""
+    widths = [28 * 28, *(scaled(width, scale) for width in hidden), num_classes]
+    return MLP(widths, norm, norm_logits, bias)
+
+
 class LeNet5(nn.Module):
     """Caffe's LeNet-5, convolutions unpadded: [N, 1, 28, 28] -> [N, classes]."""
 
-    def __init__(self, channels: Sequence[int], hidden: int, num_classes: int) -> None:
+    def __init__(self, *, scale: float, num_classes: int, dropout: float) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, channels[0], 5)
+        first, second, hidden = (scaled(width, scale) for width in (20, 50, 500))
+        self.conv1 = nn.Conv2d(1, first, 5)
         self.pool1 = nn.MaxPool2d(2)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(channels[0], channels[1], 5)
+        self.conv2 = nn.Conv2d(first, second, 5)
         self.pool2 = nn.MaxPool2d(2)
         self.relu2 = nn.ReLU(inplace=True)
-        self.fc3 = nn.Linear(channels[1] * 4 * 4, hidden)
+        self.fc3 = nn.Linear(second * 4 * 4, hidden)
         self.relu3 = nn.ReLU(inplace=True)
         self.fc4 = nn.Linear(hidden, num_classes)
 
@@ -100,43 +101,11 @@ class LeNet5(nn.Module):
         return self.fc4(x)  # [N, classes]
 
 
-def build_mlp(
-    hidden: Sequence[int],
-    norm: bool = False,
-    *,
-    scale: float,
-    num_classes: int,
-    dropout: float,
-) -> MLP:
-    """A perceptron on MNIST; ``hidden`` are the widths at scale 1."""
-    del dropout  # has none; build_model refuses a rate other than 0
-    return MLP(28 * 28, [scaled(width, scale) for width in hidden], num_classes, norm)
-
-
-def build_dsr_mlp(*, scale: float, num_classes: int, dropout: float) -> MLP:
-    """The MNIST network of DSR's authors, on which the published curves of DSR, SET, DeepR and the
-    static mask were probably measured: LeNet-300-100 without biases, batch norm after each of the
-    three layers, so the logits are normalised too.
-
-    From ``mnist_mlp`` of IntelAI/dynamic-reparameterization (``model.py``; PAPER.md 12a). Its
-    initial weights, uniform in +-1 / sqrt(fan_in), are those of :func:`init_weights`' "default".
-    """
-    del dropout
-    hidden = [scaled(width, scale) for width in (300, 100)]
-    return MLP(28 * 28, hidden, num_classes, norm=True, norm_logits=True, bias=False)
-
-
-def build_lenet5(*, scale: float, num_classes: int, dropout: float) -> LeNet5:
-    """Caffe's LeNet-5 on MNIST: conv 20, conv 50, fc 500."""
-    del dropout
-    return LeNet5([scaled(20, scale), scaled(50, scale)], scaled(500, scale), num_classes)
-
-
 # ----------------------------------------------------------------------- AlexNet and VGG, CIFAR-10
 
 
 class ConvClassifier(nn.Module):
-    """``features`` then ``classifier``: [N, 3, 32, 32] -> [N, classes]."""
+    """`features` then `classifier`: [N, 3, 32, 32] -> [N, classes]."""
 
     def __init__(self, features: nn.Sequential, classifier: nn.Sequential) -> None:
         super().__init__()
@@ -156,44 +125,38 @@ def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int, pad: int)
 
 def build_alexnet(hidden: int, *, scale: float, num_classes: int, dropout: float) -> ConvClassifier:
     """AlexNet of the SNIP paper: no pooling, every convolution has stride 2; classifier
-    Linear-BN-ReLU with ``hidden`` units twice (1024 in variant s, 2048 in b).
+    Linear-BN-ReLU with `hidden` units twice (1024 in variant s, 2048 in b).
     """
-    del dropout
     # (channels, kernel, padding): sides 32 -> 13 -> 7 -> 4 -> 2 -> 1
     plan = [(96, 11, 2), (256, 5, 2), (384, 3, 1), (384, 3, 1), (256, 3, 1)]
-    layers: list[nn.Module] = []
-    inputs = CIFAR_SHAPE[0]
+    features: list[nn.Module] = []
+    classifier: list[nn.Module] = []
+    inputs = 3
     for channels, kernel, padding in plan:
         outputs = scaled(channels, scale)
-        layers += _conv_bn_relu(inputs, outputs, kernel, 2, padding)
+        features += _conv_bn_relu(inputs, outputs, kernel, 2, padding)
         inputs = outputs
     width = scaled(hidden, scale)
-    classifier = nn.Sequential(
-        nn.Linear(inputs, width),
-        nn.BatchNorm1d(width),
-        nn.ReLU(inplace=True),
-        nn.Linear(width, width),
-        nn.BatchNorm1d(width),
-        nn.ReLU(inplace=True),
-        nn.Linear(width, num_classes),
-    )
-    return ConvClassifier(nn.Sequential(*layers), classifier)
+    for _ in range(2):
+        classifier += [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        inputs = width
+    classifier.append(nn.Linear(inputs, num_classes))
+    return ConvClassifier(nn.Sequential(*features), nn.Sequential(*classifier))
 
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 def build_vgg16(variant: str, *, scale: float, num_classes: int, dropout: float) -> ConvClassifier:
-    """VGG16 of the SNIP paper with batch-norm; ``variant`` is "c", "d" or "like".
+    """VGG16 of the SNIP paper with batch-norm; `variant` is "c", "d" or "like".
 
     C has a 1x1 kernel in the last convolution of stages 3 to 5, with the padding of 1 kept: sides
     32 -> 16 -> 8 -> (10) 5 -> (7) 3 -> (5) 2, so its classifier takes 512 x 2 x 2 = 2048 features,
     the others' 512. The classifier is Linear-ReLU-BN, in that order, twice in C and D and once in
     "like", and a last Linear.
     """
-    del dropout
     layers: list[nn.Module] = []
-    inputs = CIFAR_SHAPE[0]
+    inputs = 3
     for stage in VGG_CHANNELS:
         for position, channels in enumerate(stage):
             outputs = scaled(channels, scale)
@@ -246,26 +209,31 @@ class PreActBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Pre-activation wide residual network WRN-depth-k: [N, 3, 32, 32] -> [N, classes]."""
+    """Pre-activation wide residual network WRN-depth-k: [N, 3, 32, 32] -> [N, classes].
+
+    Dropout stands before the second convolution of each block: 0.3 in the official code, for all
+    its WRNs; the DSR baselines on WRN-28-2 used none.
+    """
+
+    block1: nn.Sequential
+    block2: nn.Sequential
+    block3: nn.Sequential
 
     def __init__(
-        self, depth: int, channels: Sequence[int], num_classes: int, dropout: float
+        self, depth: int, width: int, *, scale: float, num_classes: int, dropout: float
     ) -> None:
         super().__init__()
-        blocks = (depth - 4) // 6
-        self.conv1 = nn.Conv2d(CIFAR_SHAPE[0], channels[0], 3, padding=1, bias=False)
-        self.block1 = self._stage(blocks, channels[0], channels[1], 1, dropout)
-        self.block2 = self._stage(blocks, channels[1], channels[2], 2, dropout)
-        self.block3 = self._stage(blocks, channels[2], channels[3], 2, dropout)
-        self.bn1 = nn.BatchNorm2d(channels[3])
+        stem, *stages = (scaled(c, scale) for c in (16, 16 * width, 32 * width, 64 * width))
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        inputs = stem
+        for i, outputs in enumerate(stages, 1):
+            first = PreActBlock(inputs, outputs, 1 if i == 1 else 2, dropout)
+            rest = (PreActBlock(outputs, outputs, 1, dropout) for _ in range((depth - 4) // 6 - 1))
+            setattr(self, f"block{i}", nn.Sequential(first, *rest))
+            inputs = outputs
+        self.bn1 = nn.BatchNorm2d(inputs)
         self.relu = nn.ReLU(inplace=True)
-        self.fc = nn.Linear(channels[3], num_classes)
-
-    @staticmethod
-    def _stage(count: int, inputs: int, outputs: int, stride: int, dropout: float) -> nn.Sequential:
-        first = PreActBlock(inputs, outputs, stride, dropout)
-        rest = (PreActBlock(outputs, outputs, 1, dropout) for _ in range(count - 1))
-        return nn.Sequential(first, *rest)
+        self.fc = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes]."""
@@ -277,83 +245,19 @@ class WideResNet(nn.Module):
         return self.fc(x)  # [N, classes]
 
 
-def build_wrn(
-    depth: int, width: int, *, scale: float, num_classes: int, dropout: float
-) -> WideResNet:
-    """WRN-depth-width. The default dropout (0.3, before the second convolution of each block) is
-    the official code's for all its WRNs; the DSR baselines on WRN-28-2 used none (dropout=0).
-    """
-    channels = [scaled(c, scale) for c in (16, 16 * width, 32 * width, 64 * width)]
-    return WideResNet(depth, channels, num_classes, dropout)
-
-
 # ------------------------------------------------------------------------------ ResNet-50, ImageNet
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (which has the stride), 1x1: [N, C, H, W] -> [N, C', H/stride, W/stride]."""
+def build_resnet50(*, scale: float, num_classes: int, dropout: float) -> nn.Module:
+    """The ResNet-50 of torchvision (the stride in the 3x3): [N, 3, 224, 224] -> [N, classes].
 
-    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Sequential | None = None
-        if stride != 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual plus shortcut, activated."""
-        out = self.relu(self.bn1(self.conv1(x)))  # [N, inner, H, W]
-        out = self.relu(self.bn2(self.conv2(out)))  # [N, inner, H/stride, W/stride]
-        out = self.bn3(self.conv3(out))  # [N, C', H/stride, W/stride]
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-class ResNet50(nn.Module):
-    """ResNet-50 with the stride in the 3x3: [N, 3, 224, 224] -> [N, classes].
-
-    The network and parameter names of torchvision's ``resnet50`` (weights load both ways; a test
-    says so). It is written here because torchvision's has no width multiplier.
+    Raises ValueError for a scale other than 1: it has no width multiplier.
     """
+    if scale != 1:
+        raise ValueError(f"model 'resnet50' has no width multiplier, got width_scale={scale}")
+    from torchvision.models import resnet50
 
-    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(IMAGENET_SHAPE[0], widths[0], 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._stage(3, widths[0], widths[0], 1)
-        self.layer2 = self._stage(4, 4 * widths[0], widths[1], 2)
-        self.layer3 = self._stage(6, 4 * widths[1], widths[2], 2)
-        self.layer4 = self._stage(3, 4 * widths[2], widths[3], 2)
-        self.fc = nn.Linear(4 * widths[3], num_classes)
-
-    @staticmethod
-    def _stage(count: int, inputs: int, inner: int, stride: int) -> nn.Sequential:
-        first = Bottleneck(inputs, inner, 4 * inner, stride)
-        rest = (Bottleneck(4 * inner, inner, 4 * inner, 1) for _ in range(count - 1))
-        return nn.Sequential(first, *rest)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, classes]."""
-        x = self.relu(self.bn1(self.conv1(x)))  # [N, 64, 112, 112]
-        x = self.layer1(self.maxpool(x))  # [N, 64, 56, 56] -> [N, 256, 56, 56]
-        x = self.layer2(x)  # [N, 512, 28, 28]
-        x = self.layer3(x)  # [N, 1024, 14, 14]
-        x = self.layer4(x)  # [N, 2048, 7, 7]
-        return self.fc(x.mean(dim=(2, 3)))  # [N, 2048] -> [N, classes]
-
-
-def build_resnet50(*, scale: float, num_classes: int, dropout: float) -> ResNet50:
-    """ResNet-50 on ImageNet; every width, the stem's too, is multiplied by the scale."""
-    del dropout
-    return ResNet50([scaled(width, scale) for width in (64, 128, 256, 512)], num_classes)
+    return resnet50(num_classes=num_classes)
 
 
 # ---------------------------------------------------------------------------------- initialisation
@@ -362,46 +266,35 @@ def build_resnet50(*, scale: float, num_classes: int, dropout: float) -> ResNet5
 def init_weights(
     model: nn.Module, scheme: str = "default", generator: torch.Generator | None = None
 ) -> None:
-    """Draw every parameter of ``model`` in place and reset its batch-norm statistics.
+    """Draw every parameter of the model in place; batch norm starts as the identity.
 
-    ``scheme`` follows the official code:
+    `scheme` follows the official code but for "he", our MLPs without batch norm:
 
-    - "default": PyTorch's own, U(-b, b) with b = 1 / sqrt(fan_in) for weights and biases (LeNets,
-      AlexNet, VGG: the official code leaves them as constructed, that of DSR's authors draws
-      the same);
-    - "wrn": convolutions N(0, 2 / (kernel area x output channels)), linear weights as above,
-      linear biases 0;
+    - "default": PyTorch's own, U(-b, b) with b = 1 / sqrt(fan_in) for weights and biases; without
+      a generator these are the very bits that the constructors would have drawn;
+    - "wrn": convolutions N(0, 2 / (kernel area x output channels)), linear biases 0;
     - "resnet": convolutions as in "wrn", the linear layer as in "default";
+    - "he": b = sqrt(6 / fan_in) for linear weights, which keeps the mean square of what passes a
+      ReLU (He et al. 2015).
 
-    except that our MLPs without batch norm have no official counterpart:
-
-    - "he": linear weights U(-b, b) with b = sqrt(6 / fan_in), which keeps the mean square of what
-      passes a ReLU (He et al. 2015), biases as in "default".
-
-    Batch-norm starts as the identity. Random numbers come from ``generator`` in the order of the
-    modules (weight before bias), from the global stream without one. With "default" and no
-    generator these are the very bits the constructors would have drawn.
-
-    Raises ValueError for an unknown scheme and TypeError for a module with parameters it has no
-    rule for, so that nothing stays uninitialised.
+    Random numbers come from `generator`, or the global stream, in the order of the modules.  Raises
+    ValueError for an unknown scheme and TypeError for a module with parameters it has no rule for.
     """
     if scheme not in ("default", "wrn", "resnet", "he"):
         raise ValueError(f"unknown initialisation {scheme!r}; use default, wrn, resnet or he")
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             if isinstance(module, nn.Conv2d) and scheme in ("wrn", "resnet"):
-                nn.init.kaiming_normal_(
-                    module.weight, mode="fan_out", nonlinearity="relu", generator=generator
-                )
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", generator=generator,
+                                        nonlinearity="relu")  # fmt: skip
             else:
                 slope = 0.0 if scheme == "he" else 5**0.5  # b = sqrt(6 / (1 + slope^2) / fan_in)
                 nn.init.kaiming_uniform_(module.weight, a=slope, generator=generator)
-            if module.bias is not None:
-                if scheme == "wrn":
-                    nn.init.zeros_(module.bias)
-                else:
-                    bound = module.weight[0].numel() ** -0.5  # 1 / sqrt(fan_in)
-                    nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+            if module.bias is not None and scheme == "wrn":
+                nn.init.zeros_(module.bias)
+            elif module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5  # 1 / sqrt(fan_in)
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.reset_parameters()  # weight 1, bias 0, mean 0, variance 1: nothing random
         elif next(module.parameters(recurse=False), None) is not None:
@@ -418,13 +311,12 @@ def init_weights(
 class ModelSpec:
     """What is known of a network before it is built.
 
-    ``build(scale=, num_classes=, dropout=)`` returns the module; ``input_shape`` is
-    (channels, height, width) of one sample; ``init`` is a scheme of :func:`init_weights`;
-    ``dropout`` is the default rate, None where the network has no place for it.
+    `build(scale=, num_classes=, dropout=)` returns the module; `input_shape` is
+    (channels, height, width) of one sample; `init` is a scheme of `init_weights`; `dropout` is the
+    default rate, None where the network has no place for it.
     """
 
     name: str
-    display: str
     dataset: str  # "mnist", "cifar10" or "imagenet"
     input_shape: tuple[int, int, int]
     num_classes: int
@@ -433,46 +325,35 @@ class ModelSpec:
     dropout: float | None = None
 
 
-def _mnist(
-    name: str, display: str, build: Callable[..., nn.Module], init: str = "default"
-) -> ModelSpec:
-    return ModelSpec(name, display, "mnist", MNIST_SHAPE, 10, build, init)
+def _mnist(name: str, build: Callable[..., nn.Module], init: str = "default") -> ModelSpec:
+    return ModelSpec(name, "mnist", (1, 28, 28), 10, build, init)
 
 
-def _cifar(name: str, display: str, build: Callable[..., nn.Module]) -> ModelSpec:
-    return ModelSpec(name, display, "cifar10", CIFAR_SHAPE, 10, build)
-
-
-def _mlp(name: str, width: int, layers: int, norm: bool) -> ModelSpec:
-    build = functools.partial(build_mlp, (width,) * layers, norm)
-    display = f"MLP {width}x{layers}{' with batch norm' if norm else ''}"
-    return _mnist(name, display, build, "default" if norm else "he")
+def _cifar(name: str, build: Callable[..., nn.Module], *of_wrn: Any) -> ModelSpec:
+    return ModelSpec(name, "cifar10", (3, 32, 32), 10, build, *of_wrn)
 
 
 def _wrn(depth: int, width: int) -> ModelSpec:
-    name = f"wrn-{depth}-{width}"
-    build = functools.partial(build_wrn, depth, width)
-    return ModelSpec(name, name.upper(), "cifar10", CIFAR_SHAPE, 10, build, "wrn", WRN_DROPOUT)
+    # The official code constructs every WRN with this rate of dropout, not only WRN-22-8.
+    return _cifar(f"wrn-{depth}-{width}", partial(WideResNet, depth, width), "wrn", 0.3)
 
 
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        _mnist("lenet300-100", "LeNet-300-100", functools.partial(build_mlp, (300, 100))),
-        _mnist("lenet5", "LeNet-5 Caffe", build_lenet5),
-        _mnist("lenet300-100-bn", "LeNet-300-100 with batch norm (DSR's)", build_dsr_mlp),
-        _cifar("alexnet-s", "AlexNet-s", functools.partial(build_alexnet, 1024)),
-        _cifar("alexnet-b", "AlexNet-b", functools.partial(build_alexnet, 2048)),
-        _cifar("vgg16-c", "VGG16-C", functools.partial(build_vgg16, "c")),
-        _cifar("vgg16-d", "VGG16-D", functools.partial(build_vgg16, "d")),
-        _cifar("vgg16-like", "VGG16-like", functools.partial(build_vgg16, "like")),
-        _wrn(28, 2),
-        _wrn(16, 8),
-        _wrn(16, 10),
-        _wrn(22, 8),
-        ModelSpec(
-            "resnet50", "ResNet-50", "imagenet", IMAGENET_SHAPE, 1000, build_resnet50, "resnet"
-        ),
+        _mnist("lenet300-100", partial(build_mlp, (300, 100))),
+        _mnist("lenet5", LeNet5),
+        # The MNIST network of DSR's authors (`mnist_mlp` of IntelAI/dynamic-reparameterization), on
+        # which the published curves of DSR, SET, DeepR and the static mask were probably measured:
+        # no biases, and the logits are normalised too.
+        _mnist("lenet300-100-bn", partial(build_mlp, (300, 100), True, True, False)),
+        _cifar("alexnet-s", partial(build_alexnet, 1024)),
+        _cifar("alexnet-b", partial(build_alexnet, 2048)),
+        _cifar("vgg16-c", partial(build_vgg16, "c")),
+        _cifar("vgg16-d", partial(build_vgg16, "d")),
+        _cifar("vgg16-like", partial(build_vgg16, "like")),
+        *(_wrn(depth, width) for depth, width in ((28, 2), (16, 8), (16, 10), (22, 8))),
+        ModelSpec("resnet50", "imagenet", IMAGENET_SHAPE, 1000, build_resnet50, "resnet"),
     )
 }
 
@@ -489,7 +370,8 @@ def model_spec(name: str) -> ModelSpec:
         width, layers = int(found[2]), int(found[3])
         if width < 1 or layers < 1:
             raise ValueError(f"model {name!r}: width and hidden layers must be at least 1")
-        return _mlp(name, width, layers, norm=found[1] is not None)
+        build = partial(build_mlp, (width,) * layers, found[1] is not None)
+        return _mnist(name, build, "default" if found[1] else "he")
     if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, width = int(found[1]), int(found[2])
         if depth < 10 or (depth - 4) % 6 != 0:
@@ -533,14 +415,11 @@ def build_model(
 ) -> nn.Module:
     """Build and initialise a network on the CPU, in training mode.
 
-    ``name`` is a key of ``MODELS`` or a family member (see the module's docstring).
-    ``num_classes`` and ``dropout`` default to the paper's; only WRNs have dropout, and at rate 0
-    the module is absent. ``width_scale`` multiplies every hidden width (rounded, at least 1),
-    never inputs or classes: :func:`small_dense_scale` finds the one for a small dense network.
-    ``generator`` (a CPU generator) makes the weights independent of the global random stream,
-    which is then left untouched; see :func:`init_weights` for the distributions.
-
-    Raises ValueError for an unknown name, with the close matches, and for values out of range.
+    `name` is a key of MODELS or a member of the families above.  `num_classes` and `dropout`
+    default to the paper's; only WRNs have dropout.  `width_scale` multiplies every hidden width
+    (`small_dense_scale`).  A CPU `generator` makes the weights independent of the global random
+    stream, which is then left untouched.  Raises ValueError for an unknown name, with the close
+    matches, and for values out of range.
     """
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(
@@ -561,26 +440,22 @@ def maskable_weights(model: nn.Module) -> dict[str, int]:
     return {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def small_dense_scale(name: str, density: float, num_classes: int | None = None) -> float:
-    """The ``width_scale`` whose network has the number of maskable weights closest to
-    density x the full network's: the small dense network of equal weight count.
+    """The `width_scale` whose network has the number of maskable weights closest to density x the
+    full network's: the small dense network of equal weight count.
 
-    Found by bisection, the count being monotone in the scale; a multiple of 1 / 10,000, finer than
-    the widths can resolve. Widths are whole numbers, so narrow networks can miss the target by
-    several per cent; the count really reached is that of the network built.
-
-    Raises ValueError for a density outside (0, 1] and for one below the count that a network with
-    one unit in every layer already has.
+    A multiple of 1 / 10,000, finer than the widths can resolve; narrow networks can miss the target
+    by several per cent.  Raises ValueError for a density outside (0, 1], and for one below the
+    count that a network with one unit in every layer already has.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
     spec = model_spec(name)
 
     def count(step: int) -> int:
-        return sum(
-            maskable_weights(_skeleton(spec, step / SCALE_STEPS, num_classes, None)).values()
-        )
+        skeleton = _skeleton(spec, step / SCALE_STEPS, num_classes, None)
+        return sum(maskable_weights(skeleton).values())
 
     full, least = count(SCALE_STEPS), count(1)
     target = density * full
@@ -589,26 +464,17 @@ def small_dense_scale(name: str, density: float, num_classes: int | None = None)
             f"model {name!r} at density {density} has {target:.0f} weights, but with one unit in "
             f"every layer it has {least}; the smallest density is {least / full:.3g}"
         )
-    low, high = 1, SCALE_STEPS  # count(low) <= target <= count(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if count(middle) <= target:
-            low = middle
-        else:
-            high = middle
-    best = min((high, low), key=lambda step: abs(count(step) - target))  # a tie: the larger
+    high = bisect.bisect_right(range(1, SCALE_STEPS), target, key=count) + 1
+    best = min((high, high - 1), key=lambda step: abs(count(step) - target))  # a tie: the larger
     return best / SCALE_STEPS
 
 
 def layer_flops(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """FLOPs of one sample's forward pass per maskable parameter, {parameter name: FLOPs}.
 
-    ``input_shape`` is (channels, height, width) or (features,) of one sample. Counted by
-    ``torch.utils.flop_counter`` from shapes alone, on a copy on the meta device in evaluation mode
-    (batch-norm needs no second sample there): 2 FLOPs per multiply-add, padding counted,
-    biases, batch-norm, ReLU and pooling not. The model is not changed.
-
-    Raises RuntimeError when the counter met FLOPs outside convolution and linear layers.
+    `input_shape` is that of one sample.  Counted from shapes alone, on a copy on the meta device in
+    evaluation mode: 2 FLOPs per multiply-add, padding counted; biases, batch norm, ReLU and pooling
+    not.  Raises RuntimeError when the counter met FLOPs outside convolution and linear layers.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -629,9 +495,7 @@ def layer_flops(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     return flops
 
 
-def forward_flops(
-    name: str, *, num_classes: int | None = None, width_scale: float = 1.0
-) -> dict[str, int]:
-    """:func:`layer_flops` of a network by name, at its data set's input shape."""
+def forward_flops(name: str) -> dict[str, int]:
+    """`layer_flops` of a network by name, at its data set's input shape."""
     spec = model_spec(name)
-    return layer_flops(_skeleton(spec, width_scale, num_classes, None), spec.input_shape)
+    return layer_flops(_skeleton(spec, 1.0, None, None), spec.input_shape)
