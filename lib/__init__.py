@@ -1,7 +1,7 @@
 """Sparse momentum (Dettmers and Zettlemoyer 2019), reproduced.
 
 `from lib import Masking, build_model`. Names are resolved on first use, so that reading results
-and drawing figures imports no torch.
+and figures imports no torch.
 """
 
 from importlib import import_module

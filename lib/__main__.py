@@ -122,7 +122,7 @@ def notebooks(options: argparse.Namespace) -> None:
 
 def figures(options: argparse.Namespace) -> None:
     """Redraw every figure from the rows, each experiment at the largest scale that has some."""
-    from lib.binding import bind
+    from lib.report import bind
 
     folder, _ = bind(options.profile, options.results)
     print(f"{folder}: {len(list(folder.glob('*/*.png')))} figures, as PNG and PDF")
@@ -132,7 +132,7 @@ def report(options: argparse.Namespace) -> None:
     """Bind the notebooks to figures/report.pdf and .html, with figures, verdicts and README's
     findings; trains nothing.
     """
-    from lib.binding import bind, write
+    from lib.report import bind, write
 
     folder, text = bind(options.profile, options.results)
     for path in write(text, folder):
@@ -141,7 +141,7 @@ def report(options: argparse.Namespace) -> None:
 
 def verdict(options: argparse.Namespace) -> None:
     """Judge every claim by the rows, each experiment at the largest scale that has some."""
-    from lib.binding import bind
+    from lib.report import bind
     from lib.results.claims import scorecard
 
     bind(options.profile, options.results, draw=False)

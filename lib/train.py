@@ -62,8 +62,8 @@ def train(
     outcome; one that can't be used is renamed, which stderr says, and the run starts anew.
     Continuing gives the same bits as never stopping (CPU; same machine, versions and number of
     threads). `make_loop` makes another loop than the plain one (lib/runs/imagenet.py). `measures`
-    (lib/measures.py) are taken of the trained network, unless it diverged: a loss, weight or momentum
-    that isn't finite ends the run with status "diverged".
+    (lib/measures.py) are taken of the trained network, unless it diverged: a loss, weight or
+    momentum that isn't finite ends the run with status "diverged".
     Raises Interrupted when `should_stop()` is true, after writing the checkpoint, and
     CheckpointAccessError where that can't be written.
     """

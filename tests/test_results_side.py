@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from lib import binding, paths
+from lib import paths, report
 from lib.results import claims, rows, stats
 from lib.results.stats import NAN, Interval
 from lib.runs import notebooks
@@ -150,19 +150,19 @@ def test_committed_notebook_is_plain(path: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "hours", "paper"])
-@pytest.mark.parametrize("path", binding.chapters(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", report.chapters(), ids=lambda path: path.stem)
 def test_notebook_runs_at_every_profile(path: Path, profile: str) -> None:
-    assert binding.run(path, profile=profile, results="")
+    assert report.run(path, profile=profile, results="")
 
 
 BUILD = """
 import sys
 from pathlib import Path
-from lib import binding
+from lib import report
 for folder in map(Path, sys.argv[1:]):
     (folder / "figures").mkdir(parents=True)
-    text = binding.build(folder / "figures", folder / "results")
-    binding.write(text, folder / "figures")
+    text = report.build(folder / "figures", folder / "results")
+    report.write(text, folder / "figures")
 assert "torch" not in sys.modules
 """
 

@@ -12,18 +12,40 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lib.bench.layers import DENSITIES
-from lib.bench.timing import Row, all_threads, forward_backward, in_turn, ratios, row
+from lib.bench.timing import Row, all_threads, forward_backward, in_turn, ratios, row, setting_of
 from lib.config import Run
 from lib.engines.network import SparseNetwork, sparse_network
 from lib.engines.optimizer import SparseSGD
 from lib.kernels import keep_freed_memory
-from lib.results.clock import FLOPS, RATIOS, SECONDS, SPARSE_LAYERS, setting_of
 from lib.train import TrainingLoop, flushed_denormals
 from lib.training.schedule import dense_window
 
 NETWORKS = {"alexnet-s": 128, "vgg16-d": 128, "wrn-16-8": 128}  # with the batch size
 STEPS_PER_EPOCH = 352  # CIFAR-10, batches of 128
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+# Times faster than dense, of whole steps; column of the wide table -> what the row is called.
+RATIOS = {
+    "training": "training step, dense window counted",
+    "outside": "training step outside the window",
+    "inside": "training step inside the window",
+    "inference": "inference",
+    "bf16_over_sparse": "dense bf16 step over sparse fp32",
+    "bf16_inference_over_sparse": "dense bf16 inference over sparse fp32",
+    "bf16": "dense fp32 step over dense bf16",
+    "bf16_inference": "dense fp32 inference over dense bf16",
+}
+FLOPS = "forward FLOPs of the masks, of dense"
+SPARSE_LAYERS = "layers computed sparse"
+SECONDS = {
+    "dense_s": "seconds: dense fp32 step",
+    "bf16_s": "seconds: dense bf16 step",
+    "sparse_s": "seconds: sparse step, window counted",
+    "outside_s": "seconds: sparse step outside the window",
+    "inside_s": "seconds: sparse step inside the window",
+    "dense_inference_s": "seconds: dense fp32 inference",
+    "bf16_inference_s": "seconds: dense bf16 inference",
+    "sparse_inference_s": "seconds: sparse inference",
+}
 # The masks that are timed: updates, mini-batches between them, images of each.
 UPDATES, MINI_BATCHES, MASK_BATCH = 3, 8, 32
 STEP_WEIGHTS = "step of the weights"  # an event for the profiler: sparse steps have none of torch's

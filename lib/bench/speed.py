@@ -11,8 +11,6 @@ import datetime
 import functools
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,10 +23,7 @@ from torch import nn
 
 from lib import data as datasets
 from lib import paths
-from lib.bench.breakdown import breakdown
 from lib.bench.conventional import Conventional
-from lib.bench.gpu import GPU_NETWORKS, gpu
-from lib.bench.layers import sparse_layers
 from lib.bench.sparse import NETWORKS, one_thread, sparse_steps
 from lib.bench.timing import Row, all_threads, forward_backward, in_turn, row, timed_steps
 from lib.bench.window import WINDOW_RUNS, window
@@ -36,11 +31,11 @@ from lib.config import Run, unknown
 from lib.kernels import keep_freed_memory
 from lib.masking import Masking
 from lib.models import build_model, forward_flops
-from lib.results.clock import COLUMNS
 from lib.runs import machine
 from lib.train import TrainingLoop, flushed_denormals
 
 REPEATS = 5
+COLUMNS = ["topic", "what", "setting", "value", "unit", "low", "high", "n", "machine"]
 
 Topic = Callable[..., Iterator[Row]]
 
@@ -257,33 +252,19 @@ def selection(repeats: int) -> Iterator[Row]:
         )
 
 
-def figures(repeats: int) -> Iterator[Row]:
-    """Redrawing every figure and table of the quick profile, as a whole process."""
-    command = [sys.executable, "-m", "lib", "figures", "--profile", "quick"]
-    times = []
-    for _ in range(min(repeats, 3)):
-        start = time.perf_counter()
-        subprocess.run(command, cwd=paths.REPO, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    yield row("make figures, whole process", "quick", times, "s")
-
-
 # Topic -> file of its rows, and the function that measures.
 TOPICS: dict[str, tuple[str, Topic]] = {
     function.__name__: (file, function)
     for file, functions in {
-        "speed": (lenets, peak_share, layouts, augmentation, mask_update, selection, figures),
-        "kernels": (sparse_layers, sparse_steps, one_thread, breakdown, window),
-        "gpu": (gpu,),
+        "speed": (lenets, peak_share, layouts, augmentation, mask_update, selection),
+        "kernels": (sparse_steps, one_thread, window),
     }.items()
     for function in functions
 }
 BY_NETWORK: dict[str, tuple[str, ...]] = {
     "sparse_steps": tuple(NETWORKS),
     "one_thread": tuple(NETWORKS),
-    "breakdown": tuple(NETWORKS),
     "window": tuple(WINDOW_RUNS),
-    "gpu": GPU_NETWORKS,
 }
 ON_REQUEST = ("window",)  # counts, the same each time, by a training of its own
 

@@ -87,3 +87,8 @@ def row(what: str, setting: str, values: Sequence[float], unit: str) -> Row:
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     """Slow over fast, repeat by repeat: what slows one repeat down slows both sides."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def setting_of(model: str, density: float, batch: int) -> str:
+    """The setting of a whole network; `density` from 0 to 1."""
+    return f"{model}, {100 * density:g} %, batch {batch}"

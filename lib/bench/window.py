@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lib.bench.timing import Row, all_threads, row
+from lib.bench.timing import Row, all_threads, row, setting_of
 from lib.config import Run
 from lib.data import Dataset
 from lib.kernels import keep_freed_memory
-from lib.results.clock import setting_of
 from lib.train import TrainingLoop, flushed_denormals
 from lib.training.streams import torch_draws_from
 

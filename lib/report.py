@@ -22,7 +22,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown, display
 from traitlets.config import Config
 
-from lib import drawing
+from lib import figures
 from lib.paths import REPO
 from lib.results import claims
 from lib.results.rows import SCALES
@@ -154,12 +154,12 @@ def build(
     Figures go to `folder`/<profile>/ (None: nowhere), verdicts.csv and verdicts.parts.csv to
     `verdicts`/<profile>/.  `profile`: of all; empty: the largest of each experiment that has rows.
     """
-    drawing.FOLDER, claims.FOLDER = folder, verdicts
+    figures.FOLDER, claims.FOLDER = folder, verdicts
     given = {"profile": profile, "results": results, **parameters}
     try:
         blocks = [one for path in notebooks or chapters() for one in run(path, **given)]
     finally:
-        drawing.FOLDER = claims.FOLDER = None
+        figures.FOLDER = claims.FOLDER = None
     return "\n\n".join(blocks).replace(" %", "\N{NO-BREAK SPACE}%") + "\n"
 
 

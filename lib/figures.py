@@ -170,9 +170,9 @@ def curves(
     for i, key in enumerate(keys):
         look, mine = LOOKS[key], rows[rows[by] == key]
         moved = 1 + spread * (i - (len(keys) - 1) / 2)
-        for at, part in mine.groupby(x) if "learned" in rows else ():
+        for _, part in mine.groupby(x) if "learned" in rows else ():
             if (k := part.learned.sum()) and k < len(part):  # the survivors, hollow and counted
-                place = (moved * at, part[y][part.learned].mean())
+                place = (moved * part[x].iloc[0], part[y][part.learned].mean())
                 ax.plot(*place, marker=look.marker, mfc="white", color=look.colour, zorder=5)
                 ax.annotate(f"{k}/{len(part)}", place, (3, 3), textcoords="offset points",
                             fontsize=7, color=look.colour)  # fmt: skip
