@@ -22,8 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,16 +83,19 @@ class ImageNetLoop(TrainingLoop):
             raise ValueError(
                 f"batch_size {run.batch_size} can't be shared out to {self.world} processes"
             )
-        self.train_files, self.test_files = _folders(Path(os.environ["IMAGENET_ROOT"]))
-        count = min(len(self.train_files), run.train_samples or len(self.train_files))
+        train_files, test_files = _folders(Path(os.environ["IMAGENET_ROOT"]))
+        count = min(len(train_files), run.train_samples or len(train_files))
         if count < run.batch_size:
             raise ValueError(f"{count} training images are less than a batch of {run.batch_size}")
         self.images_total = count
+        # files come sorted by class: a part of them is the same random one in every run
+        self.train_files, train_labels = _shuffled(train_files, count)
+        self.test_files, test_labels = _shuffled(test_files, len(test_files))
         self.batches: Iterator[Any] = iter(())
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
         super().__init__(
             run,
-            _shapes_only(self.train_files.targets[:count], self.test_files.targets, run.batch_size),
+            _shapes_only(train_labels, test_labels, run.batch_size),
             device=device,
         )
         if self.world > 1:
@@ -224,10 +229,28 @@ def _folders(root: Path) -> tuple[Any, Any]:
     crop = v2.RandomResizedCrop(IMAGENET_SHAPE[1:], antialias=True)
     train_transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *last])
     test_transform = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), *last])
-    return (
-        ImageFolder(str(root / "train"), train_transform),
-        ImageFolder(str(root / "val"), test_transform),
-    )
+    train = ImageFolder(str(root / "train"), train_transform, loader=open_image)
+    test = ImageFolder(str(root / "val"), test_transform, loader=open_image)
+    if odd := sorted(set(train.classes) ^ set(test.classes)):
+        raise DataError(f"{root}: {', '.join(odd[:5])}: a class of train/ or val/ only, or empty")
+    return train, test
+
+
+def _shuffled(files: Any, count: int) -> tuple[Any, list[int]]:
+    """`count` of the files in an order that is always the same, and their labels."""
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return torch.utils.data.Subset(files, order), [files.targets[i] for i in order]
+
+
+def open_image(path: str) -> Image.Image:
+    """An image as RGB, of 16 bits too; DataError names a file that can't be read."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: not a whole image ({error}): replace the file") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -284,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 single.keep_or_append(task, result, task.checkpoint.with_suffix(".result.json"))
                 task.checkpoint.unlink(missing_ok=True)
                 print(f"{task.run.run_id}: {outcome.status}, error {outcome.test_error_pct} %")
+    except (DataError, ValueError) as error:  # a reading process wraps it in its traceback
+        raise SystemExit(f"error: {str(error).splitlines()[-1]}") from None
     except Interrupted:
         raise SystemExit(128 + signal.SIGTERM) from None  # its checkpoint is written
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -129,6 +131,22 @@ def test_masks_that_drift_apart_are_noticed(images: Path) -> None:
     done = two_processes(images, str(script))
     assert done.returncode != 0 and "alike" in done.stdout
     assert "the masks of processes 0 and 1 differ" in done.stderr
+
+
+def test_a_part_of_the_files_has_all_classes_and_a_bad_file_is_named(images: Path) -> None:
+    run = Run(dataset="imagenet", model="resnet50", batch_size=3, train_samples=9)
+    loop = imagenet.ImageNetLoop(run, workers=0)
+    assert sorted(set(loop.data.train_y.tolist())) == [0, 1, 2]
+    assert [loop.train_files[i][1] for i in range(9)] == loop.data.train_y.tolist()
+    bad = images / "imagenet" / "train" / "ant" / "0.png"
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(bad)
+    assert np.asarray(imagenet.open_image(str(bad))).tolist()[0][0] == [156] * 3
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(DataError, match=re.escape(str(bad))):
+        imagenet.open_image(str(bad))
+    shutil.rmtree(images / "imagenet" / "val" / "ant")
+    with pytest.raises(DataError, match="ant"):
+        imagenet.ImageNetLoop(run, workers=0)
 
 
 def test_what_is_wrong_is_said(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
