@@ -95,6 +95,7 @@ class _Source:
     folder: str
     md5: dict[str, str]  # file name -> checksum
     sha256: str
+    shape: tuple[int, int, int]  # of an image
     mean: tuple[float, ...]  # per channel, of pixels in 0..1
     std: tuple[float, ...]
     num_classes: int
@@ -112,6 +113,7 @@ _SOURCES = {
             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
         },
         sha256="06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
+        shape=(1, 28, 28),
         mean=(0.1307,),
         std=(0.3081,),
         num_classes=10,
@@ -130,6 +132,7 @@ _SOURCES = {
             "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
         },
         sha256="32e5966899bde482c0ef7d076bf69809b4b1488c806f657a814cfca4646ec493",
+        shape=(3, 32, 32),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
         num_classes=10,
@@ -251,6 +254,9 @@ def _raw(source: _Source, root: Path, download: bool) -> tuple[np.ndarray, ...]:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.data)
+    shapes = {arrays[0].shape[1:], arrays[2].shape[1:]}  # a header tells them, not the bytes
+    if shapes != {source.shape}:
+        raise DataError(_damage(source, root, f"images of shape {shapes}"))
     if digest.hexdigest() != source.sha256:
         reason = f"the sha256 of all images and labels is {digest.hexdigest()}"
         raise DataError(_damage(source, root, reason))
@@ -285,14 +291,15 @@ def _require_files(source: _Source, root: Path, download: bool) -> None:
                 if _missing(source, root):
                     getattr(torchvision.datasets, source.torchvision_class)(root, download=True)
         except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
-            reason = f"the download failed: {' '.join(str(error).split())[:200]}"
+            reason = f"the download failed: {' '.join(str(error).split())}"
     missing = _missing(source, root)
     if missing:
         what = "no file" if len(missing) == len(source.md5) else f"no {', '.join(missing)}"
         raise DataError(
             f"{source.torchvision_class} not found: {what} in {root / source.folder} ({reason}); "
             f"put {_all_files(source)} there, or set DATA_ROOT to the folder that "
-            f"contains {source.folder}, or connect to the internet."
+            f"contains {source.folder}, or connect to the internet (behind a proxy set HTTPS_PROXY "
+            "and HTTP_PROXY)."
         )
 
 

@@ -197,7 +197,7 @@ def test_missing_data_without_network_says_which_files_go_where(
     message = str(caught.value)
     assert "Name or service not known" in message
     assert str(tmp_path / folder) in message
-    assert "DATA_ROOT" in message
+    assert "DATA_ROOT" in message and "HTTPS_PROXY" in message
     assert all(file in message for file in files)
     assert "\n" not in message
     with pytest.raises(data.DataError, match="downloading was not asked for"):
@@ -244,16 +244,19 @@ def test_a_download_of_another_process_is_waited_for(tmp_path: Path) -> None:
     assert len(loaded) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "longer"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "longer", "header"])
 def test_damaged_mnist_names_the_file(damage: str, tmp_path: Path) -> None:
     path = link("MNIST/raw", MNIST_FILES, tmp_path) / MNIST_FILES[2]
-    content = bytearray(path.read_bytes())
+    original = path.read_bytes()
+    content = bytearray(original)
     content[1_000_000] ^= 1
     content = {
         "cut": content[:3_000_000],
         "empty": bytearray(),
         "changed": content,
         "longer": content + b"\0",
+        # the same bytes as images of 56 x 14
+        "header": original[:8] + bytes([0, 0, 0, 56, 0, 0, 0, 14]) + original[16:],
     }[damage]
     replace(path, bytes(content))
     with pytest.raises(data.DataError) as caught:
