@@ -6,23 +6,13 @@ import difflib
 import hashlib
 import json
 import math
-import numbers
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any
 
 # Images for training and validation together, and for the test.
 IMAGES = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
-
-# Types with the values they may have, as text: intervals and single numbers. A bound of infinity is
-# never included, so that no field is infinite or NaN; 2**63 is where a column of 64 bits ends.
-Count = Annotated[int, "[0, 2**63)"]
-Positive = Annotated[int, "[1, 2**63)"]
-Share = Annotated[float, "[0, 1]"]
-BelowOne = Annotated[float, "[0, 1)"]
-AboveZero = Annotated[float, "(0, 1]"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +42,7 @@ METHODS: dict[str, Method] = {
     "small_dense": Method("none", "none", "none"),
 }
 UNMASKED = ("dense", "small_dense")  # every weight of the model is active: no masks at all
+_RULES = ("prune", "redistribution", "growth")
 
 
 def method_of(name: str) -> Method:
@@ -67,6 +58,34 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}"
+
+
+# What values a number may have: never infinite, never NaN; 2**63 is where a column of 64 bits ends.
+_CONDITIONS: dict[str, Callable[[float], bool]] = {
+    "in [0, 1]": lambda v: 0 <= v <= 1,
+    "in [0, 1)": lambda v: 0 <= v < 1,
+    "in (0, 1]": lambda v: 0 < v <= 1,
+    "in (0, 1)": lambda v: 0 < v < 1,
+    "in [0, inf)": lambda v: 0 <= v < math.inf,
+    "in (0, inf)": lambda v: 0 < v < math.inf,
+    "-1 or in [0, 1)": lambda v: v == -1 or 0 <= v < 1,
+    "in [0, 2**63)": lambda v: 0 <= v < 2**63,
+    "in [1, 2**63)": lambda v: 1 <= v < 2**63,
+}
+
+
+def _be(condition: str, default: Any) -> Any:
+    """A field whose values must be so."""
+    return field(default=default, metadata={"must be": condition, "is": _CONDITIONS[condition]})
+
+
+def _count(default: int = 0) -> Any:
+    return _be("in [0, 2**63)", default)
+
+
+def _one_of(*choices: str) -> Any:
+    text = "one of " + ", ".join(choices)
+    return field(default=choices[0], metadata={"must be": text, "is": choices.__contains__})
 
 
 @dataclass(frozen=True)
@@ -92,82 +111,67 @@ class Run:
     dataset: str = "mnist"
     model: str = "lenet300-100"
     method: str = "sparse_momentum"
-    method_version: Count = 0
+    method_version: int = _count()
     prune: str = ""
     redistribution: str = ""
     growth: str = ""
     init: str = "uniform"
-    init_scale: Literal["dense", "density"] = "dense"
-    density: AboveZero = 0.05
+    init_scale: str = _one_of("dense", "density")
+    density: float = _be("in (0, 1]", 0.05)
     keep_dense: tuple[str, ...] = ()
-    prune_rate: Share = 0.2
+    prune_rate: float = _be("in [0, 1]", 0.2)
     schedule: str = "cosine"
-    update_every_steps: Count = 0
+    update_every_steps: int = _count()
     options: tuple[tuple[str, float], ...] = ()
-    momentum: BelowOne = 0.9
+    momentum: float = _be("in [0, 1)", 0.9)
     nesterov: bool = True
-    lr: Annotated[float, "(0, inf)"] = 0.1
-    lr_decay_every_steps: Positive = 25_000
-    lr_decay: AboveZero = 0.1
-    warmup_epochs: Count = 0
-    weight_decay: Annotated[float, "[0, inf)"] = 5e-4
-    label_smoothing: BelowOne = 0.0
-    dropout: Annotated[float, "-1 or [0, 1)"] = -1.0
-    batch_size: Positive = 100
-    epochs: Positive = 100
-    train_samples: Count = 0
-    val_fraction: Annotated[float, "(0, 1)"] = 0.1
-    test_samples: Count = 0
+    lr: float = _be("in (0, inf)", 0.1)
+    lr_decay_every_steps: int = _be("in [1, 2**63)", 25_000)
+    lr_decay: float = _be("in (0, 1]", 0.1)
+    warmup_epochs: int = _count()
+    weight_decay: float = _be("in [0, inf)", 5e-4)
+    label_smoothing: float = _be("in [0, 1)", 0.0)
+    dropout: float = _be("-1 or in [0, 1)", -1.0)
+    batch_size: int = _be("in [1, 2**63)", 100)
+    epochs: int = _be("in [1, 2**63)", 100)
+    train_samples: int = _count()
+    val_fraction: float = _be("in (0, 1)", 0.1)
+    test_samples: int = _count()
     augment: bool = True
-    precision: Literal["fp32", "bf16"] = "fp32"
-    kernels: Literal["auto", "sparse", "torch"] = "auto"
-    dense_window_steps: Count = 0
-    seed: Count = 0
+    precision: str = _one_of("fp32", "bf16")
+    kernels: str = _one_of("auto", "sparse", "torch")
+    dense_window_steps: int = _count()
+    seed: int = _count()
 
     def __post_init__(self) -> None:
         own = method_of(self.method)
-        for name, value in (
-            ("prune", own.prune),
-            ("redistribution", own.redistribution),
-            ("growth", own.growth),
-            ("method_version", own.version),
-        ):
-            object.__setattr__(self, name, getattr(self, name) or value)
+        fixed: dict[str, Any] = {n: getattr(self, n) or getattr(own, n) for n in _RULES}
+        fixed["method_version"] = self.method_version or own.version
         if self.method == "dense":
-            object.__setattr__(self, "density", 1.0)
-        for name in ("keep_dense", "options"):
-            object.__setattr__(self, name, _pairs_or_names(name, getattr(self, name)))
+            fixed["density"] = 1.0
         for item in fields(self):  # 1 and 1.0 are equal, so they must not give two ids
-            object.__setattr__(self, item.name, valid(item.name, getattr(self, item.name)))
+            value = fixed.get(item.name, getattr(self, item.name))
+            object.__setattr__(self, item.name, valid(item.name, value))
         self._check_together()
 
     def _check_together(self) -> None:
         """What no field can tell alone; the data set's size is of the files as published."""
         if self.dataset not in IMAGES:
             raise ValueError(unknown("data set", self.dataset, IMAGES))
-        newest = METHODS[self.method].version
-        if self.method_version > newest:
+        train, validate = self.images_to_train_on, self.images_to_validate_on
+        if train < 1 or validate < 1:
             raise ValueError(
-                f"method_version must be at most {newest}, the version of {self.method!r} in this "
-                f"code, got {self.method_version}"
+                f"val_fraction={self.val_fraction:g} leaves {train} images of {self.dataset} for "
+                f"training and {validate} for validation: each needs at least one"
             )
-        test_images = IMAGES[self.dataset][1]
-        limits = {
-            "train_samples": (self.images_to_train_on, "left for training"),
-            "test_samples": (test_images, f"of {self.dataset}'s test set"),
-            "batch_size": (self.train_samples or self.images_to_train_on, "trained on"),
-        }
-        if self.images_to_train_on < 1 or self.images_to_validate_on < 1:
-            raise ValueError(
-                f"val_fraction={self.val_fraction:g} leaves {self.images_to_train_on} images of "
-                f"{self.dataset} for training and {self.images_to_validate_on} for validation: "
-                "each needs at least one"
-            )
-        for name, (most, what) in limits.items():
-            if getattr(self, name) > most:
-                raise ValueError(
-                    f"{name} must be at most the {most} images {what}, got {getattr(self, name)}"
-                )
+        for name, most, what in (
+            ("method_version", METHODS[self.method].version, f"of {self.method!r} in this code"),
+            ("train_samples", train, "images left for training"),
+            ("test_samples", IMAGES[self.dataset][1], f"images of {self.dataset}'s test set"),
+            ("batch_size", self.images_an_epoch, "images trained on"),
+        ):
+            if (value := getattr(self, name)) > most:
+                raise ValueError(f"{name} must be at most the {most} {what}, got {value}")
 
     @property
     def images_to_validate_on(self) -> int:
@@ -188,21 +192,12 @@ class Run:
 
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their default; a method's own rules count as defaults."""
-        method = METHODS[self.method]
-        own: dict[str, Any] = {
-            "prune": method.prune,
-            "redistribution": method.redistribution,
-            "growth": method.growth,
-            "method_version": 1,
-        }
+        own: dict[str, Any] = {n: getattr(METHODS[self.method], n) for n in _RULES}
+        own["method_version"] = 1
         if self.method == "dense":
             own["density"] = 1.0
-        found = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value != own.get(item.name, item.default):
-                found[item.name] = value
-        return found
+        values = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
+        return {n: value for n, (value, default) in values.items() if value != own.get(n, default)}
 
     @property
     def run_id(self) -> str:
@@ -218,46 +213,59 @@ class Run:
         A new `method` brings its own rules and version, and a run that was dense the default
         density, where they aren't set too.
         """
-        known = {item.name for item in fields(self)}
-        for name in changes:
-            if name not in known:
-                raise ValueError(unknown("field of a run", name, known))
         if "method_version" in changes:
             raise ValueError("method_version can't be set: it is the version of the method's code")
+        for name in changes.keys() - _FIELDS.keys():
+            raise ValueError(unknown("field of a run", name, _FIELDS))
         if changes.get("method", self.method) != self.method:
-            own = METHODS[self.method]
-            for name in ("prune", "redistribution", "growth"):
-                if getattr(self, name) == getattr(own, name):
+            for name in _RULES:
+                if getattr(self, name) == getattr(METHODS[self.method], name):
                     changes.setdefault(name, "")
-            changes.setdefault("method_version", 0)
+            changes["method_version"] = 0
             if self.method == "dense":
                 changes.setdefault("density", Run.density)
         return replace(self, **changes)
 
 
+_FIELDS = {item.name: item for item in fields(Run)}
+
+
 def parse_field(name: str, text: str) -> Any:
     """The value of one field written as text (command line): "epochs", "15" -> 15."""
-    defaults: dict[str, Any] = {item.name: item.default for item in fields(Run)}
-    if name not in defaults:
-        raise ValueError(unknown("field of a run", name, defaults))
-    default = defaults[name]
-    kind = type(default)
+    if name not in _FIELDS:
+        raise ValueError(unknown("field of a run", name, _FIELDS))
+    kind: type = type(_FIELDS[name].default)
     value: Any = text
     try:
         if kind is bool:
             value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         elif kind is tuple:
-            parts = [part for part in text.split(",") if part]
-            value = tuple(parts)
+            value = tuple(part for part in text.split(",") if part)
             if name == "options":
-                value = tuple((k, _number(v, float)) for k, v in (p.split("=") for p in parts))
+                value = tuple((k, _number(v, float)) for k, v in (p.split("=") for p in value))
         elif kind is not str:
             value = _number(text, kind)
     except (KeyError, ValueError):
-        raise ValueError(
-            f"{name}={text!r} can't be read as {kind.__name__} (default {default!r})"
-        ) from None
+        raise ValueError(f"{name}={text!r} can't be read as {kind.__name__}") from None
     return valid(name, value)
+
+
+def valid(name: str, value: Any) -> Any:
+    """The value in the field's type (1 as 1.0, NumPy's numbers as Python's), if it is one that the
+    field may have; ValueError otherwise.
+    """
+    kind: type = type(_FIELDS[name].default)
+    if kind is tuple:
+        return _tuple(name, value)
+    abstract: type | None = {int: Integral, float: Real}.get(kind)
+    if abstract is not None and isinstance(value, abstract) and type(value) is not bool:
+        value = kind(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    rule = _FIELDS[name].metadata
+    if rule and not rule["is"](value):
+        raise ValueError(f"{name} must be {rule['must be']}, got {value!r}")
+    return value
 
 
 def stream_seed(seed: int, purpose: str, *index: int) -> int:
@@ -266,91 +274,18 @@ def stream_seed(seed: int, purpose: str, *index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.I)
-
-
 def _number(text: str, kind: type) -> Any:
     """The number in ASCII digits; Python itself reads those of every script, and 1_000."""
-    if not _NUMBER.fullmatch(text):
+    if not text.isascii() or "_" in text:
         raise ValueError(text)
     return kind(text)
 
 
-def _pairs_or_names(name: str, value: Any) -> tuple[Any, ...]:
-    """`keep_dense` as a tuple of names, `options` as a tuple of (name, number)."""
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be a tuple, got the text {value!r}")
-    try:
-        pairs = tuple(value) if name == "keep_dense" else tuple((k, float(v)) for k, v in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a tuple of (name, number), got {value!r}") from None
-    names = [pair if name == "keep_dense" else pair[0] for pair in pairs]
-    if any(not isinstance(text, str) or not text or len(text.split()) != 1 for text in names):
-        raise ValueError(f"{name} holds a name that is empty or has spaces: {value!r}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{name} holds a name twice: {value!r}")
-    if name == "options" and not all(math.isfinite(number) for _, number in pairs):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return pairs
-
-
-def valid(name: str, value: Any) -> Any:
-    """The value in the field's type (1 as 1.0, NumPy's numbers as Python's), if it is one that the
-    field may have; ValueError otherwise.
-    """
-    kind, choices, intervals, text = _declared()[name]
-    if not isinstance(value, bool):
-        if kind is float and isinstance(value, numbers.Real):
-            value = float(value)
-        if kind is int and isinstance(value, numbers.Integral):
-            value = int(value)
-    if type(value) is not kind:
-        raise ValueError(
-            f"{name} must be of type {kind.__name__}, got {value!r} ({type(value).__name__})"
-        )
-    if choices and value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-    if intervals and not any(one.holds(value) for one in intervals):
-        raise ValueError(f"{name} must be in {text}, got {value}")
-    return value
-
-
-class _Interval(NamedTuple):
-    low: float
-    high: float
-    with_low: bool
-    with_high: bool
-
-    def holds(self, value: Any) -> bool:
-        above = self.low <= value if self.with_low else self.low < value
-        return above and (value <= self.high if self.with_high else value < self.high)
-
-
-class _Declared(NamedTuple):
-    kind: type
-    choices: tuple[Any, ...] = ()
-    intervals: tuple[_Interval, ...] = ()
-    text: str = ""
-
-
-@lru_cache(maxsize=1)
-def _declared() -> dict[str, _Declared]:
-    """What each field may be, from the annotations of `Run`."""
-    found = {}
-    for name, hint in get_type_hints(Run, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            kind, text = get_args(hint)
-            found[name] = _Declared(kind, (), tuple(map(_interval, text.split(" or "))), text)
-        elif get_origin(hint) is Literal:
-            found[name] = _Declared(str, get_args(hint))
-        else:
-            found[name] = _Declared(get_origin(hint) or hint)
-    return found
-
-
-def _interval(text: str) -> _Interval:
-    """ "(0, 1]", say; a number alone holds itself."""
-    if text[0] not in "[(":
-        return _Interval(float(text), float(text), True, True)
-    low, high = (2**63 if end == "2**63" else float(end) for end in text[1:-1].split(", "))
-    return _Interval(low, high, text[0] == "[", text[-1] == "]")
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """Different names without spaces, or in "options" pairs of such a name and a finite number."""
+    pairs = [(one, 0.0) for one in value] if name == "keep_dense" else [(k, v) for k, v in value]
+    names = {k for k, _ in pairs if isinstance(k, str) and len(k.split()) == 1}
+    finite = all(math.isfinite(float(v)) for _, v in pairs)
+    if isinstance(value, str) or len(names) < len(pairs) or not finite:
+        raise ValueError(f"{name} can't be {value!r}: a name twice, no name, or no finite number")
+    return tuple(value) if name == "keep_dense" else tuple((k, float(v)) for k, v in pairs)

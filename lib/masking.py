@@ -11,13 +11,14 @@ weights are set back to zero (`Masking.step`); once per epoch (`Masking.update`)
 
 Source: Dettmers and Zettlemoyer 2019 (arXiv 1907.04840), section 3 and algorithm 1. Where the
 official code (commit e19ff16) leaves the paper, the docstrings say which way this one goes. Beside
-this file, in `lib/methods`: how counts are rounded (`counts`), how weights are picked
-(`selection`), the masks at the start (`masks`), what is refused (`checks`), the vocabulary of rules
-(`registry`), and the rules of other methods (SET, DSR, DeepR, RigL, SNIP) and readings.
+this file, in `lib/methods`: the vocabulary of rules (`layer`), how counts are rounded (`counting`),
+how weights are picked (`selection`), what is masked and the masks at the start (`masks`), what is
+refused (`checks`), the rules of other methods (`rules`, `deepr`), and variants of this one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -26,10 +27,17 @@ from torch import Tensor, nn
 
 from lib.config import UNMASKED, method_of, unknown
 from lib.methods import checks
-from lib.methods.counts import left_over, own_rate, quotas, rounded, whole, with_carried
-from lib.methods.guard import Guard
-from lib.methods.masks import INITS, Masks, initial_masks, maskable_parameters
-from lib.methods.registry import (
+from lib.methods.counting import (
+    SCHEDULES,
+    annealed,
+    left_over,
+    own_rate,
+    quotas,
+    rounded,
+    whole,
+    with_carried,
+)
+from lib.methods.layer import (
     AFTERWARDS,
     CHOOSE,
     EVERY_STEP,
@@ -42,9 +50,17 @@ from lib.methods.registry import (
     Layer,
     Rule,
 )
+from lib.methods.masks import (
+    INITS,
+    Masks,
+    from_rank_zero,
+    in_a_group,
+    initial_masks,
+    maskable_parameters,
+    plain_name,
+)
 from lib.methods.reporting import LayerReport, Report, layers_table, report
-from lib.methods.schedules import SCHEDULES, annealed
-from lib.methods.selection import FloatMasks, clear_outside, count, pick, to_host
+from lib.methods.selection import BitMasks, clear_outside, count, pick, to_host
 
 __all__ = [  # what the rest of lib and new rules take from here
     "EVERY_STEP",
@@ -136,6 +152,8 @@ def choose(layer: Layer, growth: Rule[GrowthRule], number: int) -> Tensor:
     if number == 0:
         return layer.survivors
     scores = growth.function(layer)
+    if scores.shape != layer.mask.shape or not scores.isfinite().all():
+        raise ValueError(f"growth rule {growth.name!r} gave {layer.name} scores {scores}")
     return layer.survivors | pick(scores, ~layer.survivors, number, growth.score)
 
 
@@ -149,7 +167,7 @@ class Masking:
     ```
 
     Args:
-        model: its parameters of two and more dimensions are masked, so no bias or batch-norm.
+        model: its weights are masked (`maskable_parameters` says which), no bias, norm or table.
         optimizer: holds those parameters, and the momentum where a rule reads it.
         density: share of the maskable weights that is active, in (0, 1].
         prune_rate: share of the active weights removed per update, in [0, 1].
@@ -162,8 +180,12 @@ class Masking:
             itself, as in the official code, so that their number is right only in expectation.
         keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
         generator: random stream of the initial masks and of random growth (torch's own without).
-        options: numbers of single rules by name (see `lib/methods/deepr.py` and `readings.py`).
+        options: numbers of single rules by name (see `lib/methods/deepr.py` and `variants.py`).
         masks: parameter name -> bool mask to start from; `density` is theirs then.
+
+    In a process group of torch.distributed the masks and the random stream of rank 0 count for all:
+    each process makes its Masking and calls `step` and `update` alike. A layer that is frozen
+    (`requires_grad=False`) or has no signal to grow by keeps its mask in an update.
 
     Raises:
         ValueError: a value out of range, an unknown name, an optimizer without the momentum that
@@ -185,12 +207,12 @@ class Masking:
         redistribution: str | None = None,
         growth: str | None = None,
         init: str = "uniform",
-        keep_dense: str | Sequence[str] = (),
+        keep_dense: str | Sequence[str] | None = (),
         generator: torch.Generator | None = None,
         options: Mapping[str, float] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        checks.arguments(model, optimizer, density, prune_rate, total_steps, options)
+        checks.arguments(density, total_steps, generator, options or {})
         if schedule not in SCHEDULES:
             raise ValueError(unknown("schedule", schedule, filter(None, SCHEDULES)))
         if init not in INITS:
@@ -200,15 +222,17 @@ class Masking:
             raise ValueError(f"method {method!r} has density 1, got {density}")
         if method == "snip" and masks is None:  # put in later, they would find cleared weights
             raise ValueError(
-                "method 'snip' draws no masks: give it those of lib.methods.snip.snip_masks as "
+                "method 'snip' draws no masks: give it those of lib.methods.masks.snip_masks as "
                 "masks="
             )
-        self.model, self.optimizer, self.generator = model, optimizer, generator
+        self.model, self.optimizer, self.keep_dense = model, optimizer, keep_dense
+        self.generator = _shared(generator)
         self.method, self.target_density = method, density
         self.prune = PRUNE[prune or named.prune]
         self.redistribution = REDISTRIBUTION[redistribution or named.redistribution]
         self.growth = GROWTH[growth or named.growth]
-        self.prune_rate, self.schedule, self.total_steps = prune_rate, schedule, total_steps
+        self.prune_rate = checks.share("prune_rate", prune_rate)
+        self.schedule, self.total_steps = schedule, total_steps
         self.options: dict[str, float] = dict(options or {})
         self.steps = 0
         self.rule_state: dict[str, Any] = {}
@@ -216,20 +240,27 @@ class Masking:
         self.parameters = {} if dense else maskable_parameters(model, keep_dense)
         if not self.parameters and not dense:
             raise ValueError("no weight is left to mask: keep_dense covers the whole model")
+        if meta := [name for name, p in self.parameters.items() if p.is_meta]:
+            raise ValueError(f"{meta[0]} is on the meta device: call model.to_empty(...) before")
         checks.optimizer(optimizer, self.parameters, (self.redistribution, self.growth))
-        self._guard = Guard(self)
-        for sentence in checks.parameters(model, self.parameters):
-            self._guard.warn(sentence)
-        self._masks, self._float_masks = Masks(self.parameters), FloatMasks()
-        if masks is not None:
+        self._watch = checks.Watch(self)
+        self._masks, self._bits = Masks(self.parameters), BitMasks()
+        if masks is None:
+            why = checks.signs_of_training(model, optimizer, self.parameters) if density < 1 else ""
+            if why:
+                self._watch.warn(
+                    f"the weights look trained ({why}), and random masks are drawn over them: keep "
+                    "a sparse network's zeros by Masking.from_weights, or continue a run by "
+                    "load_state_dict of a Masking made before its first step"
+                )
+            masks = initial_masks(self.parameters, density, init, self.generator)
+        elif masks is not None:
             self.masks = masks
-            self.target_density = checks.given_density(density, self.density)
-        else:
-            if density < 1 and (sentence := checks.trained(model, optimizer, self.parameters)):
-                self._guard.warn(sentence)
-            self._masks.update(initial_masks(self.parameters, density, init, generator))
-        self._guard.claim(self)
-        self._guard.updated(self.steps, self.active())
+            if density not in (1, self.density):
+                raise ValueError(f"the masks have density {self.density}, not density={density}")
+            self.target_density = self.density
+        self.masks = from_rank_zero({name: mask.cpu() for name, mask in masks.items()})
+        self._watch.updated(-1, self.active())
         self.apply()
 
     @classmethod
@@ -239,49 +270,62 @@ class Masking:
         """A masking that keeps the zeros of a sparse network; `settings` as of the class.
 
         Weights that grew in an update and had no step since are zero too: to continue a run, save
-        and load `state_dict()`. Raises ValueError where no weight is zero.
+        and load `state_dict()`. Raises ValueError where no weight is zero, or a whole layer.
         """
-        checks.arguments(model, optimizer, 1.0, 0.0, None, None)
         weights = maskable_parameters(model, settings.get("keep_dense", ()))
         masks = {name: weight.detach() != 0 for name, weight in weights.items()}
         if all(mask.all() for mask in masks.values()):
             raise ValueError("no weight is zero: use Masking(model, optimizer, density=...)")
+        if empty := [name for name, mask in masks.items() if not mask.any()]:
+            raise ValueError(f"all weights of {empty[0]} are zero: name it in keep_dense")
         return cls(model, optimizer, masks=masks, **settings)
 
     # ---- the three calls of a training loop ----
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self) -> None:
-        """After every optimizer.step(): set inactive weights back to zero, advance the schedule."""
-        self._guard.step(self)
-        self.steps += 1
+        """After every optimizer.step(): set inactive weights back to zero, advance the schedule.
+
+        A step that the optimizer did not make (a GradScaler skipped it, or gradients are
+        accumulated) isn't counted.
+        """
+        self._watch.step(self)
         self.apply()
+        if self._watch.skipped(self):
+            return
+        self.steps += 1
         if self.method in EVERY_STEP:
             EVERY_STEP[self.method](self)
+        elif self.steps == self.total_steps:
+            self._watch.ended(self)
 
     def advance(self) -> None:
         """In place of `step` where whoever moved the weights left the inactive ones at zero."""
         self.steps += 1
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, prune_rate: float | None = None) -> list[LayerReport]:
         """One cycle: prune, redistribute, grow. The number of active weights stays the same.
 
         `prune_rate` in [0, 1], by default the schedule's current rate; 0 changes nothing. Returns
-        one LayerReport per layer. Raises DivergenceError when a weight, or the momentum or
-        gradient that a rule reads, isn't finite, and ValueError when a layer has no active weight.
+        one LayerReport per layer. Raises DivergenceError when a weight, or the momentum that a rule
+        reads, isn't finite, and ValueError when a layer has no active weight or a rule no sense.
         """
         rate = checks.share("prune_rate", self.current_rate if prune_rate is None else prune_rate)
-        layers = self._survey()
-        if prune_rate != 0:
-            self._guard.update(self, layers, rate)
-        if rate == 0 or self.prune.name == "none":
-            return self._report(layers)
+        every, layers = self._survey()
+        if prune_rate == 0:  # only looks
+            return report(every, self.active())
+        self._watch.update(self, every, rate)
+        if rate == 0 or self.prune.name == "none" or not layers:
+            return self._report(every)
         if self.redistribution.before_pruning:
             self._measure_importance(layers)
 
         # 1. Prune.
         kept = self.prune.function(layers, rate, self.rule_state)
+        checks.pruned(self.prune.name, layers, kept)
         remaining = [int(n) for n in to_host([count(survivors) for survivors in kept])]
         for layer, survivors, left in zip(layers, kept, remaining, strict=True):
             layer.survivors, layer.pruned = survivors, layer.active - left
@@ -299,7 +343,7 @@ class Masking:
             keeps = mask if self.options.get("keep_regrown") else layer.survivors
             clear_outside(layer.weight, keeps)
         self._option(AFTERWARDS, lambda *_: None)(layers, self._masks)
-        return self._report(layers)
+        return self._report(every)
 
     # ---- what can be read ----
 
@@ -363,36 +407,46 @@ class Masking:
         self.steps, self.rule_state = state["steps"], _copied(state["rule_state"])
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
-        self._guard.updated(-1, self.active())
+        self._watch.updated(-1, self.active())
         self.apply()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copy: of its optimizer too, which has forgotten its hooks
+        self._watch.count_steps_of(self.optimizer)
 
     # ---- inside ----
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def apply(self) -> None:
-        """Set the inactive weights to zero; also after weights were loaded into the model."""
-        self._float_masks.clear(self.parameters, self._masks)
+    def apply(self, model: nn.Module | None = None) -> None:
+        """Set the inactive weights to zero; also after weights were loaded into the model.
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Follow masks that moved: before a CUDA graph that contains `apply` is replayed."""
-        self._float_masks.refresh(self.parameters, self._masks)
+        Of `model`, if given: a copy of the network, such as torch's AveragedModel (EMA, SWA).
+        """
+        if model is None:
+            self._bits.clear(self.parameters, self._masks)
+            return
+        for name, parameter in model.named_parameters():
+            if (mask := self._masks.get(plain_name(model, name))) is not None:
+                clear_outside(parameter, mask.to(parameter.device))
 
-    def _survey(self) -> list[Layer]:
-        """What rules may read; sets inactive weights to zero, looks for what isn't finite."""
-        self._guard.step(self)
+    refresh = apply  # what engines/graphs.py calls where masks moved
+
+    def _survey(self) -> tuple[list[Layer], list[Layer]]:
+        """What rules may read, of all layers and of those that take part; inactive weights at 0."""
+        self._watch.step(self)
+        checks.optimizer(self.optimizer, self.parameters, (self.redistribution, self.growth))
         self.apply()
         layers = [
             Layer(name, self.parameters[name], mask, self.optimizer, self.generator)
             for name, mask in self._masks.items()
         ]
-        needs = (self.growth.needs, self.redistribution.needs)
-        # SNIP may well cut a network.
-        checks.survey(layers, needs, self.steps, may_be_empty=self.prune.name == "none")
-        return layers
+        return layers, self._watch.survey(self, layers)
 
     def _measure_importance(self, layers: Sequence[Layer]) -> None:
         shares = to_host([self.redistribution.function(layer) for layer in layers])
+        if any(not 0 <= share < math.inf for share in shares):
+            raise ValueError(f"redistribution rule {self.redistribution.name!r} gave {shares}")
         total = sum(shares)
         for layer, share in zip(layers, shares, strict=True):
             layer.share = share / total if total > 0 else 0.0
@@ -403,9 +457,17 @@ class Masking:
 
     def _report(self, layers: Sequence[Layer]) -> Report:
         active = self.active()
-        self._guard.updated(self.steps, active)
+        self._watch.updated(self.steps, active)
         return report(layers, active)
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def _shared(generator: torch.Generator | None) -> torch.Generator | None:
+    """The random stream of rank 0 in all processes of a group; one's own without a group."""
+    if not in_a_group():
+        return generator
+    own = generator or torch.Generator().manual_seed(torch.initial_seed())
+    return own.set_state(from_rank_zero(own.get_state()))

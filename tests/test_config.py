@@ -6,12 +6,12 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from lib import config, experiments, masking
+from lib import config, masking
 from lib.config import METHODS, Run, method_of, parse_field, stream_seed
 
 # Ids are what keeps thousands of finished runs valid: none of these may ever change, except by a
@@ -54,7 +54,7 @@ def test_every_other_field_changes_the_id():
         "model": "lenet5",
         "method": "set",
         "method_version": 1,
-        "prune": "global_magnitude",
+        "prune": "magnitude_up",
         "redistribution": "none",
         "growth": "random",
         "init": "erk",
@@ -104,11 +104,6 @@ def test_dense_ignores_density():
     assert Run(method="small_dense", density=0.02).density == 0.02
 
 
-def test_a_run_is_frozen():
-    with pytest.raises(FrozenInstanceError):
-        Run().seed = 1  # type: ignore[misc]
-
-
 def test_overriding():
     assert Run().overridden(epochs=3, seed=2) == Run(epochs=3, seed=2)
     assert Run().overridden(method="rigl") == Run(method="rigl")
@@ -123,51 +118,38 @@ def test_overriding():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("name", "values"),
     [
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
-        ({"density": math.nan}, "density must be in .* got nan"),
-        ({"prune_rate": 1.01}, r"prune_rate must be in \[0, 1\], got 1.01"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"val_fraction": 0.0}, r"val_fraction must be in \(0, 1\), got 0.0"),
-        ({"epochs": 0}, r"epochs must be in \[1, 2\*\*63\), got 0"),
-        ({"batch_size": -5}, r"batch_size must be in \[1, 2\*\*63\), got -5"),
-        ({"lr": math.nan}, r"lr must be in \(0, inf\), got nan"),
-        ({"lr": math.inf}, r"lr must be in \(0, inf\), got inf"),
-        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
-        ({"weight_decay": math.nan}, r"weight_decay must be in \[0, inf\), got nan"),
-        ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
-        ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\), got 9223372036854775808"),
-        ({"lr_decay": math.nan}, r"lr_decay must be in \(0, 1\], got nan"),
-        ({"lr_decay": -1}, r"lr_decay must be in \(0, 1\], got -1.0"),
-        ({"label_smoothing": -1.0}, r"label_smoothing must be in \[0, 1\), got -1.0"),
-        ({"dropout": 1.0}, r"dropout must be in -1 or \[0, 1\), got 1.0"),
-        ({"dataset": "mnits"}, "unknown data set 'mnits': did you mean 'mnist'"),
-        ({"method_version": 7}, "method_version must be at most 2, the version of"),
-        ({"test_samples": 10_001}, "test_samples must be at most the 10000 images of mnist's test"),
-        ({"train_samples": 54_001}, "train_samples must be at most the 54000 images left"),
-        ({"batch_size": 54_001}, "batch_size must be at most the 54000 images trained on"),
-        ({"batch_size": 11, "train_samples": 10}, "batch_size must be at most the 10 images"),
-        (
-            {"val_fraction": 1e-8},
-            "val_fraction=1e-08 leaves 60000 images of mnist for .* and 0 for",
-        ),
-        ({"val_fraction": 0.999999}, "leaves 0 images of mnist for training and 60000"),
-        ({"keep_dense": "fc1"}, "keep_dense must be a tuple, got the text 'fc1'"),
-        ({"keep_dense": ("a b",)}, "keep_dense holds a name that is empty or has spaces"),
-        ({"options": (("l1", math.nan),)}, "options must be finite"),
-        ({"options": (("l1", 1), ("l1", 2))}, "options holds a name twice"),
-        ({"options": (("l1", "x"),)}, r"options must be a tuple of \(name, number\)"),
-        ({"method": "sett"}, "unknown method 'sett': did you mean 'set'"),
-        ({"epochs": 2.5}, r"epochs must be of type int, got 2.5 \(float\)"),
-        ({"seed": True}, r"seed must be of type int, got True \(bool\)"),
-        ({"density": "0.05"}, r"density must be of type float, got '0.05' \(str\)"),
+        ("density", (0.0, 1.5, math.nan, "0.05")),
+        ("prune_rate", (1.01, -0.1)),
+        ("momentum", (1.0,)),
+        ("val_fraction", (0.0, 1.0, 1e-8, 0.999999)),
+        ("epochs", (0, 2.5, True)),
+        ("batch_size", (-5, 54_001)),
+        ("lr", (0.0, math.nan, math.inf)),
+        ("seed", (-1, True, 2**63)),
+        ("weight_decay", (math.nan, math.inf, -1)),
+        ("precision", ("fp16",)),
+        ("lr_decay", (math.nan, -1)),
+        ("label_smoothing", (-1.0, 1.0)),
+        ("dropout", (1.0, -0.5)),
+        ("dataset", ("mnits",)),
+        ("method", ("sett",)),
+        ("method_version", (7,)),
+        ("test_samples", (10_001,)),
+        ("train_samples", (54_001,)),
+        ("keep_dense", ("fc1", ("a b",), ("",), ("a", "a"))),
+        ("options", ((("l1", math.nan),), (("l1", 1), ("l1", 2)))),
     ],
 )
-def test_bad_values(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Run(**fields)
+def test_bad_values_are_named(name, values):
+    for value in values:
+        with pytest.raises(
+            ValueError, match=re.escape(f"{value:g}" if value == 1e-8 else str(value))
+        ):
+            Run(**{name: value})
+    for ends in ({"dropout": -1}, {"dropout": 0}, {"density": 1}, {"prune_rate": 0}, {"seed": 0}):
+        Run(**ends)
 
 
 @pytest.mark.parametrize(
@@ -182,31 +164,25 @@ def test_bad_values(fields, message):
         ("keep_dense", "conv1,fc.*", ("conv1", "fc.*")),
         ("keep_dense", "", ()),
         ("options", "l1=1e-5,temperature=0", (("l1", 1e-5), ("temperature", 0.0))),
+        ("epochs", "1.5", None),
+        ("epochs", "１５", None),
+        ("epochs", "1_000", None),
+        ("seed", "1" * 26, None),
+        ("lr_decay", "nan", None),
+        ("density", "5%", None),
+        ("nesterov", "maybe", None),
+        ("options", "l1", None),
+        ("densty", "1", None),
     ],
 )
 def test_parse_field(name, text, value):
+    if value is None:
+        with pytest.raises(ValueError, match=re.escape("densty" if name == "densty" else text)):
+            parse_field(name, text)
+        return
     parsed = parse_field(name, text)
     assert parsed == value and type(parsed) is type(value)
     assert getattr(Run(**{name: parsed}), name) == value
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("epochs", "1.5", "epochs='1.5' can't be read as int .default 100."),
-        ("epochs", "１５", "epochs='１５' can't be read as int"),
-        ("epochs", "1_000", "epochs='1_000' can't be read as int"),
-        ("seed", "1" * 26, r"seed must be in \[0, 2\*\*63\), got 1{26}"),
-        ("lr_decay", "nan", r"lr_decay must be in \(0, 1\], got nan"),
-        ("density", "5%", "density='5%' can't be read as float"),
-        ("nesterov", "maybe", "nesterov='maybe' can't be read as bool"),
-        ("options", "l1", "options='l1' can't be read as tuple"),
-        ("densty", "1", "unknown field of a run 'densty': did you mean 'density'"),
-    ],
-)
-def test_parse_field_refuses(name, text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_field(name, text)
 
 
 def test_streams_are_pinned_and_apart():
@@ -247,27 +223,3 @@ def test_the_rules_of_every_method_exist():
     assert set(masking.EVERY_STEP) <= set(METHODS)
     with pytest.raises(ValueError, match="unknown method 'rigle': did you mean 'rigl'"):
         method_of("rigle")
-
-
-@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-@pytest.mark.parametrize("profile", experiments.PROFILES)
-def test_grids_hold_valid_runs_once(name, profile):
-    runs = experiments.runs(name, profile)
-    ids = [run.run_id for run in runs]
-    assert len(set(ids)) == len(ids)
-    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
-
-
-def test_selecting():
-    runs = experiments.runs("main_results", "quick")
-    some = experiments.select(runs, ["density=0.05", "method=set", "method=dsr", "seed=0"])
-    assert {(r.method, r.density, r.seed) for r in some} == {("set", 0.05, 0), ("dsr", 0.05, 0)}
-    assert experiments.select(runs, []) == runs
-    with pytest.raises(ValueError, match=r"no run has method=rigl; there are method: deepr, dense"):
-        experiments.select(runs, ["method=rigl"])
-    with pytest.raises(ValueError, match="--only 'seed': write field=value"):
-        experiments.select(runs, ["seed"])
-    with pytest.raises(ValueError, match=r"unknown experiment 'main_result'.*'main_results'"):
-        experiments.experiment("main_result")
-    with pytest.raises(ValueError, match="unknown profile 'quik': did you mean"):
-        experiments.runs("main_results", "quik")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.methods.registry import EVERY_STEP, PRUNE, REDISTRIBUTION, Layer, Masked
+from lib.methods.layer import EVERY_STEP, PRUNE, REDISTRIBUTION, Layer
+
+if TYPE_CHECKING:
+    from lib.masking import Masking
 
 
 @PRUNE.register("sign_flip")
@@ -29,7 +32,7 @@ def redistribute_inactive(layer: Layer) -> float:
     return layer.numel - layer.active + layer.pruned
 
 
-def deepr_step(masking: Masked) -> None:
+def deepr_step(masking: Masking) -> None:
     """One step of DeepR after the gradient step (Bellec et al. 2018, algorithm 1).
 
     With w = sign * theta: theta shrinks by lr * l1 and takes a random step of standard deviation
@@ -41,9 +44,9 @@ def deepr_step(masking: Masked) -> None:
     shrinkage, noise = deepr_rates(masking)
     generator = masking.generator
     died = 0
-    alive = []  # of each layer, in row-major order
-    for name, mask in masking.masks.items():
-        weight = masking.parameters[name].data
+    alive = {}  # the places of each layer, in row-major order
+    for name in [name for name, p in masking.parameters.items() if p.requires_grad]:
+        mask, weight = masking.masks[name], masking.parameters[name].data
         signs = signs_of(masking.rule_state, name, weight, generator)
         places = _true(mask)
         index = _index(weight, places)
@@ -59,12 +62,12 @@ def deepr_step(masking: Masked) -> None:
             _flat(mask)[_index(mask, places[dead])] = False
             places = places[~dead]
             died += gone
-        alive.append(places)
+        alive[name] = places
     if died:
         _wake(masking, died, alive)
 
 
-def deepr_rates(masking: Masked) -> tuple[float, float]:
+def deepr_rates(masking: Masking) -> tuple[float, float]:
     """What one step takes off each |w|, and the standard deviation of its noise (`deepr_step`)."""
     lr = float(masking.optimizer.param_groups[0]["lr"])
     l1 = masking.options.get("l1", 1e-4)
@@ -88,13 +91,15 @@ def _index(tensor: Tensor, places: Tensor) -> Any:
     return places if tensor.is_contiguous() else torch.unravel_index(places, tensor.shape)
 
 
-def _wake(masking: Masked, count: int, alive: Sequence[Tensor]) -> None:
-    """Activate `count` dormant connections, uniform without replacement over the network."""
-    names = list(masking.masks)
+def _wake(masking: Masking, count: int, alive: Mapping[str, Tensor]) -> None:
+    """Activate `count` dormant connections, uniform without replacement over these layers."""
+    names = list(alive)
     sizes = [masking.masks[name].numel() for name in names]
     device = masking.masks[names[0]].device
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    active = torch.cat([places + first for places, first in zip(alive, starts, strict=True)])
+    active = torch.cat(
+        [places + first for places, first in zip(alive.values(), starts, strict=True)]
+    )
     chosen = some_of(sum(sizes) - active.numel(), count, masking.generator, device)
     # The dormant position number r lies behind the active ones that have r or fewer before them.
     before = active - torch.arange(active.numel(), device=device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lib.methods.registry import Layer
+from lib.methods.layer import Layer
 
 
 class LayerReport(NamedTuple):

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from lib.config import UNMASKED, Run
 from lib.masking import Masking
-from lib.methods.masks import maskable_parameters
-from lib.methods.snip import snip_masks
+from lib.methods.masks import maskable_parameters, snip_masks
 from lib.models import build_model, small_dense_scale
 from lib.training.streams import stream
 

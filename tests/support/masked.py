@@ -21,12 +21,14 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class Net(nn.Module):
-    """Some weights of given shapes, without a forward pass."""
+    """Layers w0, w1, ... with weights of given shapes, and a bias; no forward pass."""
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
         super().__init__()
         for i, shape in enumerate(shapes):
-            self.register_parameter(f"w{i}", nn.Parameter(torch.zeros(shape)))
+            layer = nn.Linear(1, 1, bias=False)
+            layer.weight = nn.Parameter(torch.zeros(shape))
+            self.add_module(f"w{i}", layer)
         self.register_parameter("bias", nn.Parameter(torch.ones(3)))
 
 
@@ -42,10 +44,10 @@ def made(weights, masks, momenta, **kw) -> tuple[Net, Masking]:
     """A masking whose weights, masks and momentum are the given arrays, a step after its start."""
     model = Net(*(w.shape for w in weights))
     optimizer = sgd(model)
-    given = {f"w{i}": torch.from_numpy(mask.copy()) for i, mask in enumerate(masks)}
+    given = {f"w{i}.weight": torch.from_numpy(mask.copy()) for i, mask in enumerate(masks)}
     kept = Masking(model, optimizer, generator=seeded(0), masks=given, **kw)
     for i, (weight, mask, momentum) in enumerate(zip(weights, masks, momenta, strict=True)):
-        parameter = getattr(model, f"w{i}")
+        parameter = model.get_parameter(f"w{i}.weight")
         parameter.data = torch.from_numpy(np.where(mask, weight, 0).astype(np.float32))
         give_momentum(optimizer, parameter, torch.from_numpy(momentum.astype(np.float32)))
     kept.advance()
@@ -117,60 +119,51 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def oracle_update(weights, masks, momenta, rate: float):
-    """One cycle of sparse momentum, one weight at a time, in exact fractions where it matters."""
-    layers = range(len(weights))
-    means = []
-    for i in layers:
-        active = [
-            abs(Fraction(float(np.float32(momenta[i].flat[j]))))
-            for j in range(masks[i].size)
-            if masks[i].flat[j]
-        ]
-        means.append(sum(active) / len(active))
-    total = sum(means)
-    share = [m / total if total else Fraction(0) for m in means]
+    """One cycle of sparse momentum, one weight at a time, in exact fractions where it matters.
 
-    survivors, pruned = [], []
+    New masks, weights, numbers pruned and grown, and the shares of momentum, of all layers. One
+    whose inactive weights have no momentum takes no part.
+    """
+    momenta = [m.astype(np.float32) for m in momenta]
+    weights = [w.astype(np.float32) for w in weights]
+    every = range(len(weights))
+    layers = [i for i in every if masks[i].all() or momenta[i][~masks[i]].any()]
+    means = [
+        sum(abs(Fraction(float(x))) for x in m[k]) / int(k.sum())
+        for m, k in zip(momenta, masks, strict=True)
+    ]
+    total = sum(means[i] for i in layers)
+    share = {i: means[i] / total if total else Fraction(0) for i in layers}
+
+    survivors, pruned = [k.copy() for k in masks], [0] * len(masks)
     for i in layers:
         size, active = masks[i].size, int(masks[i].sum())
-        inactive_share = (size - active) / size
         own = rate
-        if size - active < Fraction(1, 5) * size and share[i] > Fraction(1, len(weights)):
-            own = min(rate, inactive_share)
-        gone = min(active, math.floor(round(float(own) * active, 9) + 0.5))  # half a weight up
-        order = sorted(
-            (j for j in range(size) if masks[i].flat[j]),
-            key=lambda j, i=i: (abs(float(np.float32(weights[i].flat[j]))), j),
-        )
-        kept = masks[i].copy()
-        for j in order[:gone]:
-            kept.flat[j] = False
-        survivors.append(kept)
-        pruned.append(gone)
+        if size - active < Fraction(1, 5) * size and share[i] > Fraction(1, len(layers)):
+            own = min(rate, (size - active) / size)
+        pruned[i] = min(active, math.floor(round(float(own) * active, 9) + 0.5))  # halves go up
+        by_size = sorted(np.flatnonzero(masks[i]), key=lambda j, i=i: (abs(weights[i].flat[j]), j))
+        survivors[i].flat[by_size[: pruned[i]]] = False
 
-    room = [int((~kept).sum()) for kept in survivors]
-    counts = oracle_fill(sum(pruned), share, room)
+    room = [int((~survivors[i]).sum()) for i in layers]
+    counts = [0] * len(masks)
+    for i, n in zip(layers, oracle_fill(sum(pruned), list(share.values()), room), strict=True):
+        counts[i] = n
     for i in layers:  # no layer is left empty
         if survivors[i].sum() + counts[i] == 0:
-            best = max(
-                (j for j in layers if counts[j] > 0),
-                key=lambda j: (int(survivors[j].sum()) + counts[j], -j),
-            )
+            donors = [j for j in layers if counts[j] > 0]
+            best = max(donors, key=lambda j: (int(survivors[j].sum()) + counts[j], -j))
             counts[best] -= 1
             counts[i] += 1
 
-    after = []
+    after = [k.copy() for k in survivors]
     for i in layers:
-        order = sorted(
-            (j for j in range(masks[i].size) if not survivors[i].flat[j]),
-            key=lambda j, i=i: (-abs(float(np.float32(momenta[i].flat[j]))), j),
-        )
-        new = survivors[i].copy()
-        for j in order[: counts[i]]:
-            new.flat[j] = True
-        after.append(new)
-    values = [np.where(s, w, 0).astype(np.float32) for s, w in zip(survivors, weights, strict=True)]
-    return after, values, pruned, counts, share
+        free = np.flatnonzero(~survivors[i])
+        by_momentum = sorted(free, key=lambda j, i=i: (-abs(momenta[i].flat[j]), j))
+        after[i].flat[by_momentum[: counts[i]]] = True
+    values = [np.where(s, w, 0) for s, w in zip(survivors, weights, strict=True)]
+    whole = sum(means)
+    return after, values, pruned, counts, [m / whole if whole else math.nan for m in means]
 
 
 def oracle_fill(total: int, share: list[Fraction], room: list[int]) -> list[int]:

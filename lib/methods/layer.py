@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lib.config import unknown
 from lib.methods.selection import Score, mean_active, pick
+
+if TYPE_CHECKING:
+    from lib.masking import Masking
 
 
 class DivergenceError(FloatingPointError, ValueError):
@@ -80,20 +83,6 @@ class Layer:
         return self.mask ^ pick(self.weight, self.mask, k, "smallness")
 
 
-class Masked(Protocol):
-    """What a rule that acts after every mini-batch may read and move: a `Masking`."""
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    options: dict[str, float]
-    rule_state: dict[str, Any]
-    generator: torch.Generator | None
-
-    @property
-    def masks(self) -> MutableMapping[str, Tensor]:
-        """Parameter name -> bool mask."""
-
-
 PruneRule = Callable[[Sequence[Layer], float, dict[str, Any]], list[Tensor]]
 RedistributionRule = Callable[[Layer], "Tensor | float"]
 GrowthRule = Callable[[Layer], Tensor]
@@ -121,18 +110,11 @@ class Registry(dict[str, Rule[R]]):
         super().__init__()
         self.kind = kind
 
-    def register(
-        self,
-        name: str,
-        *,
-        needs: str = "",
-        before_pruning: bool = False,
-        score: Score = "value",
-    ) -> Callable[[R], R]:
+    def register(self, name: str, **keywords: Any) -> Callable[[R], R]:
         """Decorate the function of a new rule; see `Rule` for the keywords."""
 
         def decorate(function: R) -> R:
-            self[name] = Rule(name, function, needs, before_pruning, score)
+            self[name] = Rule(name, function, **keywords)
             return function
 
         return decorate
@@ -145,14 +127,12 @@ PRUNE: Registry[PruneRule] = Registry("prune")
 REDISTRIBUTION: Registry[RedistributionRule] = Registry("redistribution")
 GROWTH: Registry[GrowthRule] = Registry("growth")
 # Method name -> what it does after each mini-batch (DeepR re-wires there).
-EVERY_STEP: dict[str, Callable[[Masked], None]] = {}
-# Option -> what takes the place of a part of the cycle where the option is on (`readings.py`): of
+EVERY_STEP: dict[str, Callable[[Masking], None]] = {}
+# Option -> what takes the place of a part of the cycle where the option is on (`variants.py`): of
 # `share_out` and of `choose`; and what is done to the layers when the masks have moved.
 SHARE_OUT: dict[str, Callable[[Sequence[Layer], dict[str, Any]], list[int]]] = {}
 CHOOSE: dict[str, Callable[[Layer, Rule[GrowthRule], int], Tensor]] = {}
 AFTERWARDS: dict[str, Callable[[Sequence[Layer], Mapping[str, Tensor]], None]] = {}
-# What `Masking(options={...})` knows.
-OPTIONS = {"l1", "temperature", "keep_regrown", "anneal_every_steps"}
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> Tensor:
@@ -166,12 +146,9 @@ def momentum_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name:
     if state.get("momentum_buffer") is not None:
         return state["momentum_buffer"]
     if "exp_avg" in state and "exp_avg_sq" in state:
-        eps = next(
-            group.get("eps", 1e-8)
-            for group in optimizer.param_groups
-            if any(p is parameter for p in group["params"])
-        )
-        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + eps)
+        groups = optimizer.param_groups
+        group = next(g for g in groups if any(p is parameter for p in g["params"]))
+        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group.get("eps", 1e-8))
     if "exp_avg" in state:  # Lion and its kind
         return state["exp_avg"]
     raise ValueError(

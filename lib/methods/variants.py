@@ -1,4 +1,4 @@
-"""Other readings of sparse momentum: where the official code (commit e19ff16, in core.py and
+"""Variants of sparse momentum: where the official code (commit e19ff16, in core.py and
 funcs.py) or the paper's words leave room for another algorithm than that of `lib/masking.py`.
 
 None of them is on by default. Each is a rule, a schedule or an option of its own, so that its
@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.methods.counts import own_rate, rounded
-from lib.methods.registry import (
+from lib.methods.counting import own_rate, rounded
+from lib.methods.layer import (
     AFTERWARDS,
     CHOOSE,
-    OPTIONS,
     PRUNE,
     REDISTRIBUTION,
     SHARE_OUT,
@@ -161,4 +160,3 @@ def reset_momentum(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> None
 
 
 AFTERWARDS["reset_momentum"] = reset_momentum
-OPTIONS |= {*SHARE_OUT, *CHOOSE, *AFTERWARDS}

@@ -1,4 +1,5 @@
-"""How many weights: whole numbers from real-valued quotas, exact in every update.
+"""How much: the prune rate's schedule, and whole numbers from real-valued quotas, exact in every
+update.
 
 What rounding leaves over is carried to the next update, so that over time every layer follows its
 quota. Rounding up in each update, as the official code does, drains small layers at small prune
@@ -8,10 +9,37 @@ rates (PAPER.md 12f).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from lib.methods.registry import Layer
+from lib.methods.layer import Layer
+
+# Name -> share of the prune rate that is left when this share of the steps is done.
+SCHEDULES: dict[str | None, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "cosine_floor": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+    None: lambda done: 1.0,
+}
+
+FLOORS: dict[str | None, float] = {"cosine_floor": 0.005}  # the prune rate falls to it, not to 0
+
+
+def annealed(
+    schedule: str | None, rate: float, steps: int, total_steps: int | None, every: int = 0
+) -> float:
+    """The prune rate after `steps` of `total_steps`, `rate` at first; constant without a total.
+
+    It falls with every step, or once per `every` steps; the update at the end of such a period
+    still has the rate of its beginning.
+    """
+    if total_steps is None:
+        return rate
+    if every:
+        steps = max(0, steps - 1) // every * every
+    floor = min(FLOORS.get(schedule, 0.0), rate)
+    return floor + (rate - floor) * SCHEDULES[schedule](min(1.0, steps / total_steps))
 
 
 def rounded(quota: float, most: int, key: str, state: dict[str, Any]) -> int:
