@@ -354,7 +354,7 @@ class NoTorch:
         if name.split(".")[0] in ("torch", "torchvision"):
             raise ImportError(f"{name} was imported")
 sys.meta_path.insert(0, NoTorch())
-import json, pkgutil, lib.__main__, lib.results, lib.runs.runner
+import json, pkgutil, lib.__main__, lib.figures, lib.report, lib.results, lib.runs.runner
 names = [f"lib.results.{module.name}" for module in pkgutil.iter_modules(lib.results.__path__)]
 for name in names:
     __import__(name)
