@@ -42,12 +42,22 @@ def scaled(width: int, scale: float) -> int:
 class MLP(nn.Sequential):
     """Linear layers fc1, fc2, ... with ReLU between: [N, 1, 28, 28] or [N, 784] -> [N, classes].
 
-    With `norm`, batch norm comes before each ReLU: masked layers shrink the signal, and many of
-    them without normalisation learn nothing.  With `norm_logits` it comes after the last layer too.
+    With `norm`, batch norm comes before each ReLU, with `norm_logits` after the last layer too.
     """
 
-    def __init__(self, widths: Sequence[int], norm: bool, norm_logits: bool, bias: bool) -> None:
+    def __init__(
+        self,
+        hidden: Sequence[int],
+        norm: bool = False,
+        norm_logits: bool = False,
+        bias: bool = True,
+        *,
+        scale: float,
+        num_classes: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
+        widths = [28 * 28, *(scaled(width, scale) for width in hidden), num_classes]
         last = len(widths) - 1
         for i in range(1, len(widths)):
             self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i], bias))
@@ -59,21 +69,6 @@ class MLP(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes] of images or rows of pixels."""
         return super().forward(x.flatten(1))  # [N, 784] -> [N, classes]
-
-
-def build_mlp(
-    hidden: Sequence[int],
-    norm: bool = False,
-    norm_logits: bool = False,
-    bias: bool = True,
-    *,
-    scale: float,
-    num_classes: int,
-    dropout: float,
-) -> MLP:
-    """A perceptron on MNIST; `hidden` are the widths at scale 1."""
-    widths = [28 * 28, *(scaled(width, scale) for width in hidden), num_classes]
-    return MLP(widths, norm, norm_logits, bias)
 
 
 class LeNet5(nn.Module):
@@ -148,12 +143,11 @@ VGG_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 51
 
 
 def build_vgg16(variant: str, *, scale: float, num_classes: int, dropout: float) -> ConvClassifier:
-    """VGG16 of the SNIP paper with batch-norm; `variant` is "c", "d" or "like".
+    """VGG16 of the SNIP paper with batch norm; `variant` is "c", "d" or "like".
 
     C has a 1x1 kernel in the last convolution of stages 3 to 5, with the padding of 1 kept: sides
-    32 -> 16 -> 8 -> (10) 5 -> (7) 3 -> (5) 2, so its classifier takes 512 x 2 x 2 = 2048 features,
-    the others' 512. The classifier is Linear-ReLU-BN, in that order, twice in C and D and once in
-    "like", and a last Linear.
+    32 -> 16 -> 8 -> (10) 5 -> (7) 3 -> (5) 2, so its classifier takes 512 x 2 x 2 features.  The
+    classifier is Linear-ReLU-BN, in that order, twice (once in "like"), and a last Linear.
     """
     layers: list[nn.Module] = []
     inputs = 3
@@ -298,10 +292,7 @@ def init_weights(
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.reset_parameters()  # weight 1, bias 0, mean 0, variance 1: nothing random
         elif next(module.parameters(recurse=False), None) is not None:
-            raise TypeError(
-                f"no initialisation rule for {name or 'the model'} ({type(module).__name__}); "
-                "add one to init_weights"
-            )
+            raise TypeError(f"no initialisation rule for {name} ({type(module).__name__})")
 
 
 # ---------------------------------------------------------------------------------------- registry
@@ -311,26 +302,24 @@ def init_weights(
 class ModelSpec:
     """What is known of a network before it is built.
 
-    `build(scale=, num_classes=, dropout=)` returns the module; `input_shape` is
-    (channels, height, width) of one sample; `init` is a scheme of `init_weights`; `dropout` is the
-    default rate, None where the network has no place for it.
+    `build(scale=, num_classes=, dropout=)` returns the module.
     """
 
     name: str
     dataset: str  # "mnist", "cifar10" or "imagenet"
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]  # channels, height, width
     num_classes: int
     build: Callable[..., nn.Module]
-    init: str = "default"
-    dropout: float | None = None
+    init: str = "default"  # a scheme of `init_weights`
+    dropout: float | None = None  # the default rate; None: the network has no place for it
 
 
-def _mnist(name: str, build: Callable[..., nn.Module], init: str = "default") -> ModelSpec:
-    return ModelSpec(name, "mnist", (1, 28, 28), 10, build, init)
+def _mnist(name: str, build: Callable[..., nn.Module], *more: Any) -> ModelSpec:
+    return ModelSpec(name, "mnist", (1, 28, 28), 10, build, *more)
 
 
-def _cifar(name: str, build: Callable[..., nn.Module], *of_wrn: Any) -> ModelSpec:
-    return ModelSpec(name, "cifar10", (3, 32, 32), 10, build, *of_wrn)
+def _cifar(name: str, build: Callable[..., nn.Module], *more: Any) -> ModelSpec:
+    return ModelSpec(name, "cifar10", (3, 32, 32), 10, build, *more)
 
 
 def _wrn(depth: int, width: int) -> ModelSpec:
@@ -341,12 +330,12 @@ def _wrn(depth: int, width: int) -> ModelSpec:
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        _mnist("lenet300-100", partial(build_mlp, (300, 100))),
+        _mnist("lenet300-100", partial(MLP, (300, 100))),
         _mnist("lenet5", LeNet5),
         # The MNIST network of DSR's authors (`mnist_mlp` of IntelAI/dynamic-reparameterization), on
         # which the published curves of DSR, SET, DeepR and the static mask were probably measured:
         # no biases, and the logits are normalised too.
-        _mnist("lenet300-100-bn", partial(build_mlp, (300, 100), True, True, False)),
+        _mnist("lenet300-100-bn", partial(MLP, (300, 100), True, True, False)),
         _cifar("alexnet-s", partial(build_alexnet, 1024)),
         _cifar("alexnet-b", partial(build_alexnet, 2048)),
         _cifar("vgg16-c", partial(build_vgg16, "c")),
@@ -370,37 +359,33 @@ def model_spec(name: str) -> ModelSpec:
         width, layers = int(found[2]), int(found[3])
         if width < 1 or layers < 1:
             raise ValueError(f"model {name!r}: width and hidden layers must be at least 1")
-        build = partial(build_mlp, (width,) * layers, found[1] is not None)
+        build = partial(MLP, (width,) * layers, found[1] is not None)
         return _mnist(name, build, "default" if found[1] else "he")
     if found := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, width = int(found[1]), int(found[2])
-        if depth < 10 or (depth - 4) % 6 != 0:
-            raise ValueError(f"model {name!r}: depth must be 6n + 4 (10, 16, 22, 28, 40, ...)")
-        if width < 1:
-            raise ValueError(f"model {name!r}: width must be at least 1")
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise ValueError(f"model {name!r}: depth must be 6n + 4, at least 10, width at least 1")
         return _wrn(depth, width)
     close = difflib.get_close_matches(name.lower(), MODELS, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
-    raise ValueError(
-        f"unknown model {name!r}{hint} Known: {', '.join(MODELS)}, "
-        "mlp-<width>x<hidden layers>, mlpbn-<width>x<hidden layers>, wrn-<depth>-<width>"
-    )
+    families = "mlp-<width>x<hidden layers>, mlpbn-<width>x<hidden layers>, wrn-<depth>-<width>"
+    raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(MODELS)}, {families}")
 
 
 def _skeleton(
     spec: ModelSpec, width_scale: float, num_classes: int | None, dropout: float | None
 ) -> nn.Module:
     """The network on the meta device: shapes only, no memory, no random numbers drawn."""
-    if not 0 < width_scale <= 1:
-        raise ValueError(f"model {spec.name!r}: width_scale must be in (0, 1], got {width_scale}")
     classes = spec.num_classes if num_classes is None else num_classes
-    if classes < 1:
-        raise ValueError(f"model {spec.name!r}: num_classes must be at least 1, got {classes}")
     rate = (spec.dropout or 0.0) if dropout is None else dropout
-    if not 0 <= rate < 1:
-        raise ValueError(f"model {spec.name!r}: dropout must be in [0, 1), got {rate}")
-    if rate > 0 and spec.dropout is None:
-        raise ValueError(f"model {spec.name!r} has no dropout, got dropout={rate}; leave it out")
+    for good, rule in (
+        (0 < width_scale <= 1, f"width_scale must be in (0, 1], got {width_scale}"),
+        (classes >= 1, f"num_classes must be at least 1, got {classes}"),
+        (0 <= rate < 1, f"dropout must be in [0, 1), got {rate}"),
+        (not rate or spec.dropout is not None, f"it has no dropout, got dropout={rate}"),
+    ):
+        if not good:
+            raise ValueError(f"model {spec.name!r}: {rule}")
     with torch.device("meta"):
         return spec.build(scale=width_scale, num_classes=classes, dropout=rate)
 
@@ -422,10 +407,7 @@ def build_model(
     matches, and for values out of range.
     """
     if generator is not None and generator.device.type != "cpu":
-        raise ValueError(
-            f"build_model draws on the CPU, got a generator on {generator.device}; "
-            "pass a CPU generator and move the model afterwards"
-        )
+        raise ValueError(f"build_model draws on the CPU, got a generator on {generator.device}")
     spec = model_spec(name)
     model = _skeleton(spec, width_scale, num_classes, dropout).to_empty(device="cpu")
     init_weights(model, spec.init, generator)
@@ -441,7 +423,7 @@ def maskable_weights(model: nn.Module) -> dict[str, int]:
 
 
 @lru_cache(maxsize=256)
-def small_dense_scale(name: str, density: float, num_classes: int | None = None) -> float:
+def small_dense_scale(name: str, density: float) -> float:
     """The `width_scale` whose network has the number of maskable weights closest to density x the
     full network's: the small dense network of equal weight count.
 
@@ -454,7 +436,7 @@ def small_dense_scale(name: str, density: float, num_classes: int | None = None)
     spec = model_spec(name)
 
     def count(step: int) -> int:
-        skeleton = _skeleton(spec, step / SCALE_STEPS, num_classes, None)
+        skeleton = _skeleton(spec, step / SCALE_STEPS, None, None)
         return sum(maskable_weights(skeleton).values())
 
     full, least = count(SCALE_STEPS), count(1)
@@ -489,8 +471,7 @@ def layer_flops(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     counted, total = sum(flops.values()), counter.get_total_flops()
     if counted != total or flops.keys() != maskable_weights(shadow).keys():
         raise RuntimeError(
-            f"{root}: convolution and linear layers have {counted} of the {total} FLOPs counted; "
-            "layer_flops knows only networks whose maskable weights are in nn.Conv2d and nn.Linear"
+            f"{root}: convolution and linear layers have {counted} of the {total} FLOPs counted"
         )
     return flops
 
