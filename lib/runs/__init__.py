@@ -1,3 +1,3 @@
-"""Gets the runs done: what is missing is trained here, on a cluster or on ImageNet, at a known
-cost, and the notebooks are executed.
+"""Gets the runs done: what is missing is trained here, on a cluster or on ImageNet, and the
+notebooks are executed.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lib import paths
-from lib.runs.runner import run_experiment, tasks_of
+from lib.runs.runner import run_experiments, tasks_of
 
 
 class Shard:
@@ -24,9 +24,10 @@ class Shard:
 
     def __call__(self) -> str:
         """Train what is missing of the shard; says how many of its runs are done."""
-        rows = run_experiment(self.experiment, self.profile, **self.options)
+        name = self.experiment
+        rows = run_experiments(name, self.profile, **self.options)[name]
         shard = "/".join(map(str, self.options["shard"]))
-        return f"{self.experiment} ({self.profile}), shard {shard}: {len(rows)} runs"
+        return f"{name} ({self.profile}), shard {shard}: {len(rows)} runs"
 
     def checkpoint(self) -> Any:
         """What submitit queues when the time is up."""

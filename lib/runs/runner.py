@@ -19,16 +19,7 @@ from lib.results import rows as reading
 from lib.results import store
 from lib.runs.machine import check_device, cores, default_device
 from lib.runs.pool import train_all
-from lib.runs.single import Task, stored, train_and_store
-
-__all__ = ["Task", "run_experiment", "run_experiments", "tasks_of", "train_and_store"]
-
-
-def run_experiment(experiment: str, profile: str = "quick", **options: Any) -> pd.DataFrame:
-    """Train what is missing of one experiment and return the rows of its selected runs; the options
-    are those of `run_experiments`.
-    """
-    return run_experiments(experiment, profile, **options)[experiment]
+from lib.runs.single import Task, stored
 
 
 def run_experiments(

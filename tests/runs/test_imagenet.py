@@ -38,6 +38,18 @@ try:
 finally:
     dist.destroy_process_group()
 """
+# Told to end, as by a scheduler, in the second step and in one process only.
+PREEMPTED = """
+import os, signal, sys
+from lib.runs import imagenet
+real = imagenet.ImageNetLoop.step
+def step(self, index):
+    if self.state.step == 1 and self.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, index)
+imagenet.ImageNetLoop.step = step
+imagenet.main(sys.argv[1:])
+"""
 # Each rank's weights and momentum after a step on its own images.
 STEP = """
 import hashlib, sys, torch, torch.distributed as dist
@@ -114,8 +126,16 @@ def test_two_processes_train_and_store_one_row(images: Path) -> None:
     assert row["test_error_pct"] in [100 * wrong / 5 for wrong in range(6)]
     assert len(results.read_curves(csv)) == 2
     assert not list((images / "checkpoints").rglob("*.pt"))
-    again = two_processes(images, *arguments)
-    assert again.returncode == 0 and len(results.read_runs(csv)) == 1
+    script = images / "preempted.py"
+    script.write_text(PREEMPTED)
+    elsewhere = [*arguments[2:-1], str(images / "other")]
+    stopped = two_processes(images, str(script), *elsewhere)
+    assert stopped.returncode != 0 and len(list((images / "checkpoints").rglob("*.pt"))) == 1
+    resumed = two_processes(images, "-m", "lib.runs.imagenet", *elsewhere)
+    assert resumed.returncode == 0, resumed.stderr
+    other = results.read_runs(images / "other" / "own" / "paper")
+    same = [name for name in results.COLUMNS if name not in results.PROVENANCE]
+    assert other[same].equals(runs[same])
 
 
 def test_processes_have_equal_weights_and_momentum(images: Path) -> None:
