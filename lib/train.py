@@ -110,7 +110,7 @@ class TrainingLoop:
         )
         self.schedule = Schedule(run, math.ceil(len(self.data.train_y) / run.batch_size))
         model = start.network(run).to(self.device)
-        engine = choose(run, self.schedule, self.data, model, self.device)
+        engine = choose(run, self.data, model, self.device)
         self.format = memory_format(engine, run, model)
         self.model = model.to(memory_format=self.format)
         self.optimizer = start.optimizer(run, self.model)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lib.engines.base import Task
 from lib.engines.eager import TorchEngine
-from lib.engines.network import sparse_network
+from lib.engines.network import SPARSE_UP_TO, sparse_network
 from lib.engines.optimizer import SparseSGD
 
 
 class SparseEngine(TorchEngine):
-    """Layers through the sparse kernels (all that they know, or where that is faster), the others
+    """Layers through the sparse kernels (all that they know, or those with few weights), the others
     through torch; gradients of inactive weights only in the window before an update.
     """
 
@@ -22,8 +22,10 @@ class SparseEngine(TorchEngine):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        mode = "sparse" if task.run.kernels == "sparse" else "auto"
-        self.network = self.sparse = sparse_network(task.model, task.masking.masks, mode=mode)
+        up_to = 1.0 if task.run.kernels == "sparse" else SPARSE_UP_TO
+        self.network = self.sparse = sparse_network(
+            task.model, task.masking.masks, sparse_up_to=up_to
+        )
         self.sgd: SparseSGD | None = None
         if task.run.momentum > 0:
             self.sgd = SparseSGD(self.sparse, task.optimizer, task.masking)
