@@ -14,7 +14,6 @@ check MNIST files that are already unpacked.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
 import hashlib
 import http.client
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lib import paths
+from lib.config import unknown
 
 # A machine without internet may drop packets in silence; then a download ends after this time.
 _DOWNLOAD_TIMEOUT_S = 30.0
@@ -42,18 +42,15 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crop out of the image padded by reflection, and random horizontal flip.
-
-    CIFAR-10's augmentation in the official code: pad 4, crop back to the full size, flip half of
-    the images.
+    """CIFAR-10's augmentation in the official code: pad 4 by reflection, crop back to the full size
+    at random, flip half of the images.
     """
 
     pad: int = 4
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return a new batch of the shape (n, c, h, w) and type of `images`.
+        """A new batch of the shape (n, c, h, w) and type of `images`, each cropped by itself.
 
-        Every image gets its own crop and flip; the same state of `generator` gives the same bits.
         The draws are made on the generator's device, so a CPU generator gives the same crops
         wherever the images are.  Raises ValueError where `crop_and_flip` does.
         """
@@ -163,9 +160,7 @@ def load(
     trying to download them, unless `download` is False) and for damaged ones.
     """
     if dataset not in _SOURCES:
-        close = difflib.get_close_matches(dataset.lower(), DATASETS, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(DATASETS)}."
-        raise ValueError(f"Unknown data set {dataset!r}; {hint}")
+        raise ValueError(unknown("data set", dataset, DATASETS))
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}, but must be at least 0 and below 1.")
     where = Path(root).expanduser().resolve() if root is not None else paths.data_root()
@@ -287,7 +282,7 @@ def _require_files(source: _Source, root: Path, download: bool) -> None:
 
         try:
             # Worker processes may all get here at once: one downloads, the others wait for it.
-            with _lock(root), _socket_timeout(_DOWNLOAD_TIMEOUT_S):
+            with paths.locked(root / _LOCK), _socket_timeout(_DOWNLOAD_TIMEOUT_S):
                 if _missing(source, root):
                     getattr(torchvision.datasets, source.torchvision_class)(root, download=True)
         except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
@@ -297,7 +292,7 @@ def _require_files(source: _Source, root: Path, download: bool) -> None:
         what = "no file" if len(missing) == len(source.md5) else f"no {', '.join(missing)}"
         raise DataError(
             f"{source.torchvision_class} not found: {what} in {root / source.folder} ({reason}); "
-            f"put {_all_files(source)} there, or set DATA_ROOT to the folder that "
+            f"put {', '.join(source.md5)} (unpacked) there, or set DATA_ROOT to the folder that "
             f"contains {source.folder}, or connect to the internet (behind a proxy set HTTPS_PROXY "
             "and HTTP_PROXY)."
         )
@@ -307,40 +302,23 @@ def _missing(source: _Source, root: Path) -> list[str]:
     return [name for name in source.md5 if not (root / source.folder / name).is_file()]
 
 
-def _all_files(source: _Source) -> str:
-    *names, last = source.md5
-    return f"{', '.join(names)} and {last} (unpacked)"
-
-
 def _damage(source: _Source, root: Path, reason: str) -> str:
     """Say which files differ from the published ones; `reason` is how it was noticed."""
     folder = root / source.folder
-    wrong = [
-        f"{name} ({len(content):,} bytes, md5 {md5} instead of {expected})"
-        for name, expected in source.md5.items()
-        for content in [(folder / name).read_bytes()]
-        for md5 in [hashlib.md5(content, usedforsecurity=False).hexdigest()]
-        if md5 != expected
-    ]
+    wrong = []
+    for name, expected in source.md5.items():
+        content = (folder / name).read_bytes()
+        if (md5 := hashlib.md5(content, usedforsecurity=False).hexdigest()) != expected:
+            wrong.append(f"{name} ({len(content):,} bytes, md5 {md5} instead of {expected})")
     if wrong:
         return (
             f"{source.torchvision_class} is damaged in {folder}: {', '.join(wrong)}; delete "
-            f"{'it' if len(wrong) == 1 else 'them'} and run again to download, or put a good copy "
-            "there."
+            f"{'it' if len(wrong) == 1 else 'them'} and run again to download."
         )
     return (
         f"{source.torchvision_class} could not be read from {folder} although its files are "
         f"intact ({reason}); a folder 'processed' of an older torchvision beside it must go."
     )
-
-
-@contextlib.contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Be the only process that downloads below `root`."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / _LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
