@@ -160,10 +160,11 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure the training speed: against a conventional script, and against the machine."""
-    from lib.bench.speed import bench as measure
+    """Measure the training speed: against a conventional script, and sparse against dense."""
+    from lib.bench import bench as measure
 
-    measure(options.repeats, options.results, options.only, options.network)
+    shares = options.density or [0.05]
+    measure(options.repeats, options.results, options.only, options.network, shares)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -292,7 +293,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
     command.add_argument("--only", action="append", default=[], metavar="TOPIC", help="one topic")
     command.add_argument(
-        "--network", action="append", default=[], metavar="NAME", help="of the sparse topics"
+        "--network", action="append", default=[], metavar="NAME", help="one network"
+    )
+    command.add_argument(
+        "--density", action="append", type=float, default=[], help="share of weights (0.05)"
     )
     return parser
 

@@ -1,1 +1,0 @@
-"""What is fast, measured: `python -m lib bench` and its topics, on CPU and GPU."""

@@ -1,0 +1,61 @@
+"""The benchmark at tiny settings: rows that follow from the times, and the file they go to."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lib import bench
+from tests.support.made_up_data import cifar
+
+
+@pytest.mark.skipif(
+    not bench.torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+    reason="the sparse kernels need AVX",
+)
+def test_ratios_follow_from_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "MINI_BATCHES", 1)
+    monkeypatch.setattr(bench, "MASK_BATCH", 8)
+    found = {r["what"]: r for r in bench.steps("wrn-10-1", 0.05, 1, cifar(40), 8)}
+    assert {r["setting"] for r in found.values()} == {"wrn-10-1, 5 %, batch 8"}
+    seconds = {
+        name: found[f"seconds: {name}"]["value"]
+        for name in ("dense fp32 step", "dense bf16 step", "sparse step, dense window counted")
+    }
+    whole = seconds["sparse step, dense window counted"]
+    ratio = found["training step, dense window counted"]["value"]
+    assert ratio == pytest.approx(seconds["dense fp32 step"] / whole)
+    ratio = found["dense bf16 step over sparse fp32"]["value"]
+    assert ratio == pytest.approx(seconds["dense bf16 step"] / whole)
+    assert 0 < found["forward FLOPs of the masks, of dense"]["value"] < 100
+
+
+def test_stored_rows_replace_only_their_topic_and_setting(tmp_path: Path) -> None:
+    def line(topic: str, setting: str, value: float) -> bench.Row:
+        return {"topic": topic, **bench.row("w", setting, [value], "x"), "machine": "m"}
+
+    path = tmp_path / "bench" / "kernels.csv"
+    bench.store(path, [line("sparse_steps", "a", 1.0), line("one_thread", "a", 2.0)])
+    bench.store(path, [line("sparse_steps", "a", 3.0), line("lenets", "a", 4.0)])
+    with path.open(newline="") as file:
+        assert [(r["topic"], r["value"]) for r in csv.DictReader(file)] == [
+            ("one_thread", "2.0"),
+            ("sparse_steps", "3.0"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"only": ["gpu"]}, "gpu"),
+        ({"networks": ["vgg16-x"]}, "vgg16-x"),
+        ({"densities": [5]}, "5"),
+    ],
+)
+def test_what_it_does_not_measure_is_refused(
+    tmp_path: Path, arguments: dict[str, list[str]], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        bench.bench(1, tmp_path, **arguments)
