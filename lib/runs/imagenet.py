@@ -99,7 +99,7 @@ class ImageNetLoop(TrainingLoop):
             device=device,
         )
         if self.world > 1:
-            engine = TorchEngine(self.task, graphs=False)
+            engine = TorchEngine(self.task)
             engine.network = DistributedDataParallel(self.model, broadcast_buffers=False)
             self.engine = engine
 
