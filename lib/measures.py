@@ -150,7 +150,7 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
     `empty_input_channels` (a share).
     """
     # Each layer as its module in each step, whose time is what the paper estimates from.
-    loop.use(functools.partial(TorchEngine))
+    loop.use(TorchEngine)
     length = max(1, -(-loop.schedule.total_steps // SEGMENTS))
     stride = max(1, length // SAMPLES_PER_SEGMENT)
     started: dict[str, float] = {}
