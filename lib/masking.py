@@ -30,6 +30,7 @@ from lib.methods import checks
 from lib.methods.counting import (
     SCHEDULES,
     annealed,
+    leave_no_layer_empty,
     left_over,
     own_rate,
     quotas,
@@ -54,10 +55,10 @@ from lib.methods.masks import (
     INITS,
     Masks,
     from_rank_zero,
-    in_a_group,
     initial_masks,
     maskable_parameters,
     plain_name,
+    shared_stream,
 )
 from lib.methods.reporting import LayerReport, Report, layers_table, report
 from lib.methods.selection import BitMasks, clear_outside, count, pick, to_host
@@ -75,9 +76,7 @@ __all__ = [  # what the rest of lib and new rules take from here
     "maskable_parameters",
 ]
 
-# --------------------------------------------------------------------------------------------------
-# 1. Prune
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Prune ------------------------------------------------------------
 
 
 @PRUNE.register("magnitude")
@@ -93,9 +92,7 @@ def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any])
     return survivors
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Redistribute
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Redistribute ------------------------------------------------------------
 
 
 @REDISTRIBUTION.register("momentum", needs="momentum", before_pruning=True)
@@ -121,22 +118,7 @@ def share_out(layers: Sequence[Layer], state: dict[str, Any]) -> list[int]:
     return numbers
 
 
-def leave_no_layer_empty(numbers: list[int], survivors: Sequence[int]) -> list[int]:
-    """Move single weights so that no layer ends without one: an empty layer would cut the network
-    and has no momentum to be measured by (the official code stops with an error there).
-    """
-    for i, survived in enumerate(survivors):
-        if survived + numbers[i] == 0:
-            after = [left + n for left, n in zip(survivors, numbers, strict=True)]
-            donor = max(range(len(after)), key=lambda j: (numbers[j] > 0, after[j]))
-            numbers[donor] -= 1
-            numbers[i] += 1
-    return numbers
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Grow
-# --------------------------------------------------------------------------------------------------
+# ---- 3. Grow ------------------------------------------------------------
 
 
 @GROWTH.register("momentum", needs="momentum", score="magnitude")
@@ -226,7 +208,7 @@ class Masking:
                 "masks="
             )
         self.model, self.optimizer, self.keep_dense = model, optimizer, keep_dense
-        self.generator = _shared(generator)
+        self.generator = shared_stream(generator)
         self.method, self.target_density = method, density
         self.prune = PRUNE[prune or named.prune]
         self.redistribution = REDISTRIBUTION[redistribution or named.redistribution]
@@ -254,7 +236,7 @@ class Masking:
                     "load_state_dict of a Masking made before its first step"
                 )
             masks = initial_masks(self.parameters, density, init, self.generator)
-        elif masks is not None:
+        else:
             self.masks = masks
             if density not in (1, self.density):
                 raise ValueError(f"the masks have density {self.density}, not density={density}")
@@ -462,11 +444,3 @@ class Masking:
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-
-
-def _shared(generator: torch.Generator | None) -> torch.Generator | None:
-    """The random stream of rank 0 in all processes of a group; one's own without a group."""
-    if not in_a_group():
-        return generator
-    own = generator or torch.Generator().manual_seed(torch.initial_seed())
-    return own.set_state(from_rank_zero(own.get_state()))

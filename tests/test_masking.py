@@ -28,11 +28,10 @@ from lib.masking import (
     REDISTRIBUTION,
     DivergenceError,
     Layer,
-    leave_no_layer_empty,
     share_out,
 )
 from lib.methods import deepr
-from lib.methods.counting import allocate, annealed, rounded, whole
+from lib.methods.counting import allocate, annealed, leave_no_layer_empty, rounded, whole
 from lib.methods.masks import initial_counts, maskable_parameters, snip_masks
 from lib.methods.selection import BitMasks, clear_outside, count, mean_active, pick
 from tests.support.masked import (

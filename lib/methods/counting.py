@@ -129,3 +129,16 @@ def whole(total: int, wanted: Sequence[float], capacity: Sequence[int]) -> list[
 def allocate(total: int, shares: Sequence[float], capacity: Sequence[int]) -> list[int]:
     """`quotas` in whole numbers: see there, and `whole`."""
     return whole(total, quotas(total, shares, capacity), capacity)
+
+
+def leave_no_layer_empty(numbers: list[int], survivors: Sequence[int]) -> list[int]:
+    """Move single weights so that no layer ends without one: an empty layer would cut the network
+    and has no momentum to be measured by (the official code stops with an error there).
+    """
+    for i, survived in enumerate(survivors):
+        if survived + numbers[i] == 0:
+            after = [left + n for left, n in zip(survivors, numbers, strict=True)]
+            donor = max(range(len(after)), key=lambda j: (numbers[j] > 0, after[j]))
+            numbers[donor] -= 1
+            numbers[i] += 1
+    return numbers

@@ -120,6 +120,14 @@ def from_rank_zero(value: T) -> T:
     return box[0]
 
 
+def shared_stream(generator: torch.Generator | None) -> torch.Generator | None:
+    """The random stream of rank 0 in all processes of a group; one's own without a group."""
+    if not in_a_group():
+        return generator
+    own = generator or torch.Generator().manual_seed(torch.initial_seed())
+    return own.set_state(from_rank_zero(own.get_state()))
+
+
 def plain_name(model: nn.Module, name: str) -> str:
     """A parameter's name without what `torch.compile`, (Distributed)DataParallel and AveragedModel
     put into it, so that masks fit wrapped and plain models alike.

@@ -280,7 +280,7 @@ def _told(work: Callable[[], object]) -> object:
     """As the command line does it: an error that is meant for people is its sentence and code 1."""
     try:
         return work()
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if not (last.line or "").startswith("raise"):  # an accident, not a refusal
             raise
