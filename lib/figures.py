@@ -52,6 +52,9 @@ LOOKS = {
     "rigl": Look("RigL", "#56B4E9", "v"),
     "snip": Look("SNIP", "#D55E00", "P"),
     "static": Look("Static mask", "#666666", "X"),
+    "small_dense": Look("Dense, as many weights", "#AA4499", "h"),
+    "set_code": Look("SET as in its code", "#44AA99", "<"),
+    "dsr_code": Look("DSR as in its code", "#999933", "p"),
     "layers_left_dense": Look("Layers left dense, at their real share", "#CC79A7", "s"),
     "cosine": Look("cosine decay", "#0072B2", "o"),
     "linear": Look("linear decay", "#882255", "s"),
@@ -152,6 +155,16 @@ def value_axis(ax: Axes, values: Iterable[float], log: int = 0) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def error_axis(ax: Axes, errors: Iterable[float]) -> None:
+    """A logarithmic axis over these errors (%), with plain numbers."""
+    low, high = min(errors), max(errors)
+    ticks = (0.5, 1, 2, 5, 10, 20, 50) if high > 15 * low else (0.5, 0.7, 1, 1.5, 2, 3, 4)
+    ticks = [at for at in ticks if low / 1.1 < at < high * 1.1]
+    ax.set(yscale="log", ylim=(low / 1.1, high * 1.1))
+    ax.set_yticks(ticks, [f"{at:g}" for at in ticks])
+    ax.minorticks_off()
+
+
 def curves(
     ax: Axes,
     rows: pd.DataFrame,
@@ -164,7 +177,8 @@ def curves(
     """Mean and interval of y at each x, each row (a seed) a dot; one curve per key of LOOKS. With a
     column `learned` only those that did, and where not all did a hollow mark with "2/10".
 
-    `spread` moves the curves apart by this share of x.
+    `spread` moves the curves apart by this share of x.  An interval that reaches zero is left out
+    on a logarithmic axis.
     """
     keys = [key for key in LOOKS if key in set(rows[by])]
     for i, key in enumerate(keys):
@@ -185,8 +199,10 @@ def curves(
         at, means = moved * np.array(list(cells)), [one.mean for one in cells.values()]
         ax.plot(at, means, ls="-" if line else "none", marker=look.marker, color=look.colour,
                 label=look.label, zorder=4)  # fmt: skip
-        low, high = zip(*[one[1:3] for one in cells.values()], strict=True)
-        ax.vlines(at, low, high, color=look.colour, lw=1.3, zorder=3)
+        ends = np.array([one[1:3] for one in cells.values()])
+        if ax.get_yscale() == "log":
+            ends[ends[:, 0] <= 0] = np.nan
+        ax.vlines(at, *ends.T, color=look.colour, lw=1.3, zorder=3)
 
 
 def printed(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str = "method") -> None:
