@@ -1,8 +1,7 @@
 """Trains a network in bfloat16 over its non-zero weights, every layer through lib/cpu/bf16.cpp.
 
 Activations and their gradients stay in one layout, `Lines`: no conversion between layers. Weights,
-momentum and sums are fp32. A masked layer keeps its weights and momentum as [nnz]; inactive weights
-have a gradient in the steps before an update of the masks only (lib/training/schedule.py).
+momentum and sums are fp32. A sparse layer keeps its weights and momentum as [nnz].
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from lib.kernels.library import KernelsUnavailable, build, cpu_id
 
 LINE = 64  # bytes: 32 samples of one pixel
 AHEAD = 6  # entries that bf16.cpp prefetches beyond the last
-# Masked layers up to these densities are computed over their non-zeros: where dense products go
-# through AMX, and where not. A rule and no measurement: the same on every machine of a kind.
-SPARSE_UP_TO = {True: 0.08, False: 0.4}
+# Up to these densities masked convolutions and linear layers are computed over their non-zeros,
+# where dense products go through AMX (for which a linear layer's weights take long to pack) and
+# where not. A rule and no measurement: the same on every machine of a kind.
+SPARSE_UP_TO = {True: (0.08, 0.3), False: (0.4, 0.4)}
 L1 = 32 * 1024
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
@@ -83,9 +83,9 @@ def _library() -> ctypes.CDLL | str:
 _state = {"tiles": False}
 
 
-def sparse_up_to() -> float:
-    """The density up to which masked layers are computed over their non-zeros here."""
-    return SPARSE_UP_TO[_state["tiles"]]
+def sparse_up_to(kernel: int) -> float:
+    """The density up to which a layer of this kernel is computed over its non-zeros here."""
+    return SPARSE_UP_TO[_state["tiles"]][kernel == 1]
 
 
 def available() -> bool:

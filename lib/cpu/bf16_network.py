@@ -332,7 +332,8 @@ class Bf16Network:
         """Take on the masks and, in sparse layers, the weights of the model as they are now."""
         for name, layer in self.layers.items():
             mask = self.masks.get(name)
-            few = mask is not None and int(mask.sum()) <= sparse_up_to() * mask.numel()
+            most = sparse_up_to(layer.kernel.kernel)
+            few = mask is not None and int(mask.sum()) <= most * mask.numel()
             layer.kernel.follow(mask, few)
             layer.weight.grad = None
 
