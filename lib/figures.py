@@ -158,8 +158,9 @@ def value_axis(ax: Axes, values: Iterable[float], log: int = 0) -> None:
 def error_axis(ax: Axes, errors: Iterable[float]) -> None:
     """A logarithmic axis over these errors (%), with plain numbers."""
     low, high = min(errors), max(errors)
-    ticks = (0.5, 1, 2, 5, 10, 20, 50) if high > 15 * low else (0.5, 0.7, 1, 1.5, 2, 3, 4)
-    ticks = [at for at in ticks if low / 1.1 < at < high * 1.1]
+    near = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+    far = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+    ticks = [at for at in (far if high > 15 * low else near) if low / 1.1 < at < high * 1.1]
     ax.set(yscale="log", ylim=(low / 1.1, high * 1.1))
     ax.set_yticks(ticks, [f"{at:g}" for at in ticks])
     ax.minorticks_off()
