@@ -96,14 +96,14 @@ class Run:
 
     Units: `density` and `prune_rate` are shares (0 to 1), `lr_decay_every_steps`,
     `update_every_steps` and `dense_window_steps` mini-batches (0: once per epoch; as many as
-    float32 resolves, lib/kernels), `warmup_epochs` and `epochs` passes over the training set,
+    float32 resolves, lib/cpu), `warmup_epochs` and `epochs` passes over the training set,
     `train_samples` and `test_samples` images, the first ones (0: all).
 
     `init_scale`: "dense", weights start as for a network without masks (the paper); "density",
     those of each masked layer are divided by the square root of its density, which keeps the
     variance of its outputs.
 
-    `kernels`: "auto", whichever is faster here; "torch", masked dense layers; "sparse", lib/kernels
+    `kernels`: "auto", whichever is faster here; "torch", masked dense layers; "sparse", lib/cpu
     (with bf16: lib/cpu) wherever they know the network, faster or not (not on a GPU or without a
     compiler). The row says what it was.
     """

@@ -412,7 +412,6 @@ class Masking:
             if (mask := self._masks.get(plain_name(model, name))) is not None:
                 clear_outside(parameter, mask.to(parameter.device))
 
-
     def _survey(self) -> tuple[list[Layer], list[Layer]]:
         """What rules may read, of all layers and of those that take part; inactive weights at 0."""
         self._watch.step(self)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.engines.eager import TorchEngine
+from lib.engine import TorchEngine
 
 if TYPE_CHECKING:
     from lib.train import Measure, TrainingLoop

@@ -4,7 +4,7 @@ The protocol is the paper's (section 4; official code e19ff16, mnist_cifar/main.
 Nesterov momentum, learning rate x0.1 every so many mini-batches, the last 10 % of the training set
 held out, the test set read once after the last epoch, masks moved at the end of every epoch but
 the last. Data are tensors resident on the device; nothing is loaded or transformed per image. What
-computes a step is an engine (lib/engines).
+computes a step is an engine (lib/cpu).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from lib import data as datasets
 from lib.config import Run
-from lib.engines.base import Engine, Task
-from lib.engines.choice import choose, memory_format
+from lib.engine import Engine, Task, choose, memory_format
 from lib.masking import EVERY_STEP, DivergenceError, LayerReport
 from lib.models import layer_flops
 from lib.training import checkpoint as checkpoints

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 
 from lib import data as datasets
 from lib.config import Run
-from lib.cpu import bf16
-from lib.engines.convolutions import SparseEngine
-from lib.kernels import library
+from lib.cpu import bf16, library
+from lib.cpu.convolutions import SparseEngine
 from lib.masking import Masking
 from lib.models import build_model
 from lib.results import store as results

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.kernels.library import KernelsUnavailable, build, cpu_id
+from lib.cpu.library import KernelsUnavailable, build, cpu_id
 
 LINE = 64  # bytes: 32 samples of one pixel
 AHEAD = 6  # entries that bf16.cpp prefetches beyond the last

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib.cpu.bf16 import available
 from lib.cpu.bf16_network import Bf16Network
-from lib.engines.base import Engine, Task
+from lib.engine import Engine, Task
 from lib.masking import LayerReport, Masking, clear_outside
 
 
@@ -22,7 +22,7 @@ class Bf16SGD:
     """The optimizer's part of a mini-batch: what is sparse moves as [nnz], the rest by torch.
 
     The momentum of inactive weights moves in the steps with gradients of all weights; by how many
-    it lags behind is in `pending` (see lib/engines/optimizer.py, which does the same in fp32).
+    it lags behind is in `pending` (see lib/cpu/optimizer.py, which does the same in fp32).
 
     Raises:
         ValueError: anything but SGD with one group and momentum, without dampening, minimising.

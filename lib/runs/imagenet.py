@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.config import Run, stream_seed
 from lib.data import DataError, Dataset
-from lib.engines.eager import TorchEngine
+from lib.engine import TorchEngine
 from lib.models import IMAGENET_SHAPE
 from lib.train import Interrupted, TrainingLoop, train
 from lib.training.streams import stream

@@ -261,7 +261,7 @@ def _serve(pipe: connection.Connection, threads: int, parent: int) -> None:
     signal.signal(signal.SIGTERM, _stop)
     import torch
 
-    from lib.kernels import keep_freed_memory
+    from lib.engine import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()  # a fifth of a LeNet-5 step would be spent on getting zeroed pages back

@@ -42,7 +42,7 @@ class Loop(Protocol):
     model: nn.Module
     optimizer: torch.optim.SGD
     masking: Masking
-    engine: Any  # lib/engines/base.py, which rests on this package
+    engine: Any  # lib/cpu/base.py, which rests on this package
     augment_stream: torch.Generator
     dropout_state: Tensor
     state: State

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from lib import data, kernels
+from lib import data
+from lib.cpu import library
 from lib.runs.machine import versions
 from tests.soak import bad_inputs, conditions, kills
 from tests.soak.parts import Row, Share
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write the table there too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    kernels.available()  # compiled now, not in a child that is to say one sentence
+    library.available()  # compiled now, not in a child that is to say one sentence
     try:
         data.load("mnist")
     except data.DataError as error:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.engines.chain import perceptron_layers
-from lib.engines.trainer import PerceptronTrainer, Track
+from lib.cpu.chain import perceptron_layers
+from lib.cpu.trainer import PerceptronTrainer, Track
 from lib.masking import Masking
 
 NOTHING, MORE, FIRST = Track.NOTHING, Track.MORE, Track.FIRST

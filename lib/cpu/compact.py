@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.kernels.layouts import Layer, Nonzeros
-from lib.kernels.select import put_nonzeros, take_nonzeros
+from lib.cpu.layouts import Layer, Nonzeros
+from lib.cpu.select import put_nonzeros, take_nonzeros
 
 MAX_NONZEROS = 2**31 - 17  # of a layer; int32 in the kernels, which go in steps of 16
 

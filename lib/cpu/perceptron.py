@@ -1,4 +1,4 @@
-"""Training a perceptron by one call of lib/kernels a mini-batch, on the CPU."""
+"""Training a perceptron by one call of lib/cpu a mini-batch, on the CPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.engines.base import Engine, Task
-from lib.engines.trainer import SPARSE_BELOW, PerceptronTrainer, Track
+from lib.cpu.trainer import SPARSE_BELOW, PerceptronTrainer, Track
+from lib.engine import Engine, Task
 from lib.masking import EVERY_STEP, LayerReport
 
 

@@ -1,4 +1,4 @@
-"""Batch norm and pooling of batch-blocked activations (lib/kernels/blocked.py)."""
+"""Batch norm and pooling of batch-blocked activations (lib/cpu/blocked.py)."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import kernels
-from lib.kernels import layouts, library, select
+from lib.cpu import blocked as layout_of
+from lib.cpu import layouts, library, norm_and_pool, ops, select
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
@@ -54,18 +54,18 @@ def check_conv(
     x = torch.randn(batch, c, *size, requires_grad=True)
     weight = (torch.randn(shape) * mask).requires_grad_()
     b = torch.randn(o, requires_grad=True) if bias else None
-    pattern = kernels.Pattern(mask)
+    pattern = ops.Pattern(mask)
     assert pattern.nnz == int(mask.sum())
-    blocked = kernels.conv2d(
-        kernels.to_blocked(x),
-        kernels.gather(weight, pattern),
+    blocked = ops.conv2d(
+        layout_of.to_blocked(x),
+        ops.gather(weight, pattern),
         b,
         pattern,
         stride=stride,
         padding=padding,
         samples=batch,
     )
-    y = kernels.from_blocked(blocked, batch)
+    y = layout_of.from_blocked(blocked, batch)
 
     leaves = [t for t in (x, weight, b) if t is not None]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
@@ -79,9 +79,9 @@ def check_conv(
     close(got[1], wanted[1] * mask, batch * want.shape[2] * want.shape[3])
     assert not got[1][~mask].any()
     for by_torch in (False, True):
-        whole = kernels.dense_gradient(
-            kernels.to_blocked(x.detach()),
-            kernels.to_blocked(grad),
+        whole = ops.dense_gradient(
+            layout_of.to_blocked(x.detach()),
+            layout_of.to_blocked(grad),
             weight,
             stride=stride,
             padding=padding,
@@ -162,14 +162,14 @@ def test_two_threads_give_the_same_bits_each_time() -> None:
     torch.manual_seed(5)
     x, weight = torch.randn(64, 40, 8, 8), torch.randn(37, 40, 3, 3)
     mask = torch.rand(weight.shape) < 0.2
-    weight, pattern = (weight * mask).requires_grad_(), kernels.Pattern(mask)
+    weight, pattern = (weight * mask).requires_grad_(), ops.Pattern(mask)
     try:
         torch.set_num_threads(2)
-        blocked = kernels.to_blocked(x)
+        blocked = layout_of.to_blocked(x)
         found = []
         for _ in range(40):
-            values = kernels.gather(weight, pattern)
-            y = kernels.conv2d(blocked, values, None, pattern, stride=1, padding=1, samples=64)
+            values = ops.gather(weight, pattern)
+            y = ops.conv2d(blocked, values, None, pattern, stride=1, padding=1, samples=64)
             found.append(torch.autograd.grad(y.square().sum(), weight)[0])
     finally:
         torch.set_num_threads(before)
@@ -184,7 +184,7 @@ def test_whole_gradient_has_the_same_bits_with_any_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             weight = torch.empty(13, 7, 3, 3)
-            found.append(kernels.dense_gradient(x, grad, weight, padding=1, samples=41))
+            found.append(ops.dense_gradient(x, grad, weight, padding=1, samples=41))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -194,11 +194,11 @@ def test_whole_gradient_has_the_same_bits_with_any_number_of_threads() -> None:
 def test_linear_matches_torch_and_compact_gradient() -> None:
     torch.manual_seed(5)
     mask = torch.rand(30, 50) < 0.1
-    pattern = kernels.Pattern(mask)
+    pattern = ops.Pattern(mask)
     x, bias = torch.randn(19, 50, requires_grad=True), torch.randn(30, requires_grad=True)
     values = torch.randn(pattern.nnz, requires_grad=True)
-    blocked = kernels.to_blocked(x[:, :, None, None])
-    y = kernels.from_blocked(kernels.linear(blocked, values, bias, pattern, samples=19), 19)
+    blocked = layout_of.to_blocked(x[:, :, None, None])
+    y = layout_of.from_blocked(ops.linear(blocked, values, bias, pattern, samples=19), 19)
     grad = torch.randn(19, 30)
     got = torch.autograd.grad(y.flatten(1), (x, values, bias), grad)
 
@@ -213,17 +213,17 @@ def test_linear_matches_torch_and_compact_gradient() -> None:
 @needs_compiler
 def test_lanes_beyond_the_batch_do_not_count() -> None:
     torch.manual_seed(6)
-    pattern = kernels.Pattern(torch.ones(3, 2, 3, 3, dtype=torch.bool))
+    pattern = ops.Pattern(torch.ones(3, 2, 3, 3, dtype=torch.bool))
     values, bias = torch.randn(54, requires_grad=True), torch.randn(3, requires_grad=True)
-    x = kernels.to_blocked(torch.randn(18, 2, 5, 5))
+    x = layout_of.to_blocked(torch.randn(18, 2, 5, 5))
     x[1, ..., 2:] = 1e6  # garbage in the padding, and a gradient that is not zero there
-    y = kernels.conv2d(x, values, bias, pattern, padding=1, samples=18)
+    y = ops.conv2d(x, values, bias, pattern, padding=1, samples=18)
     grad = torch.ones_like(y)
     dvalues, dbias = torch.autograd.grad(y, (values, bias), grad)
     assert dvalues.abs().max() < 1e4
     assert torch.allclose(dbias, torch.full((3,), 18.0 * 25))
     weight = torch.empty(3, 2, 3, 3)
-    whole = kernels.dense_gradient(x, grad, weight, padding=1, samples=18)
+    whole = ops.dense_gradient(x, grad, weight, padding=1, samples=18)
     assert torch.allclose(whole.flatten(), dvalues, rtol=1e-3, atol=1e-3)
 
 
@@ -243,9 +243,9 @@ def test_batch_norm_matches_torch(training: bool, relu: bool, batch: int) -> Non
     norm.train(training), reference.train(training)
     x = torch.randn(batch, 5, 3, 7) * 2 + 3
     a, b = x.clone().requires_grad_(), x.double().requires_grad_()
-    blocked = kernels.to_blocked(a)
+    blocked = layout_of.to_blocked(a)
     blocked.data[-1, ..., (batch - 1) % 16 + 1 :] = 1e4  # the padding must not enter statistics
-    y = kernels.from_blocked(kernels.batch_norm(blocked, norm, batch, relu=relu), batch)
+    y = layout_of.from_blocked(norm_and_pool.batch_norm(blocked, norm, batch, relu=relu), batch)
     want = reference(b).relu() if relu else reference(b)
     grad = torch.randn_like(y)
     got = torch.autograd.grad(y, (a, norm.weight, norm.bias), grad)
@@ -264,7 +264,7 @@ def test_batch_norm_where_the_mean_dwarfs_the_deviation() -> None:
     x = torch.randn(48, 3, 6, 6) * 1e-3 + torch.tensor([100.0, -30.0, 0.0])[:, None, None]
     x[:, 2] = 0.1  # constant: normalised to zero, no rounding noise blown up by 1 / sqrt(eps)
     norm, reference = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3).double()
-    y = kernels.from_blocked(kernels.batch_norm(kernels.to_blocked(x), norm, 48), 48)
+    y = layout_of.from_blocked(norm_and_pool.batch_norm(layout_of.to_blocked(x), norm, 48), 48)
     want = reference(x.double())
     assert not y[:, 2].any()
     # The mean itself is a float32: half a unit of 100 in its last place, in deviations.
@@ -275,8 +275,8 @@ def test_batch_norm_where_the_mean_dwarfs_the_deviation() -> None:
 def test_gradient_is_zero_in_the_padding() -> None:
     torch.manual_seed(8)
     x = torch.randn(2, 4, 4, 4, 16, requires_grad=True)
-    y = kernels.batch_norm(x, torch.nn.BatchNorm2d(4), 20)
-    (grad,) = torch.autograd.grad(kernels.from_blocked(y, 20).square().sum(), x)
+    y = norm_and_pool.batch_norm(x, torch.nn.BatchNorm2d(4), 20)
+    (grad,) = torch.autograd.grad(layout_of.from_blocked(y, 20).square().sum(), x)
     assert grad[0].any() and grad[1, ..., :4].any() and not grad[1, ..., 4:].any()
 
 
@@ -286,11 +286,11 @@ def test_pooling_matches_torch(size: int, stride: int) -> None:
     torch.manual_seed(9)
     x = torch.randn(21, 3, 9, 7, requires_grad=True)
     pairs = (
-        (kernels.max_pool2d, F.max_pool2d),
-        (kernels.mean_pool2d, F.avg_pool2d),
+        (norm_and_pool.max_pool2d, F.max_pool2d),
+        (norm_and_pool.mean_pool2d, F.avg_pool2d),
     )
     for ours, torchs in pairs:
-        y = kernels.from_blocked(ours(kernels.to_blocked(x), size, stride), 21)
+        y = layout_of.from_blocked(ours(layout_of.to_blocked(x), size, stride), 21)
         want = torchs(x, size, stride)
         grad = torch.randn_like(want)
         assert torch.allclose(y, want, atol=1e-6)
@@ -303,22 +303,23 @@ def test_pooling_matches_torch(size: int, stride: int) -> None:
 def test_max_pooling_with_relu_matches_torch(size: int, stride: int) -> None:
     torch.manual_seed(9)
     x = (torch.randn(21, 3, 15, 17) - 1).round().requires_grad_()  # many zeros, many below zero
-    pooled = kernels.max_pool2d(kernels.to_blocked(x), size, stride, relu=True)
-    y, want = kernels.from_blocked(pooled, 21), F.max_pool2d(x, size, stride).relu()
+    pooled = norm_and_pool.max_pool2d(layout_of.to_blocked(x), size, stride, relu=True)
+    y, want = layout_of.from_blocked(pooled, 21), F.max_pool2d(x, size, stride).relu()
     grad = torch.randn_like(want)
     assert torch.equal(y, want)
     got, wanted = (torch.autograd.grad(t, x, grad)[0] for t in (y, want))
     assert torch.allclose(got, wanted, atol=1e-6)
     with pytest.raises(ValueError, match="15 x 15"):
-        kernels.max_pool2d(torch.zeros(1, 1, 16, 16, 16), 16, relu=True)
+        norm_and_pool.max_pool2d(torch.zeros(1, 1, 16, 16, 16), 16, relu=True)
 
 
 @needs_compiler
 def test_max_pool_keeps_nan() -> None:
     x = torch.zeros(1, 1, 2, 2)
     x[0, 0, 1, 0] = float("nan")
+    blocked = layout_of.to_blocked(x)
     for relu in (False, True):
-        y = kernels.from_blocked(kernels.max_pool2d(kernels.to_blocked(x), 2, relu=relu), 1)
+        y = layout_of.from_blocked(norm_and_pool.max_pool2d(blocked, 2, relu=relu), 1)
         assert y.isnan().all()
 
 
@@ -327,12 +328,12 @@ def test_max_pool_keeps_nan() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (16, 20, 4, 4), (35, 3, 5, 7), (18, 33, 2, 2)])
 def test_conversion_there_and_back(shape: tuple[int, ...], layout: torch.memory_format) -> None:
     x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
-    blocked = kernels.to_blocked(x)
+    blocked = layout_of.to_blocked(x)
     n = shape[0]
     assert blocked.shape == (-(-n // 16), *shape[1:], 16)
     assert torch.equal(blocked.movedim(4, 1).flatten(0, 1)[:n], x)
     assert not blocked.movedim(4, 1).flatten(0, 1)[n:].any()
-    back = kernels.from_blocked(blocked, n, layout)
+    back = layout_of.from_blocked(blocked, n, layout)
     assert torch.equal(back, x) and back.is_contiguous(memory_format=layout)
     grad = torch.randn_like(x)
     assert torch.equal(torch.autograd.grad(back, x, grad)[0], grad)
@@ -340,27 +341,27 @@ def test_conversion_there_and_back(shape: tuple[int, ...], layout: torch.memory_
 
 @needs_compiler
 def test_clear_errors() -> None:
-    pattern = kernels.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
+    pattern = ops.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
     values = torch.zeros(54)
     x = torch.zeros(1, 3, 4, 4, 16)
     with pytest.raises(ValueError, match="batch-blocked"):
-        kernels.conv2d(torch.zeros(4, 3, 4, 4), values, None, pattern, samples=4)
+        ops.conv2d(torch.zeros(4, 3, 4, 4), values, None, pattern, samples=4)
     with pytest.raises(ValueError, match="batch-blocked"):
-        kernels.conv2d(x, values, None, pattern, samples=17)
+        ops.conv2d(x, values, None, pattern, samples=17)
     with pytest.raises(ValueError, match="54 non-zeros"):
-        kernels.conv2d(x, values[:5], None, pattern, samples=4)
+        ops.conv2d(x, values[:5], None, pattern, samples=4)
     with pytest.raises(ValueError, match="54 non-zeros"):
-        kernels.conv2d(x[:, :2], values, None, pattern, samples=4)
+        ops.conv2d(x[:, :2], values, None, pattern, samples=4)
     with pytest.raises(ValueError, match="no output"):
-        kernels.conv2d(x[:, :, :2], values, None, pattern, samples=4)
+        ops.conv2d(x[:, :, :2], values, None, pattern, samples=4)
     with pytest.raises(TypeError, match="float64"):
-        kernels.conv2d(x.double(), values, None, pattern, samples=4)
+        ops.conv2d(x.double(), values, None, pattern, samples=4)
     with pytest.raises(ValueError, match="do not give an output"):
-        kernels.dense_gradient(x, torch.zeros(1, 2, 3, 2, 16), torch.zeros(2, 3, 3, 3), samples=4)
+        ops.dense_gradient(x, torch.zeros(1, 2, 3, 2, 16), torch.zeros(2, 3, 3, 3), samples=4)
     with pytest.raises(ValueError, match="does not fit"):
-        kernels.gather(torch.zeros(2, 3, 3, 2), pattern)
+        ops.gather(torch.zeros(2, 3, 3, 2), pattern)
     with pytest.raises(ValueError, match="more than one value"):
-        kernels.batch_norm(torch.zeros(1, 3, 1, 1, 16), torch.nn.BatchNorm2d(3), 1)
+        norm_and_pool.batch_norm(torch.zeros(1, 3, 1, 1, 16), torch.nn.BatchNorm2d(3), 1)
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:
@@ -387,18 +388,18 @@ def test_misaligned_and_strided_input_gives_the_same_bits(
     torch.nn.init.normal_(norm.weight)
 
     def everything(lay: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        pattern = kernels.Pattern(lay(mask))
+        pattern = ops.Pattern(lay(mask))
         leaves = [lay(t).requires_grad_() for t in (x, weight, bias)]
-        blocked = lay(kernels.to_blocked(leaves[0]))
-        values = lay(kernels.gather(leaves[1], pattern))
-        y = kernels.conv2d(blocked, values, leaves[2], pattern, padding=1, samples=20)
+        blocked = lay(layout_of.to_blocked(leaves[0]))
+        values = lay(ops.gather(leaves[1], pattern))
+        y = ops.conv2d(blocked, values, leaves[2], pattern, padding=1, samples=20)
         trained = copy.deepcopy(norm)
-        z = kernels.batch_norm(lay(y), trained, 20, relu=True)
-        pooled = kernels.max_pool2d(lay(z), 2) + kernels.mean_pool2d(lay(z), 2)
-        out = kernels.from_blocked(lay(z), 20)
+        z = norm_and_pool.batch_norm(lay(y), trained, 20, relu=True)
+        pooled = norm_and_pool.max_pool2d(lay(z), 2) + norm_and_pool.mean_pool2d(lay(z), 2)
+        out = layout_of.from_blocked(lay(z), 20)
         still = copy.deepcopy(trained).eval()
         still.running_mean, still.running_var = lay(still.running_mean), lay(still.running_var)
-        used = kernels.batch_norm(lay(y), still, 20)
+        used = norm_and_pool.batch_norm(lay(y), still, 20)
         found = [y, z, pooled, out, used, trained.running_var]
         found += torch.autograd.grad(
             [out, pooled], leaves, [lay(grad), lay(torch.ones_like(pooled))]
@@ -406,8 +407,8 @@ def test_misaligned_and_strided_input_gives_the_same_bits(
         for by_torch in (False, True):
             arguments = {"padding": 1, "samples": 20, "by_torch": by_torch}
             found.append(
-                kernels.dense_gradient(
-                    lay(blocked.detach()), lay(kernels.to_blocked(grad)), lay(weight), **arguments
+                ops.dense_gradient(
+                    lay(blocked.detach()), lay(layout_of.to_blocked(grad)), lay(weight), **arguments
                 )
             )
         if select.counts(lay(mask)):
@@ -436,29 +437,29 @@ def test_the_smallest_layers_match_torch(
 
 @needs_compiler
 def test_an_empty_batch_or_layer_is_refused() -> None:
-    pattern = kernels.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
+    pattern = ops.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="N > 0"):
-        kernels.to_blocked(torch.zeros(0, 3, 4, 4))
+        layout_of.to_blocked(torch.zeros(0, 3, 4, 4))
     nothing = torch.zeros(0, 3, 4, 4, 16)
     for call in (
-        lambda: kernels.conv2d(nothing, torch.zeros(54), None, pattern, samples=0),
-        lambda: kernels.from_blocked(nothing, 0),
-        lambda: kernels.batch_norm(nothing, torch.nn.BatchNorm2d(3).eval(), 0),
-        lambda: kernels.dense_gradient(nothing, nothing, torch.zeros(3, 3, 1, 1), samples=0),
-        lambda: kernels.Pattern(torch.ones(0, 3, dtype=torch.bool)),
+        lambda: ops.conv2d(nothing, torch.zeros(54), None, pattern, samples=0),
+        lambda: layout_of.from_blocked(nothing, 0),
+        lambda: norm_and_pool.batch_norm(nothing, torch.nn.BatchNorm2d(3).eval(), 0),
+        lambda: ops.dense_gradient(nothing, nothing, torch.zeros(3, 3, 1, 1), samples=0),
+        lambda: ops.Pattern(torch.ones(0, 3, dtype=torch.bool)),
     ):
         with pytest.raises(ValueError, match=r"got \[0|for 0 samples"):
             call()
-    for pool in (kernels.max_pool2d, kernels.mean_pool2d):  # as in torch
+    for pool in (norm_and_pool.max_pool2d, norm_and_pool.mean_pool2d):  # as in torch
         assert pool(nothing, 2).shape == (0, 3, 2, 2, 16)
 
 
 def test_without_a_compiler_one_line_and_no_crash(tmp_path: Path) -> None:
     code = (
-        "from lib import kernels\n"
-        "assert not kernels.available() and not kernels.available()\n"
+        "from lib import cpu as kernels\n"
+        "assert not library.available() and not library.available()\n"
         "try:\n"
-        "    kernels.require()\n"
+        "    library.require()\n"
         "except RuntimeError as error:\n"
         "    print('refused:', error)\n"
     )
@@ -517,10 +518,10 @@ def test_a_broken_compiler_or_cache_is_told_once(
         "SPARSE_CACHE", str(broken / "below" if case == "no cache" else tmp_path / "cache")
     )
     with pytest.warns(RuntimeWarning, match=reason) as told:
-        assert not kernels.available() and not kernels.available()
+        assert not library.available() and not library.available()
     assert len(told) == 1 and "\n" not in str(told[0].message)
     with pytest.raises(library.KernelsUnavailable, match=reason):
-        kernels.require()
+        library.require()
 
 
 @needs_compiler
@@ -592,7 +593,7 @@ def test_sanitizers(tmp_path: Path, program: str, sanitizer: str, flags: list[st
     native, compiled, binary = ROOT / "tests" / "native", tmp_path / "test.o", tmp_path / "test"
     command = [str(library.compiler()), "-std=c++17", f"-fsanitize={sanitizer}"]
     flags = [*flags, "-O0", "-fno-sanitize-recover=all", "-fopenmp", "-Wno-psabi"]
-    flags += ["-I", str(ROOT / "lib" / "kernels"), "-c", str(native / f"{program}.cpp")]
+    flags += ["-I", str(ROOT / "lib" / "cpu"), "-c", str(native / f"{program}.cpp")]
     threads = (
         [str(native / "openmp_on_threads.cpp"), "-pthread"]
         if sanitizer == "thread"

@@ -26,7 +26,7 @@ namespace sparse {
 // layers: not at all, m = a * m + g, or m = g (the first step of a window).
 enum Track : int32_t { kTrackNothing = 0, kTrackMore = 1, kTrackFirst = 2 };
 
-// One layer; mirrored by lib/kernels/layouts.py.  Pointers to floats are float32 in torch's memory.
+// One layer; mirrored by lib/cpu/layouts.py.  Pointers to floats are float32 in torch's memory.
 struct PerceptronLayer {
   int64_t in, out;
   float *weight, *momentum;        // [out, in]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.kernels.library import require
+from lib.cpu.library import require
 from lib.masking import Masking, clear_outside
 
 from .network import SparseNetwork

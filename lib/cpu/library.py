@@ -25,9 +25,9 @@ from typing import Any
 
 import torch  # noqa: F401  loads the OpenMP runtime that the library shares
 
-from lib.kernels.layouts import MIRRORED
+from lib.cpu.layouts import MIRRORED
 
-_HERE = Path(__file__).resolve().parent
+_HERE, _START = Path(__file__).resolve().parent, Path.cwd()
 SOURCES = tuple(
     _HERE / name
     for name in (
@@ -93,9 +93,11 @@ class KernelsUnavailable(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """Folder of compiled kernels and calibrations: $SPARSE_CACHE, else .cache/kernels."""
+    """Folder of compiled kernels: $SPARSE_CACHE, else .cache/kernels. A relative one counts from
+    the working directory at the start, whatever becomes of that.
+    """
     root = os.environ.get("SPARSE_CACHE")
-    return Path(root) if root else _HERE.parents[1] / ".cache" / "kernels"
+    return _START / root if root else _HERE.parents[1] / ".cache" / "kernels"
 
 
 def compiler() -> str | None:
@@ -119,7 +121,9 @@ def cpu_id() -> str:
 def _run(command: list[str]) -> str:
     """What the command prints; KernelsUnavailable with its first error line if it fails."""
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, errors="replace"
+        )
     except OSError as error:
         raise KernelsUnavailable(f"{command[0]} can't be started ({error.strerror})") from error
     if done.returncode:
@@ -152,7 +156,15 @@ def build(link_openmp: bool = False, sources: Sequence[Path] = ()) -> Path:
     try:
         if found := _cached(folder, name):
             return found
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not _safe(folder / "."):  # others could exchange what is loaded
+            folder /= f"user-{os.getuid()}"
+            if found := _cached(folder, name):
+                return found
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _safe(folder / "."):
+            raise KernelsUnavailable(
+                f"others can write {folder}; set SPARSE_CACHE to a folder of your own"
+            )
         with open(folder / "compile.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return _cached(folder, name) or _compile(cxx, folder, name, link_openmp, sources[-1])
@@ -164,13 +176,19 @@ def build(link_openmp: bool = False, sources: Sequence[Path] = ()) -> Path:
 
 
 def _cached(folder: Path, name: str) -> Path | None:
-    """The library of this name, if its content is what the rest of the file's name says: loading
-    one that was cut off could kill the process.
+    """The library of this name, if its content is what the rest of the file's name says, as loading
+    one that was cut off could kill the process, and nobody but this user or root could write it.
     """
     for path in folder.glob(f"{name}-*.so"):
-        if path.stem == f"{name}-{_digest(path)}":
+        if path.is_file() and _safe(path) and path.stem == f"{name}-{_digest(path)}":
             return path
     return None
+
+
+def _safe(path: Path) -> bool:
+    """Whether file and folder are this user's or root's, and nobody else can write them."""
+    found = [path.lstat(), path.parent.stat()]
+    return all(f.st_uid in (0, os.getuid()) and not f.st_mode & 0o022 for f in found)
 
 
 def _digest(path: Path) -> str:
@@ -209,7 +227,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for mirror, size in zip(MIRRORED, sizes, strict=True):
         if ctypes.sizeof(mirror) != size:
             raise KernelsUnavailable(
-                f"{mirror.__name__} of lib/kernels/layouts.py has {ctypes.sizeof(mirror)} bytes, "
+                f"{mirror.__name__} of lib/cpu/layouts.py has {ctypes.sizeof(mirror)} bytes, "
                 f"but the C++ structure has {size}; make the two alike"
             )
     library.sparse_error.restype = ctypes.c_char_p
@@ -225,21 +243,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 def _warn(message: str) -> None:
     text = f"sparse CPU kernels are not used, training goes on with masked dense layers: {message}"
     # Under a name without source, so that it is one line and not two.
-    warnings.warn_explicit(text, RuntimeWarning, "lib.kernels", 1, module=__name__)
-
-
-def keep_freed_memory() -> bool:
-    """Have malloc keep large blocks for reuse in this process; False where that is not possible.
-
-    By default glibc returns tensors of 32 MiB and more to the system when freed and gets them back
-    as new pages, zeroed one by one: at batch 128 that costs several times the arithmetic of
-    elementwise layers, in dense and sparse training alike.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    m_trim_threshold, m_mmap_max = -1, -4
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
+    warnings.warn_explicit(text, RuntimeWarning, "lib.cpu", 1, module=__name__)
 
 
 def available() -> bool:

@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lib.engines.trainer import Track
-from lib.kernels import library
+from lib.cpu import library
+from lib.cpu.trainer import Track
 from tests.support.perceptrons import (
     CLOSE,
     CLOSE_NORM,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from lib.engines.chain import perceptron_layers
-from lib.engines.compact import CompactLayer
-from lib.engines.trainer import PerceptronTrainer
-from lib.kernels import library
+from lib.cpu import library
+from lib.cpu.chain import perceptron_layers
+from lib.cpu.compact import CompactLayer
+from lib.cpu.trainer import PerceptronTrainer
 from lib.masking import LayerReport, Masking
 from lib.methods import deepr
 from tests.support.perceptrons import (

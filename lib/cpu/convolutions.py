@@ -1,4 +1,4 @@
-"""Training a convolutional network over its non-zero weights by lib/kernels, on the CPU."""
+"""Training a convolutional network over its non-zero weights by lib/cpu, on the CPU."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lib.engines.base import Task
-from lib.engines.eager import TorchEngine
-from lib.engines.network import SPARSE_UP_TO, sparse_network
-from lib.engines.optimizer import SparseSGD
+from lib.cpu.network import SPARSE_UP_TO, sparse_network
+from lib.cpu.optimizer import SparseSGD
+from lib.engine import Task, TorchEngine
 
 
 class SparseEngine(TorchEngine):

@@ -1,7 +1,7 @@
 """Structures of the C++ sources, mirrored by hand for ctypes.
 
 Whoever changes one changes the other: on loading, the library's sizes are compared with these
-(lib/kernels/library.py). Arrays are addresses.
+(lib/cpu/library.py). Arrays are addresses.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Convolution and linear layers over the non-zeros of a weight, with autograd.
 
-Activations are batch-blocked (lib/kernels/blocked.py).  Weights are the values of the non-zeros,
+Activations are batch-blocked (lib/cpu/blocked.py).  Weights are the values of the non-zeros,
 float32 [nnz], in the row-major order of the mask.
 """
 

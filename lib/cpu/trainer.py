@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lib.engines.chain import perceptron_layers
-from lib.engines.compact import CompactLayer
-from lib.kernels.layouts import Layer
-from lib.kernels.library import check, require
-from lib.kernels.select import as_floats, count, counts
+from lib.cpu.chain import perceptron_layers
+from lib.cpu.compact import CompactLayer
+from lib.cpu.layouts import Layer
+from lib.cpu.library import check, require
+from lib.cpu.select import as_floats, count, counts
 from lib.masking import LayerReport, Masking
 from lib.methods.deepr import deepr_rates, randn, signs_of, some_of
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.engines.network import SparseNetwork, sparse_network
-from lib.engines.optimizer import SparseSGD
-from lib.kernels import library
+from lib.cpu import library
+from lib.cpu.network import SparseNetwork, sparse_network
+from lib.cpu.optimizer import SparseSGD
 from lib.masking import Masking
 from lib.models import build_model
 from lib.training.schedule import dense_window

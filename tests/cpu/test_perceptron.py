@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lib import data as datasets
 from lib.config import Run
-from lib.engines.eager import TorchEngine
-from lib.engines.perceptron import PerceptronEngine
-from lib.kernels import library
+from lib.cpu import library
+from lib.cpu.perceptron import PerceptronEngine
+from lib.engine import TorchEngine
 from lib.masking import DivergenceError
 from lib.train import Interrupted, TrainingLoop
 

@@ -161,7 +161,7 @@ int deepr_move(const sparse::PerceptronLayer* layer, const int8_t* sign, const f
   return guarded([&] { *died = sparse::deepr_move(*layer, sign, noise, shrinkage); });
 }
 
-// Of the structures that lib/kernels/layouts.py mirrors, in its order.
+// Of the structures that lib/cpu/layouts.py mirrors, in its order.
 void sparse_sizes(int64_t* bytes) {
   const size_t sizes[] = {sizeof(sparse::Nonzeros), sizeof(sparse::PerceptronLayer)};
   std::copy(std::begin(sizes), std::end(sizes), bytes);

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from lib.config import UNMASKED, Run
 from lib.cpu import bf16_engine
+from lib.cpu.chain import perceptron_layers
+from lib.cpu.convolutions import SparseEngine
+from lib.cpu.library import available
+from lib.cpu.perceptron import PerceptronEngine
+from lib.cpu.trainer import MAX_SAMPLES
 from lib.data import Dataset
-from lib.engines.base import Engine
-from lib.engines.chain import perceptron_layers
-from lib.engines.convolutions import SparseEngine
-from lib.engines.eager import TorchEngine
-from lib.engines.perceptron import PerceptronEngine
-from lib.engines.trainer import MAX_SAMPLES
-from lib.kernels.library import available
+from lib.engine import Engine
 from lib.masking import EVERY_STEP
 
 # Convolutional networks go through the sparse kernels in these families, up to this density and
@@ -27,36 +25,26 @@ SPARSE_NETWORK_UP_TO = 0.2
 SPARSE_BATCH_FROM = 64
 
 
-def choose(run: Run, data: Dataset, model: nn.Module, device: torch.device) -> type[Engine]:
-    """The engine of the run: what `run.kernels` asks for, as far as it knows this network, these
-    settings and this machine; "auto" takes the fastest.
+def choose(run: Run, data: Dataset, model: nn.Module) -> type[Engine] | None:
+    """The fast engine of a run on the CPU, None for torch: what `run.kernels` asks for, as far as
+    these kernels know the network, the settings and the machine.
     """
-    if run.kernels == "sparse" and run.precision == "bf16" and device.type == "cpu":
+    if run.kernels == "sparse" and run.precision == "bf16":
         learns = run.method not in (*UNMASKED, *EVERY_STEP) and run.momentum > 0
         convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
         known = learns and convolutional and bf16_engine.knows(model)
-        return bf16_engine.Bf16Engine if known else TorchEngine
-    if run.kernels == "torch" or device.type != "cpu" or run.precision != "fp32" or not available():
-        return TorchEngine
+        return bf16_engine.Bf16Engine if known else None
+    if run.precision != "fp32" or not available():
+        return None
     if perceptron_layers(model):
         known = run.batch_size <= MAX_SAMPLES and run.momentum > 0 and not run.label_smoothing
         known = known and not (run.augment and data.augment is not None)
-        return PerceptronEngine if known else TorchEngine
+        return PerceptronEngine if known else None
     if run.method in (*UNMASKED, *EVERY_STEP):
-        return TorchEngine
+        return None
     if run.kernels == "sparse" or sparse_pays(run):
         return SparseEngine
-    return TorchEngine
-
-
-def memory_format(engine: type[Engine], run: Run, model: nn.Module) -> torch.memory_format:
-    """In which the engine has images and weights: convolutions run faster with channels last
-    (`make bench`), but DeepR and the kernels index flat weights.
-    """
-    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    if convolutional and engine is TorchEngine and run.method != "deepr":
-        return torch.channels_last
-    return torch.contiguous_format
+    return None
 
 
 def sparse_pays(run: Run) -> bool:

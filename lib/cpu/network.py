@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.kernels import ops
-from lib.kernels.blocked import LANES, from_blocked, to_blocked
-from lib.kernels.library import require
-from lib.kernels.norm_and_pool import batch_norm, max_pool2d, mean_pool2d
+from lib.cpu import ops
+from lib.cpu.blocked import LANES, from_blocked, to_blocked
+from lib.cpu.library import require
+from lib.cpu.norm_and_pool import batch_norm, max_pool2d, mean_pool2d
 
 # Masked layers up to this density are computed over their non-zeros. A rule and no measurement, the
 # same on every machine: with two AVX-512 threads VGG16-D's convolutions are 2.6 times as fast as

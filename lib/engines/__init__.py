@@ -1,1 +1,0 @@
-"""What computes a training step: torch, the perceptron's kernels, or sparse convolutions."""

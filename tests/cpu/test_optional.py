@@ -1,0 +1,57 @@
+"""The fast engines are optional: without their folder everything trains through torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from lib.cpu import library
+
+TRAIN = """
+import torch
+from lib.config import Run
+from lib.data import Dataset
+from lib.train import train
+
+x, y = torch.randn(60, 1, 28, 28), torch.arange(60) % 10
+data = Dataset("mnist", x, y, x, y, x, y, num_classes=10, sha256="0" * 64)
+for model in ("lenet300-100", "lenet5"):
+    run = Run(model=model, epochs=1, batch_size=20, train_samples=60, kernels="sparse")
+    assert train(run, data).kernels == "torch", model
+"""
+
+
+def test_without_the_folder_torch_trains(tmp_path: Path) -> None:
+    here = Path(library.__file__).parents[1]
+    shutil.copytree(here, tmp_path / "lib", ignore=shutil.ignore_patterns("cpu", "__pycache__"))
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for command in (["-c", TRAIN], ["-m", "lib", "--help"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_only_libraries_that_nobody_else_can_write_are_loaded(tmp_path: Path) -> None:
+    """A folder in a library's place counts as none, too."""
+    tmp_path.chmod(0o755)
+    content = tmp_path / "x"
+    content.write_bytes(b"library")
+    path = tmp_path / f"kernels-{library._digest(content)}.so"
+    path.mkdir()
+    assert library._cached(tmp_path, "kernels") is None
+    path.rmdir()
+    path.write_bytes(b"library")
+    path.chmod(0o644)
+    assert library._cached(tmp_path, "kernels") == path
+    for mode, what in ((0o666, path), (0o777, tmp_path)):
+        before = what.stat().st_mode
+        what.chmod(mode)
+        assert library._cached(tmp_path, "kernels") is None
+        what.chmod(before)
