@@ -456,7 +456,7 @@ def test_an_empty_batch_or_layer_is_refused() -> None:
 
 def test_without_a_compiler_one_line_and_no_crash(tmp_path: Path) -> None:
     code = (
-        "from lib import cpu as kernels\n"
+        "from lib.cpu import library\n"
         "assert not library.available() and not library.available()\n"
         "try:\n"
         "    library.require()\n"
