@@ -203,6 +203,7 @@ def _compile(cxx: str, folder: Path, name: str, link_openmp: bool, source: Path)
         openmp = ["-fopenmp"] if link_openmp else []
         _run([cxx, "-shared", str(compiled), *openmp, "-o", str(linked)])
         target = folder / f"{name}-{_digest(linked)}.so"
+        linked.chmod(0o755)  # whatever the umask: others' libraries are not loaded
         os.replace(linked, target)
     return target
 
