@@ -146,7 +146,12 @@ def scorecard(
     """
     scales = [profile] if profile else list(SCALES)
     files = [Path(results or REPO / "results") / scale / "verdicts.csv" for scale in scales]
-    found = pd.concat([pd.read_csv(f).assign(scale=f.parent.name) for f in files if f.exists()])
+    parts = [pd.read_csv(f).assign(scale=f.parent.name) for f in files if f.exists()]
+    if not parts:
+        return pd.DataFrame(
+            columns=["claim", "verdict", "whose", "difference [95 %]", "decided by", "scale"]
+        )
+    found = pd.concat(parts)
     found = found[found.verdict != NO_ROWS].drop_duplicates("id").set_index("id")
     table = claims().drop(columns="unit").join(found, how="left" if whole else "inner")
     numbers = table[["mean", "low", "high", "n", "unit"]].itertuples(index=False, name=None)

@@ -8,6 +8,11 @@ from pathlib import Path
 
 from lib.cpu import library
 
+# An editable installation would find lib.cpu in the checkout that it stands for.
+HERE = """
+import runpy, sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+"""
 TRAIN = """
 import torch
 from lib.config import Run
@@ -26,7 +31,8 @@ def test_without_the_folder_torch_trains(tmp_path: Path) -> None:
     here = Path(library.__file__).parents[1]
     shutil.copytree(here, tmp_path / "lib", ignore=shutil.ignore_patterns("cpu", "__pycache__"))
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for command in (["-c", TRAIN], ["-m", "lib", "--help"]):
+    helped = "sys.argv = ['lib', '--help']; runpy.run_module('lib', run_name='__main__')"
+    for command in (["-c", HERE + TRAIN], ["-c", HERE + helped]):
         done = subprocess.run(
             [sys.executable, *command],
             cwd=tmp_path,

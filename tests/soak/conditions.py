@@ -91,7 +91,7 @@ def places(share: Share) -> Row:
                 *("--set", "epochs=1", "--set", "train_samples=1000"),
             ]
             away = folder if what == "another working directory" else code
-            for command in (words, ["verdict", "--profile", "smoke"]):
+            for command in (words, ["status", "--profile", "smoke"]):
                 done = subprocess.run(
                     [sys.executable, "-m", "lib", *command, "--results", str(root)],
                     cwd=away,
@@ -108,7 +108,7 @@ def places(share: Share) -> Row:
             if problem := problem_of(csv, PROVENANCE, like=plain):
                 problems.append(f"{what}: {problem}")
             n += 1
-    what = "a run and its verdict in another place: " + ", ".join(chosen[1:])
+    what = "a run and its status in another place: " + ", ".join(chosen[1:])
     found = problems[0] if problems else f"the same rows in {n} of {n}"
     wanted = "the rows of the plain one, no error"
     return Row(what, wanted, found, n, not problems and n == len(chosen))

@@ -36,8 +36,6 @@ def _step(model: nn.Module, mask: Masking, spoil: bool = False) -> None:
 def inputs() -> Iterator[tuple[str, Callable[[Path], object]]]:
     """Name and work of each."""
     for changes in (
-        {"model": None},
-        {"optimizer": None},
         {"density": 0.0},
         {"density": -0.1},
         {"density": 1.5},
