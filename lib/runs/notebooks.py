@@ -12,11 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from lib import paths
 from lib.config import unknown
-from lib.experiments import runs
 
 NOTEBOOKS = paths.REPO / "notebooks"
 
@@ -106,12 +103,3 @@ def _environment(folder: Path) -> Iterator[None]:
     finally:
         os.environ.pop("JUPYTER_PATH")
         os.environ |= {"JUPYTER_PATH": before} if before else {}
-
-
-def check_injected_parameters(notebook: str) -> None:
-    """Nothing any more; goes with the last notebook of the old manner."""
-
-
-def grid(experiment: str, profile: str) -> pd.DataFrame:
-    """What the runs set beside the defaults; goes with the last notebook of the old manner."""
-    return pd.DataFrame([run.non_default() for run in runs(experiment, profile)])
