@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 
 import pandas as pd
 import pytest
-import torch
 
 from lib import experiments, paths
 from lib.config import Run
@@ -14,7 +13,7 @@ from lib.experiments import EXPERIMENTS, KEPT_DENSE, PROFILES, runs
 from lib.masking import GROWTH, PRUNE, REDISTRIBUTION
 from lib.measures import MEASURES
 from lib.methods.masks import maskable_parameters
-from lib.models import model_spec
+from lib.models import _skeleton, model_spec
 
 CELLS = [
     (name, profile)
@@ -28,9 +27,7 @@ WEIGHTS: dict[str, dict[str, int]] = {}
 def weights_of(model: str) -> dict[str, int]:
     """Numbers of maskable weights by parameter name."""
     if model not in WEIGHTS:
-        spec = model_spec(model)
-        with torch.device("meta"):
-            net = spec.build(scale=1.0, num_classes=spec.num_classes, dropout=spec.dropout or 0.0)
+        net = _skeleton(model, 1.0)
         WEIGHTS[model] = {name: p.numel() for name, p in maskable_parameters(net).items()}
     return WEIGHTS[model]
 
