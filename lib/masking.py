@@ -11,70 +11,61 @@ weights are set back to zero (`Masking.step`); once per epoch (`Masking.update`)
 
 Source: Dettmers and Zettlemoyer 2019 (arXiv 1907.04840), section 3 and algorithm 1. Where the
 official code (commit e19ff16) leaves the paper, the docstrings say which way this one goes. Beside
-this file, in `lib/methods`: the vocabulary of rules (`layer`), how counts are rounded (`counting`),
-how weights are picked (`selection`), what is masked and the masks at the start (`masks`), what is
-refused (`checks`), the rules of other methods (`rules`, `deepr`), and variants of this one.
+this file, in `lib/methods`: what rules see and how counts are rounded (`parts`), what is masked and
+the masks at the start (`masks`), what is refused (`checks`), other methods' rules (`rules`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from lib.config import UNMASKED, method_of, unknown
+from lib.config import UNMASKED, method_of
 from lib.methods import checks
-from lib.methods.counting import (
-    SCHEDULES,
-    annealed,
-    leave_no_layer_empty,
-    left_over,
-    own_rate,
-    quotas,
-    rounded,
-    whole,
-    with_carried,
-)
-from lib.methods.layer import (
-    AFTERWARDS,
-    CHOOSE,
-    EVERY_STEP,
-    GROWTH,
-    PRUNE,
-    REDISTRIBUTION,
-    SHARE_OUT,
-    DivergenceError,
-    GrowthRule,
-    Layer,
-    Rule,
-)
 from lib.methods.masks import (
     INITS,
     Masks,
     from_rank_zero,
     initial_masks,
     maskable_parameters,
-    plain_name,
     shared_stream,
+    unwrapped,
 )
-from lib.methods.reporting import LayerReport, Report, layers_table, report
-from lib.methods.selection import BitMasks, clear_outside, count, pick, to_host
+from lib.methods.parts import (
+    GROWTH,
+    PRUNE,
+    REDISTRIBUTION,
+    DivergenceError,
+    Layer,
+    Rule,
+    Stream,
+    carried,
+    clear_by_bits,
+    clear_outside,
+    leave_no_layer_empty,
+    pick,
+    prune_smallest,
+    quotas,
+    whole,
+)
+from lib.methods.rules import choose_anywhere, deepr_step, reset_momentum, share_out_by_feedback
 
-__all__ = [  # what the rest of lib and new rules take from here
-    "EVERY_STEP",
-    "GROWTH",
-    "PRUNE",
-    "REDISTRIBUTION",
-    "DivergenceError",
-    "Layer",
-    "LayerReport",
-    "Masking",
-    "clear_outside",
-    "maskable_parameters",
-]
+__all__ = ["EVERY_STEP", "GROWTH", "PRUNE", "REDISTRIBUTION", "DivergenceError", "Layer"]
+__all__ += ["LayerReport", "Masking", "clear_outside"]
+
+# Name -> share of the prune rate that is left when this share of the steps is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "cosine_floor": lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # to 0.005, not to 0
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+EVERY_STEP = {"deepr": deepr_step}  # method -> what it does after each mini-batch
 
 # ---- 1. Prune ------------------------------------------------------------
 
@@ -82,21 +73,17 @@ __all__ = [  # what the rest of lib and new rules take from here
 @PRUNE.register("magnitude")
 def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
     """In each layer the rate * active smallest |w| go (paper, algorithm 1); nearly dense, important
-    layers lose less (`own_rate`), fractions of a weight are carried to the next update (`rounded`).
+    layers lose less (`own_rate`), fractions of a weight are carried to the next update (`carried`).
     """
-    survivors = []
-    for layer in layers:
-        quota = own_rate(layer, rate, len(layers)) * layer.active
-        number = rounded(quota, layer.active, f"pruned/{layer.name}", state)
-        survivors.append(layer.without_smallest(number))
-    return survivors
+    rates = [layer.own_rate(rate, len(layers)) for layer in layers]
+    return prune_smallest(layers, rates, state)
 
 
 # ---- 2. Redistribute ------------------------------------------------------------
 
 
 @REDISTRIBUTION.register("momentum", needs="momentum", before_pruning=True)
-def redistribute_momentum(layer: Layer) -> Tensor | float:
+def redistribute_momentum(layer: Layer) -> float:
     """Mean |momentum| of the weights active before pruning (paper, section 3)."""
     return layer.mean_momentum
 
@@ -108,35 +95,42 @@ def share_out(layers: Sequence[Layer], state: dict[str, Any]) -> list[int]:
     update: a small layer whose share is below one weight grows one every few updates.
     """
     total = sum(layer.pruned for layer in layers)
-    capacity = [layer.numel - layer.active + layer.pruned for layer in layers]
-    quota = quotas(total, [layer.share or 0.0 for layer in layers], capacity)
-    keys = [f"grown/{layer.name}" for layer in layers]
-    wanted = [with_carried(q, key, state) for q, key in zip(quota, keys, strict=True)]
-    numbers = whole(total, wanted, capacity)
-    for key, want, number in zip(keys, wanted, numbers, strict=True):
-        state[key] = left_over(want, number)
-    return numbers
+    capacity = [layer.room for layer in layers]
+    shares = quotas(total, [layer.share or 0.0 for layer in layers], capacity)
+    quota = {f"grown/{layer.name}": share for layer, share in zip(layers, shares, strict=True)}
+    return carried(quota, state, lambda wanted: whole(total, wanted, capacity))
 
 
 # ---- 3. Grow ------------------------------------------------------------
 
 
-@GROWTH.register("momentum", needs="momentum", score="magnitude")
+@GROWTH.register("momentum", needs="momentum")
 def grow_momentum(layer: Layer) -> Tensor:
     """Largest |momentum| first (paper, section 3)."""
-    return layer.momentum
+    return layer.momentum.abs()
 
 
-def choose(layer: Layer, growth: Rule[GrowthRule], number: int) -> Tensor:
-    """The survivors and what grows (bool, the weight's shape): so many inactive weights of the
-    highest scores. A weight that was pruned just now is a candidate.
+def choose(layer: Layer, growth: Rule, number: int) -> Tensor:
+    """The survivors and so many inactive weights of the highest scores (bool, the weight's shape).
+    A weight that was pruned just now is a candidate.
     """
     if number == 0:
         return layer.survivors
     scores = growth.function(layer)
     if scores.shape != layer.mask.shape or not scores.isfinite().all():
         raise ValueError(f"growth rule {growth.name!r} gave {layer.name} scores {scores}")
-    return layer.survivors | pick(scores, ~layer.survivors, number, growth.score)
+    return layer.survivors | pick(scores, ~layer.survivors, number)
+
+
+class LayerReport(NamedTuple):
+    """One layer's line of an update. Counts of weights; momentum_share is NaN without momentum."""
+
+    name: str
+    active_before: int
+    pruned: int
+    grown: int
+    active_after: int
+    momentum_share: float
 
 
 class Masking:
@@ -162,7 +156,7 @@ class Masking:
             itself, as in the official code, so that their number is right only in expectation.
         keep_dense: parameter names or patterns (`*`, `?`) left out of the masks and of the budget.
         generator: random stream of the initial masks and of random growth (torch's own without).
-        options: numbers of single rules by name (see `lib/methods/deepr.py` and `variants.py`).
+        options: numbers of single rules by name (see `lib/methods/rules.py`).
         masks: parameter name -> bool mask to start from; `density` is theirs then.
 
     In a process group of torch.distributed the masks and the random stream of rank 0 count for all:
@@ -183,30 +177,25 @@ class Masking:
         prune_rate: float = 0.2,
         total_steps: int | None = None,
         *,
-        schedule: str | None = "cosine",
+        schedule: str = "cosine",
         method: str = "sparse_momentum",
         prune: str | None = None,
         redistribution: str | None = None,
         growth: str | None = None,
         init: str = "uniform",
         keep_dense: str | Sequence[str] | None = (),
-        generator: torch.Generator | None = None,
+        generator: Stream = None,
         options: Mapping[str, float] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         checks.arguments(density, total_steps, generator, options or {})
-        if schedule not in SCHEDULES:
-            raise ValueError(unknown("schedule", schedule, filter(None, SCHEDULES)))
-        if init not in INITS:
-            raise ValueError(unknown("init", init, INITS))
+        checks.known("schedule", schedule, SCHEDULES)
+        checks.known("init", init, INITS)
         named, dense = method_of(method), method in UNMASKED
         if dense and density != 1:
             raise ValueError(f"method {method!r} has density 1, got {density}")
         if method == "snip" and masks is None:  # put in later, they would find cleared weights
-            raise ValueError(
-                "method 'snip' draws no masks: give it those of lib.methods.masks.snip_masks as "
-                "masks="
-            )
+            raise ValueError("method 'snip' needs masks=lib.methods.masks.snip_masks(...)")
         self.model, self.optimizer, self.keep_dense = model, optimizer, keep_dense
         self.generator = shared_stream(generator)
         self.method, self.target_density = method, density
@@ -224,12 +213,11 @@ class Masking:
             raise ValueError("no weight is left to mask: keep_dense covers the whole model")
         if meta := [name for name, p in self.parameters.items() if p.is_meta]:
             raise ValueError(f"{meta[0]} is on the meta device: call model.to_empty(...) before")
-        checks.optimizer(optimizer, self.parameters, (self.redistribution, self.growth))
+        checks.holds(optimizer, self.parameters, (self.redistribution, self.growth))
         self._watch = checks.Watch(self)
-        self._masks, self._bits = Masks(self.parameters), BitMasks()
+        self._masks, self._bits = Masks(self.parameters), dict[str, Any]()
         if masks is None:
-            why = checks.signs_of_training(model, optimizer, self.parameters) if density < 1 else ""
-            if why:
+            if density < 1 and (why := checks.signs_of_training(self)):
                 self._watch.warn(
                     f"the weights look trained ({why}), and random masks are drawn over them: keep "
                     "a sparse network's zeros by Masking.from_weights, or continue a run by "
@@ -242,7 +230,6 @@ class Masking:
                 raise ValueError(f"the masks have density {self.density}, not density={density}")
             self.target_density = self.density
         self.masks = from_rank_zero({name: mask.cpu() for name, mask in masks.items()})
-        self._watch.updated(-1, self.active())
         self.apply()
 
     @classmethod
@@ -292,14 +279,14 @@ class Masking:
         """One cycle: prune, redistribute, grow. The number of active weights stays the same.
 
         `prune_rate` in [0, 1], by default the schedule's current rate; 0 changes nothing. Returns
-        one LayerReport per layer. Raises DivergenceError when a weight, or the momentum that a rule
-        reads, isn't finite, and ValueError when a layer has no active weight or a rule no sense.
+        one LayerReport per layer (`pd.DataFrame` makes a table of them). Raises DivergenceError
+        when a weight, or the momentum that a rule reads, isn't finite, and ValueError when a layer
+        has no active weight or a rule no sense.
         """
         rate = checks.share("prune_rate", self.current_rate if prune_rate is None else prune_rate)
-        every, layers = self._survey()
-        if prune_rate == 0:  # only looks
-            return report(every, self.active())
-        self._watch.update(self, every, rate)
+        every, layers = self._watch.survey(self)
+        if prune_rate != 0:  # which only looks
+            self._watch.update(self, rate)
         if rate == 0 or self.prune.name == "none" or not layers:
             return self._report(every)
         if self.redistribution.before_pruning:
@@ -308,23 +295,24 @@ class Masking:
         # 1. Prune.
         kept = self.prune.function(layers, rate, self.rule_state)
         checks.pruned(self.prune.name, layers, kept)
-        remaining = [int(n) for n in to_host([count(survivors) for survivors in kept])]
+        remaining = [int(torch.count_nonzero(survivors)) for survivors in kept]
         for layer, survivors, left in zip(layers, kept, remaining, strict=True):
             layer.survivors, layer.pruned = survivors, layer.active - left
 
         # 2. Redistribute.
         if not self.redistribution.before_pruning:
             self._measure_importance(layers)
-        numbers = self._option(SHARE_OUT, share_out)(layers, self.rule_state)
-        numbers = leave_no_layer_empty(numbers, remaining)
+        share = share_out_by_feedback if self.options.get("feedback") else share_out
+        numbers = leave_no_layer_empty(share(layers, self.rule_state), remaining)
 
         # 3. Grow. Grown weights start at zero.
+        grow = choose_anywhere if self.options.get("grow_anywhere") else choose
         for layer, number in zip(layers, numbers, strict=True):
-            mask = self._option(CHOOSE, choose)(layer, self.growth, number)
-            self._masks[layer.name] = mask
+            mask = self._masks[layer.name] = grow(layer, self.growth, number)
             keeps = mask if self.options.get("keep_regrown") else layer.survivors
             clear_outside(layer.weight, keeps)
-        self._option(AFTERWARDS, lambda *_: None)(layers, self._masks)
+        if self.options.get("reset_momentum"):
+            reset_momentum(layers, self._masks)
         return self._report(every)
 
     # ---- what can be read ----
@@ -343,9 +331,17 @@ class Masking:
 
     @property
     def current_rate(self) -> float:
-        """The prune rate now: annealed per step to zero at `total_steps`."""
-        every = int(self.options.get("anneal_every_steps", 0))
-        return annealed(self.schedule, self.prune_rate, self.steps, self.total_steps, every)
+        """The prune rate now: annealed per step, or (option `anneal_every_steps`) once per so many
+        steps, when the update at the end of such a period still has the rate of its beginning.
+        """
+        if self.total_steps is None:
+            return self.prune_rate
+        steps, every = self.steps, int(self.options.get("anneal_every_steps", 0))
+        if every:
+            steps = max(0, steps - 1) // every * every
+        floor = min(0.005, self.prune_rate) if self.schedule == "cosine_floor" else 0.0
+        left = SCHEDULES[self.schedule](min(1.0, steps / self.total_steps))
+        return floor + (self.prune_rate - floor) * left
 
     @property
     def weights_total(self) -> int:
@@ -354,8 +350,7 @@ class Masking:
 
     def active(self) -> dict[str, int]:
         """Number of active weights per layer."""
-        numbers = to_host([count(mask) for mask in self._masks.values()])
-        return {name: int(number) for name, number in zip(self._masks, numbers, strict=True)}
+        return {name: int(torch.count_nonzero(mask)) for name, mask in self._masks.items()}
 
     @property
     def density(self) -> float:
@@ -363,11 +358,17 @@ class Masking:
         return sum(self.active().values()) / self.weights_total if self._masks else 1.0
 
     def __repr__(self) -> str:
+        import pandas as pd
+
+        active, sizes = self.active(), {n: p.numel() for n, p in self.parameters.items()}
+        table = pd.DataFrame({"weights": sizes, "active": active}, dtype=int)
+        table.loc["all"] = table.sum()
+        table["density"] = table["active"] / table["weights"]
         rules = f"{self.prune.name}, {self.redistribution.name}, {self.growth.name}"
         end = "" if self.total_steps is None else f" of {self.total_steps}"
         return (
             f"Masking: {self.method} ({rules}), prune rate {self.current_rate:.3g} at step "
-            f"{self.steps}{end}\n{layers_table(self.parameters, self.active())}"
+            f"{self.steps}{end}\n{table.to_string(float_format='{:.2%}'.format)}"
         )
 
     # ---- persistence ----
@@ -375,22 +376,35 @@ class Masking:
     def state_dict(self) -> dict[str, Any]:
         """Masks, position in the schedule, state of rules and of the random stream."""
         return {
+            **self._identity(),
             "masks": {name: mask.clone() for name, mask in self._masks.items()},
             "steps": self.steps,
-            **checks.identity(self),
-            "rule_state": _copied(self.rule_state),
+            "rule_state": copy.deepcopy(self.rule_state),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError for other rules, settings, names or shapes."""
-        checks.state(state, checks.identity(self))
+        for what, own in self._identity().items():
+            if state[what] != own:
+                raise ValueError(f"the saved state has {what} {state[what]}, this Masking {own}")
+        if type(steps := state["steps"]) is not int or steps < 0:
+            raise ValueError(f"the saved state has steps={steps!r}")
+        if not isinstance(state["rule_state"], Mapping):
+            raise ValueError(f"the saved state has rule_state={state['rule_state']!r}")
         self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
-        self.steps, self.rule_state = state["steps"], _copied(state["rule_state"])
+        self.steps, self.rule_state = steps, copy.deepcopy(dict(state["rule_state"]))
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
-        self._watch.updated(-1, self.active())
+        self._watch.restart(steps)
         self.apply()
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("target_density", "prune_rate", "schedule", "total_steps")
+        return {
+            "rules": (self.method, self.prune.name, self.redistribution.name, self.growth.name),
+            "settings": {name: getattr(self, name) for name in names},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # a copy: of its optimizer too, which has forgotten its hooks
@@ -406,40 +420,24 @@ class Masking:
         Of `model`, if given: a copy of the network, such as torch's AveragedModel (EMA, SWA).
         """
         if model is None:
-            self._bits.clear(self.parameters, self._masks)
+            clear_by_bits(self.parameters, self._masks, self._bits)
             return
-        for name, parameter in model.named_parameters():
-            if (mask := self._masks.get(plain_name(model, name))) is not None:
+        for name, parameter in unwrapped(model).named_parameters():
+            if (mask := self._masks.get(name)) is not None:
                 clear_outside(parameter, mask.to(parameter.device))
 
-    def _survey(self) -> tuple[list[Layer], list[Layer]]:
-        """What rules may read, of all layers and of those that take part; inactive weights at 0."""
-        self._watch.step(self)
-        checks.optimizer(self.optimizer, self.parameters, (self.redistribution, self.growth))
-        self.apply()
-        layers = [
-            Layer(name, self.parameters[name], mask, self.optimizer, self.generator)
-            for name, mask in self._masks.items()
-        ]
-        return layers, self._watch.survey(self, layers)
-
     def _measure_importance(self, layers: Sequence[Layer]) -> None:
-        shares = to_host([self.redistribution.function(layer) for layer in layers])
+        shares = [float(self.redistribution.function(layer)) for layer in layers]
         if any(not 0 <= share < math.inf for share in shares):
             raise ValueError(f"redistribution rule {self.redistribution.name!r} gave {shares}")
         total = sum(shares)
         for layer, share in zip(layers, shares, strict=True):
             layer.share = share / total if total > 0 else 0.0
 
-    def _option(self, registry: Mapping[str, Any], default: Any) -> Any:
-        """What an option that is on registered in place of a part of the cycle."""
-        return next((registry[o] for o in registry if self.options.get(o)), default)
-
-    def _report(self, layers: Sequence[Layer]) -> Report:
-        active = self.active()
-        self._watch.updated(self.steps, active)
-        return report(layers, active)
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    def _report(self, layers: Sequence[Layer]) -> list[LayerReport]:
+        active, report = self.active(), []
+        for layer in layers:
+            now, share = active[layer.name], layer.momentum_share
+            grown = now - layer.active + layer.pruned
+            report.append(LayerReport(layer.name, layer.active, layer.pruned, grown, now, share))
+        return report

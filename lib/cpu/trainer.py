@@ -20,7 +20,7 @@ from lib.cpu.layouts import Layer
 from lib.cpu.library import check, require
 from lib.cpu.select import as_floats, count, counts
 from lib.masking import LayerReport, Masking
-from lib.methods.deepr import deepr_rates, randn, signs_of, some_of
+from lib.methods.rules import deepr_rates, randn, signs_of, some_of
 
 # Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
 # density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
@@ -253,7 +253,7 @@ class PerceptronTrainer:
     def deepr_step(self) -> None:
         """DeepR's step after the gradient step, on the non-zeros alone.
 
-        The same draws as `lib.methods.deepr.deepr_step`, and from the same numbers the same
+        The same draws as `lib.methods.rules.deepr_step`, and from the same numbers the same
         weights and masks; these are the Masking's after `sync()`.
         """
         masking = self._masking

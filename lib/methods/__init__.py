@@ -1,7 +1,1 @@
-"""The rules beside sparse momentum's own: those of the other methods, plain alternatives, and
-variants of the paper's algorithm. Importing this package registers all of them.
-"""
-
-import lib.methods.deepr
-import lib.methods.rules
-import lib.methods.variants  # noqa: F401
+"""What `lib/masking.py` is made of, and the rules of other methods; it imports all of them."""

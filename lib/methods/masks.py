@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,20 +14,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lib.config import unknown
-from lib.methods.counting import allocate
-from lib.methods.layer import DivergenceError
-from lib.methods.selection import pick
+from lib.methods.parts import DivergenceError, Stream, drawn, pick, quotas, whole
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-LAYERS = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Embedding,
-    nn.EmbeddingBag,
-)
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+LAYERS += (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 # What the weights of layers that torch doesn't know are called: "weight", "w0", "qkv_proj".
 _CALLED = re.compile(r"(?:^|_)(?:w|weights?|kernel|proj)\d*(?:$|_)")
 T = TypeVar("T")
@@ -42,28 +33,37 @@ def maskable_parameters(
     and has several outputs and inputs. No bias, norm or scale, no token or table of positions.
 
     `keep_dense` names parameters, modules or patterns to leave out. Names are those of the model
-    without wrappers (`plain_name`). Raises ValueError for a pattern that matches nothing, and for a
+    without wrappers (`unwrapped`). Raises ValueError for a pattern that matches nothing, and for a
     weight that can't be masked (`_obstacle`).
     """
+    model = unwrapped(model)
     patterns = [keep_dense] if isinstance(keep_dense, str) else list(keep_dense or ())
-    every = list(model.named_parameters(remove_duplicate=False))
-    names = [plain_name(model, name) for name, _ in every]
-    kept: set[int] = set()
+    every = dict(model.named_parameters(remove_duplicate=False))
+    kept: set[nn.Parameter] = set()
     for pattern in patterns:
-        hit = [fnmatchcase(name, pattern) or name.startswith(pattern + ".") for name in names]
-        if not any(hit):
-            raise ValueError(unknown("keep_dense name", pattern, names))
-        kept |= {id(p) for (_, p), one in zip(every, hit, strict=True) if one}
+        hit = {every[n] for n in every if fnmatchcase(n, pattern) or n.startswith(pattern + ".")}
+        if not hit:
+            raise ValueError(unknown("keep_dense name", pattern, every))
+        kept.update(hit)
     found: dict[str, nn.Parameter] = {}
-    for (full, parameter), name in zip(every, names, strict=True):
-        if parameter.requires_grad and id(parameter) not in kept:
-            module, role = _layer_of(model, full)
+    for name, parameter in every.items():
+        if parameter.requires_grad and parameter not in kept:
+            module, role = _layer_of(model, name)
             if _is_weight(module, role, parameter):
                 if obstacle := _obstacle(module, role, parameter):
                     raise ValueError(f"{name} {obstacle}, or name it in keep_dense")
-                kept.add(id(parameter))  # a tied weight counts once, by its first name
+                kept.add(parameter)  # a tied weight counts once, by its first name
                 found[name] = parameter
     return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile, (Distributed)DataParallel and AveragedModel: its names are
+    taken, so that masks fit wrapped and plain models alike.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    inner = model.module if isinstance(model, WRAPPERS) else inner
+    return model if inner is None else unwrapped(inner)
 
 
 def _layer_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -113,37 +113,23 @@ def in_a_group() -> bool:
 
 def from_rank_zero(value: T) -> T:
     """The value that the first process has, in all processes of a group (each must call this)."""
-    if not in_a_group():
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if in_a_group():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def shared_stream(generator: torch.Generator | None) -> torch.Generator | None:
+def shared_stream(generator: Stream) -> Stream:
     """The random stream of rank 0 in all processes of a group; one's own without a group."""
-    if not in_a_group():
-        return generator
-    own = generator or torch.Generator().manual_seed(torch.initial_seed())
-    return own.set_state(from_rank_zero(own.get_state()))
-
-
-def plain_name(model: nn.Module, name: str) -> str:
-    """A parameter's name without what `torch.compile`, (Distributed)DataParallel and AveragedModel
-    put into it, so that masks fit wrapped and plain models alike.
-    """
-    module: Any = model
-    kept = []
-    for part in name.split("."):
-        if part != "_orig_mod" and not (part == "module" and isinstance(module, WRAPPERS)):
-            kept.append(part)
-        module = getattr(module, part)
-    return ".".join(kept)
+    if in_a_group():
+        generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+        generator.set_state(from_rank_zero(generator.get_state()))
+    return generator
 
 
 class Masks(Mapping[str, Tensor]):
     """Parameter name -> bool mask. One is assigned by `masks[name] = mask`, checked for its name,
-    shape and type.
+    shape and type; a name may also be that of the parameter in a wrapped model.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -151,11 +137,10 @@ class Masks(Mapping[str, Tensor]):
         self._masks: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name if name in self._masks else self._own_name(name)]
+        return self._masks[self._own_name(name)]
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        name = self._own_name(name)
-        self._masks[name] = self._checked(name, mask)
+        self._masks |= self._checked(name, mask)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
@@ -168,31 +153,27 @@ class Masks(Mapping[str, Tensor]):
 
     def assign(self, masks: Mapping[str, Tensor]) -> None:
         """All masks at once, or none where one doesn't fit."""
-        given = {self._own_name(name): mask for name, mask in masks.items()}
+        given: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            given |= self._checked(name, mask)
         if missing := self._parameters.keys() - given.keys():
             raise ValueError(f"masks are missing for {', '.join(sorted(missing))}")
-        self._masks.update({name: self._checked(name, given[name]) for name in self._parameters})
+        self._masks = {name: given[name] for name in self._parameters}
 
     def _own_name(self, name: str) -> str:
-        """The name here of a parameter that is called so here or in a wrapped model."""
         plain = name.replace("_orig_mod.", "")
-        for called in (name, plain, plain.removeprefix("module.")):
-            if called in self._parameters:
-                return called
-        raise UnknownMask(unknown("masked parameter", name, self._parameters))
+        called = (name, plain, plain.removeprefix("module."))
+        return next((own for own in called if own in self._parameters), name)
 
-    def _checked(self, name: str, mask: Tensor) -> Tensor:
-        shape = self._parameters[name].shape
-        if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.bool:
-            raise ValueError(f"the mask of {name} must be a bool tensor {tuple(shape)}, got {mask}")
-        return mask.to(self._parameters[name].device)
-
-
-class UnknownMask(KeyError, ValueError):
-    """No masked parameter has this name."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    def _checked(self, name: str, mask: Tensor) -> dict[str, Tensor]:
+        name = self._own_name(name)
+        if name not in self._parameters:
+            raise ValueError(unknown("masked parameter", name, self._parameters))
+        weight = self._parameters[name]
+        shape = tuple(weight.shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(f"the mask of {name} must be a bool tensor {shape}, got {mask}")
+        return {name: mask.to(weight.device)}
 
 
 INITS = ("uniform", "erk", "half_output", "uniform_drawn", "erk_drawn")
@@ -202,12 +183,28 @@ def initial_masks(
     parameters: Mapping[str, nn.Parameter],
     density: float,
     init: str,
-    generator: torch.Generator | None,
+    generator: Stream,
 ) -> dict[str, Tensor]:
     """Random masks of the densities that `init`, one of INITS, gives the layers."""
     counts = initial_counts(parameters, density, init.removesuffix("_drawn"))
     start = _drawn_mask if init.endswith("_drawn") else _random_mask
     return {name: start(p, counts[name], generator) for name, p in parameters.items()}
+
+
+def _random_mask(weight: Tensor, count: int, generator: Stream) -> Tensor:
+    order = drawn(torch.randperm, weight.numel(), by=generator, device=weight.device)
+    mask = torch.zeros_like(order, dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask.view(weight.shape)
+
+
+def _drawn_mask(weight: Tensor, count: int, generator: Stream) -> Tensor:
+    """Each weight active with probability count / weights; one at least, as no layer may be empty
+    (the official code stops with an error there).
+    """
+    random = drawn(torch.rand, weight.shape, by=generator, device=weight.device)
+    mask = random * weight.numel() < count
+    return mask if mask.any() else _random_mask(weight, 1, generator)
 
 
 def initial_counts(
@@ -221,43 +218,22 @@ def initial_counts(
     line that is commented out in the code of DSR's authors, PAPER.md 12a). Raises ValueError where
     a layer would be empty.
     """
-    sizes = {name: p.numel() for name, p in parameters.items()}
-    total = round(density * sum(sizes.values()))
-    if init == "uniform":
-        shares = [float(size) for size in sizes.values()]
-    elif init == "half_output":
-        *others, last = sizes.values()
-        shares = [float(size) for size in others]
-        shares.append(sum(others) * (last / 2) / max(total - last / 2, 1))
+    sizes = [p.numel() for p in parameters.values()]
+    total = round(density * sum(sizes))
+    shares = [float(size) for size in sizes]
+    if init == "half_output":
+        half = sizes[-1] / 2
+        shares[-1] = sum(sizes[:-1]) * half / max(total - half, 1)
     elif init == "erk":
         shares = [float(sum(p.shape)) for p in parameters.values()]
-    else:
-        raise ValueError(unknown("init", init, ["uniform", "erk", "half_output"]))
-    counts = dict(zip(sizes, allocate(total, shares, list(sizes.values())), strict=True))
-    if empty := [name for name, count in counts.items() if count == 0]:
-        raise ValueError(
-            f"density {density} leaves {empty[0]} ({sizes[empty[0]]} weights) without an active "
-            "weight: raise the density or name the layer in keep_dense"
-        )
-    return counts
-
-
-def _random_mask(parameter: nn.Parameter, count: int, generator: torch.Generator | None) -> Tensor:
-    mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
-    device = generator.device if generator is not None else parameter.device
-    order = torch.randperm(parameter.numel(), generator=generator, device=device)
-    mask[order[:count].to(parameter.device)] = True
-    return mask.view(parameter.shape)
-
-
-def _drawn_mask(parameter: nn.Parameter, count: int, generator: torch.Generator | None) -> Tensor:
-    """Each weight active with probability count / weights; one at least, as no layer may be empty
-    (the official code stops with an error there).
-    """
-    device = generator.device if generator is not None else parameter.device
-    drawn = torch.rand(parameter.shape, generator=generator, device=device) * parameter.numel()
-    mask = drawn.to(parameter.device) < count
-    return mask if mask.any() else _random_mask(parameter, 1, generator)
+    counts = whole(total, quotas(total, shares, sizes), sizes)
+    for name, count, size in zip(parameters, counts, sizes, strict=True):
+        if count == 0:
+            raise ValueError(
+                f"density {density} leaves {name} ({size} weights) without an active weight: raise "
+                "the density or name the layer in keep_dense"
+            )
+    return dict(zip(parameters, counts, strict=True))
 
 
 def snip_masks(

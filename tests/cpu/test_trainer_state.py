@@ -17,7 +17,7 @@ from lib.cpu.chain import perceptron_layers
 from lib.cpu.compact import CompactLayer
 from lib.cpu.trainer import PerceptronTrainer
 from lib.masking import LayerReport, Masking
-from lib.methods import deepr
+from lib.methods import rules
 from tests.support.perceptrons import (
     CLOSE,
     FIRST,
@@ -290,7 +290,7 @@ def test_deepr_on_the_non_zeros_is_that_of_torch(
         twin = copy.deepcopy(own)
         assert twin.masking.generator is not None and own.masking.generator is not None
         active = sum(own.masking.active().values())
-        deepr.deepr_step(twin.masking)
+        rules.deepr_step(twin.masking)
         trainer.deepr_step()
         trainer.sync()
         for name, mask in masks.items():
