@@ -29,9 +29,10 @@ BOUND = 4e-3
 
 @pytest.fixture(params=[True, False], ids=["as here", "without AMX"])
 def products(request: pytest.FixtureRequest) -> Iterator[None]:
-    bf16.use_tiles(request.param)
+    switch = bf16.tiles()
+    there, switch.value = switch.value, switch.value and request.param
     yield
-    bf16.use_tiles(True)
+    switch.value = there
 
 
 def rounded(*shape: int) -> Tensor:
@@ -71,7 +72,7 @@ def test_layers_are_right(layer: tuple, sparse: bool, products: None) -> None:
     mask = torch.rand(o, c, k, k) < density
     weight, bias, x = torch.randn(o, c, k, k) * mask, torch.randn(o), rounded(n, c, height, width)
     ours = Weighted(weight, stride, padding)
-    ours.follow(mask, sparse)
+    ours.follow(mask if sparse else None)
     shape, blocks = ours.output(x.shape[1:]), -(-n // 32)
     into = lines(x, max(padding, 1))
     out, dx = Lines(blocks, shape, 1), lines(rounded(*x.shape))

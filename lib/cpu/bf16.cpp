@@ -7,8 +7,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #define HAS_TILES 1
+// Whether dense products use AMX: built for it, and allowed by the system.
+extern "C" { bool bf16_tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM
 #else
 #define HAS_TILES 0
+extern "C" { bool bf16_tiles = false; }
 #endif
 
 namespace {
@@ -221,7 +224,6 @@ void sparse_weight(Grid s, const char* x, const char* g, const int32_t* offsets,
 // of one tap after another, or (few channels) all taps and channels. Lines are packed in pairs,
 // [pixel][K/2][2][64 bytes], as vdpbf16ps and AMX both take them.
 
-bool use_tiles = false;
 constexpr int64_t DEPTH = 32;  // K of a tap is padded to a multiple
 constexpr int64_t OUTPUTS = 8;  // of one product without AMX
 
@@ -384,20 +386,10 @@ INLINE __m512i random_line(uint64_t seed, uint64_t line) {
 
 extern "C" {
 
-// Whether dense products use AMX from now on: wanted, built for it, and allowed by the system.
-int bf16_tiles(int wanted) {
-#if HAS_TILES
-  use_tiles = wanted && syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, tiles
-#else
-  (void)wanted;
-#endif
-  return use_tiles;
-}
-
 // ---- conversion ----
 
 // fp32 [samples, C, H, W] -> lines; lanes without a sample are zero.
-void bf16_load(const float* x, const View* y, int64_t samples, int threads) {
+void bf16_load(const float* x, const View* y, int64_t samples, int64_t threads) {
   const int64_t image = y->channels * y->height * y->width;
   each_row((samples + 31) / 32, *y, threads, [&](int64_t n, int64_t c, int64_t i) {
     const float* from = x + n * 32 * image + (c * y->height + i) * y->width;
@@ -410,7 +402,7 @@ void bf16_load(const float* x, const View* y, int64_t samples, int threads) {
   });
 }
 
-void bf16_store(const View* x, float* y, int64_t samples, int threads) {
+void bf16_store(const View* x, float* y, int64_t samples, int64_t threads) {
   const int64_t image = x->channels * x->height * x->width;
   each_row((samples + 31) / 32, *x, threads, [&](int64_t n, int64_t c, int64_t i) {
     float* to = y + n * 32 * image + (c * x->height + i) * x->width;
@@ -423,23 +415,19 @@ void bf16_store(const View* x, float* y, int64_t samples, int threads) {
 
 // ---- sparse layers ----
 
-// Values into entries, entry k that of value order[k] (k without an order).
-void bf16_fill(Entry* entries, const float* values, const int32_t* order, int64_t count) {
-  for (int64_t k = 0; k < count; k++) {
-    const float value = values[order ? order[k] : k];
-    if (FP32_WEIGHTS) memcpy(&entries[k].weight, &value, 4);
-    else entries[k].weight = to_bf16(value);
+// Entry k takes on value order[k]; those of output o begin at start[o].
+void bf16_sparse(const Grid* s, const char* x, char* y, Entry* e, const int32_t* start,
+                 const int32_t* order, const float* values, const float* bias, int64_t threads) {
+  for (int64_t k = 0; k < start[s->outputs]; k++) {
+    if (FP32_WEIGHTS) memcpy(&e[k].weight, values + order[k], 4);
+    else e[k].weight = to_bf16(values[order[k]]);
   }
-}
-
-void bf16_sparse(const Grid* s, const char* x, char* y, const Entry* e, const int32_t* start,
-                 const float* bias, int threads) {
   if (s->x_col == LINE) sparse<LINE>(*s, x, y, e, start, bias, threads);
   else sparse<2 * LINE>(*s, x, y, e, start, bias, threads);
 }
 
 void bf16_sparse_weight(const Grid* s, const char* x, const char* g, const int32_t* offsets,
-                        const Run* runs, int64_t count, float* out, int64_t strip, int threads) {
+                        const Run* runs, int64_t count, float* out, int64_t strip, int64_t threads) {
   if (s->x_col == LINE) sparse_weight<LINE>(*s, x, g, offsets, runs, count, out, strip, threads);
   else sparse_weight<2 * LINE>(*s, x, g, offsets, runs, count, out, strip, threads);
 }
@@ -449,8 +437,8 @@ void bf16_sparse_weight(const Grid* s, const char* x, const char* g, const int32
 // weights[row * row_step + k * k_step + taps[t]], k < depth, packed for bf16_dense.
 void bf16_pack_weights(const float* weights, int64_t rows, int64_t row_step, int64_t depth,
                        int64_t k_step, const int64_t* taps, int64_t count, uint16_t* out,
-                       int threads) {
-  const int64_t unit = use_tiles ? 16 : OUTPUTS, deep = padded(depth, DEPTH);
+                       int64_t threads) {
+  const int64_t unit = bf16_tiles ? 16 : OUTPUTS, deep = padded(depth, DEPTH);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < padded(rows, 2 * unit); row++) {
     uint16_t* group = out + row / unit * unit * count * deep;
@@ -458,7 +446,7 @@ void bf16_pack_weights(const float* weights, int64_t rows, int64_t row_step, int
       const float* from = weights + row * row_step + taps[t];
       for (int64_t k = 0; k < deep; k++) {
         const uint16_t v = row < rows && k < depth ? to_bf16(from[k * k_step]) : 0;
-        if (use_tiles) group[((t * deep + k) / 32 * 16 + row % 16) * 32 + k % 32] = v;
+        if (bf16_tiles) group[((t * deep + k) / 32 * 16 + row % 16) * 32 + k % 32] = v;
         else group[((t * deep + k) / 2 * OUTPUTS + row % OUTPUTS) * 2 + k % 2] = v;
       }
     }
@@ -467,7 +455,7 @@ void bf16_pack_weights(const float* weights, int64_t rows, int64_t row_step, int
 
 // Lines at offsets[k] from each pixel of the grid, in pairs, pixel after pixel.
 void bf16_pack_pairs(const Grid* s, const char* x, const int64_t* offsets, int64_t depth, char* out,
-                     int threads) {
+                     int64_t threads) {
   const int64_t size = padded(depth, DEPTH) * LINE;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < s->blocks * s->rows; row++) {
@@ -488,7 +476,7 @@ void bf16_pack_pairs(const Grid* s, const char* x, const int64_t* offsets, int64
 
 // The same, [pixel][K/16][16 pairs of samples][16 of K]: the right side of the weight gradient.
 void bf16_pack_samples(const Grid* s, const char* x, const int64_t* offsets, int64_t depth,
-                       char* out, int threads) {
+                       char* out, int64_t threads) {
   const int64_t size = padded(depth, DEPTH) * LINE;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < s->blocks * s->rows; row++) {
@@ -510,12 +498,12 @@ void bf16_pack_samples(const Grid* s, const char* x, const int64_t* offsets, int
 
 // x: pairs; taps: bytes from the pixel's; depth of one tap.
 void bf16_dense(const Grid* grid, const char* x, char* y, const uint16_t* weights,
-                const int64_t* taps, int64_t count, int64_t depth, const float* bias, int threads) {
+                const int64_t* taps, int64_t count, int64_t depth, const float* bias, int64_t threads) {
   Grid s = *grid;
   if (s.rows == 1 && s.cols == 1) {  // linear layers: the blocks are the pixels
     s.cols = s.blocks, s.x_col = s.x_block, s.y_col = s.y_block, s.blocks = 1;
   }
-  const int64_t deep = padded(depth, DEPTH), unit = use_tiles ? 32 : OUTPUTS;
+  const int64_t deep = padded(depth, DEPTH), unit = bf16_tiles ? 32 : OUTPUTS;
   const int64_t strip = std::clamp<int64_t>((int64_t(1) << 20) / std::max<int64_t>(1, s.x_row), 1, s.rows);
   const int64_t strips = (s.rows + strip - 1) / strip, groups = (s.outputs + unit - 1) / unit;
   // A strip of rows stays in L2 while the outputs pass by, few of them at a time.
@@ -523,7 +511,7 @@ void bf16_dense(const Grid* grid, const char* x, char* y, const uint16_t* weight
   {
 #if HAS_TILES
     alignas(64) float result[1024];
-    if (use_tiles) {
+    if (bf16_tiles) {
       Tiles tiles;
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < s.blocks * strips * groups; task++) {
@@ -571,7 +559,7 @@ void bf16_dense(const Grid* grid, const char* x, char* y, const uint16_t* weight
 
 // Gradient of all weights, out[o * K + k]: line k of a pixel is at offsets[k]. Without AMX.
 void bf16_dense_weight(const Grid* grid, const char* x, const char* g, const int64_t* offsets,
-                       int64_t depth, float* out, int64_t strip, int threads) {
+                       int64_t depth, float* out, int64_t strip, int64_t threads) {
   Grid s = *grid;
   if (s.rows == 1 && s.cols == 1) {
     s.rows = strip = s.blocks, s.x_row = s.x_block, s.y_row = s.y_block, s.blocks = 1;
@@ -607,11 +595,11 @@ void bf16_dense_weight(const Grid* grid, const char* x, const char* g, const int
 }
 
 #if HAS_TILES
-// With AMX: out[o * row_step + k * k_step + steps[t]]; x: samples, taps in bytes. The gradient has
-// up to 15 planes more than outputs, of whatever values. `scratch`: fp32, outputs and K padded.
+// With AMX: out[(o * depth + k) * count + t]; x: samples, taps in bytes. The gradient has up to 15
+// planes more than outputs, of whatever values. `scratch`: fp32, outputs and K padded.
 void bf16_dense_weight_tiles(const Grid* grid, const char* x, const char* g, const int64_t* taps,
-                             const int64_t* steps, int64_t count, int64_t depth, int64_t row_step,
-                             int64_t k_step, float* scratch, float* out, int threads) {
+                             int64_t count, int64_t depth, float* scratch, float* out,
+                             int64_t threads) {
   Grid s = *grid;
   if (s.cols == 1 && s.rows == 1) {
     s.cols = s.blocks, s.x_col = s.x_block, s.y_col = s.y_block, s.blocks = 1;
@@ -660,9 +648,9 @@ void bf16_dense_weight_tiles(const Grid* grid, const char* x, const char* g, con
       for (int64_t r = 0; r < std::min<int64_t>(32, s.outputs - o); r++) {
         for (int64_t t = 0; t < wide; t++) {
           const float* from = sums + t / 2 * 1024 + r / 16 * 512 + t % 2 * 256 + r % 16 * 16;
-          float* to = out + (o + r) * row_step + steps[t / per_tap];
+          float* to = out + (o + r) * depth * count + t / per_tap;
           const int64_t k = t % per_tap * 16;
-          for (int64_t m = 0; m < std::min<int64_t>(16, depth - k); m++) to[(k + m) * k_step] = from[m];
+          for (int64_t m = 0; m < std::min<int64_t>(16, depth - k); m++) to[(k + m) * count] = from[m];
         }
       }
     }
@@ -674,8 +662,8 @@ void bf16_dense_weight_tiles(const Grid* grid, const char* x, const char* g, con
 
 // Training: mean and (biased) variance are computed; otherwise they are given.
 void bf16_norm(const View* x, const View* y, float* mean, float* variance, const float* gamma,
-               const float* beta, double eps, int relu, int training, int64_t samples,
-               int threads) {
+               const float* beta, double eps, int64_t relu, int64_t training, int64_t samples,
+               int64_t threads) {
   const int64_t blocks = (samples + 31) / 32;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t c = 0; c < x->channels; c++) {
@@ -721,7 +709,7 @@ void bf16_norm(const View* x, const View* y, float* mean, float* variance, const
 
 void bf16_norm_backward(const View* x, const View* g, const View* dx, const float* mean,
                         const float* variance, const float* gamma, const float* beta, double eps,
-                        int relu, float* d_gamma, float* d_beta, int64_t samples, int threads) {
+                        int64_t relu, float* d_gamma, float* d_beta, int64_t samples, int64_t threads) {
   const int64_t blocks = (samples + 31) / 32;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t c = 0; c < x->channels; c++) {
@@ -765,7 +753,7 @@ void bf16_norm_backward(const View* x, const View* g, const View* dx, const floa
   }
 }
 
-void bf16_relu(const View* x, const View* y, int64_t samples, int threads) {
+void bf16_relu(const View* x, const View* y, int64_t samples, int64_t threads) {
   each_row((samples + 31) / 32, *x, threads, [&](int64_t n, int64_t c, int64_t i) {
     const char* p = x->line(n, c, i);
     char* to = y->line(n, c, i);
@@ -778,7 +766,7 @@ void bf16_relu(const View* x, const View* y, int64_t samples, int threads) {
 }
 
 void bf16_relu_backward(const View* y, const View* g, const View* dx, int64_t samples,
-                        int threads) {
+                        int64_t threads) {
   each_row((samples + 31) / 32, *y, threads, [&](int64_t n, int64_t c, int64_t i) {
     const char *p = y->line(n, c, i), *q = g->line(n, c, i);
     char* to = dx->line(n, c, i);
@@ -790,7 +778,7 @@ void bf16_relu_backward(const View* y, const View* g, const View* dx, int64_t sa
   });
 }
 
-void bf16_add(const View* a, const View* b, const View* y, int64_t samples, int threads) {
+void bf16_add(const View* a, const View* b, const View* y, int64_t samples, int64_t threads) {
   each_row((samples + 31) / 32, *a, threads, [&](int64_t n, int64_t c, int64_t i) {
     const char *p = a->line(n, c, i), *q = b->line(n, c, i);
     char* to = y->line(n, c, i);
@@ -801,7 +789,7 @@ void bf16_add(const View* a, const View* b, const View* y, int64_t samples, int 
 }
 
 // Of each channel the sum over all samples and pixels: the gradient of a bias.
-void bf16_channel_sums(const View* g, float* out, int64_t samples, int threads) {
+void bf16_channel_sums(const View* g, float* out, int64_t samples, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t c = 0; c < g->channels; c++) {
     double sum = 0;
@@ -820,7 +808,7 @@ void bf16_channel_sums(const View* g, float* out, int64_t samples, int threads) 
 // Values are zero with probability rate (a multiple of 1 / 65536), the others scaled. The same seed
 // gives the same mask, so the gradient passes through the same call.
 void bf16_dropout(const View* x, const View* y, double rate, uint64_t seed, int64_t samples,
-                  int threads) {
+                  int64_t threads) {
   const int cut = int(rate * 65536 + 0.5);
   const __m512i threshold = _mm512_set1_epi16(short(cut));
   const __m512 scale = _mm512_set1_ps(float(65536.0 / (65536 - cut)));
@@ -837,8 +825,8 @@ void bf16_dropout(const View* x, const View* y, double rate, uint64_t seed, int6
 }
 
 // Windows of size x size, side by side.
-void bf16_pool(const View* x, const View* y, int64_t size, int mean, int64_t samples,
-               int threads) {
+void bf16_pool(const View* x, const View* y, int64_t size, int64_t mean, int64_t samples,
+               int64_t threads) {
   const __m512 share = _mm512_set1_ps(1.0f / float(size * size));
   each_row((samples + 31) / 32, *y, threads, [&](int64_t n, int64_t c, int64_t i) {
     char* to = y->line(n, c, i);
@@ -857,7 +845,7 @@ void bf16_pool(const View* x, const View* y, int64_t size, int mean, int64_t sam
 
 // The gradient goes to the first of the largest, or to all alike; pixels in no window have none.
 void bf16_pool_backward(const View* x, const View* y, const View* g, const View* dx, int64_t size,
-                        int mean, int64_t samples, int threads) {
+                        int64_t mean, int64_t samples, int64_t threads) {
   const __m512 share = _mm512_set1_ps(1.0f / float(size * size));
   const __m512i zero = _mm512_setzero_si512();
   each_row((samples + 31) / 32, *dx, threads, [&](int64_t n, int64_t c, int64_t i) {
