@@ -17,21 +17,16 @@ typedef uint8_t V8 __attribute__((vector_size(16)));
 typedef uint8_t V8U __attribute__((vector_size(16), aligned(1), may_alias));
 
 // Transposes 16 x 16 floats in place.
+template <int D = 8>
 static inline void transpose16(V* v) {
-  const VI lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-  for (int d = 8; d; d /= 2) {
-    const VI upper = (lane & d) != 0;
-    const VI first = upper ? lane + (16 - d) : lane;
-    const VI second = upper ? lane + 16 : lane + d;
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
-      if (!(i & d)) {
-        const V a = v[i], b = v[i | d];
-        v[i] = __builtin_shuffle(a, b, first);
-        v[i | d] = __builtin_shuffle(a, b, second);
-      }
-  }
+  for (int i = 0; i < L; ++i)
+    if (!(i & D)) {
+      const V a = v[i], b = v[i | D];
+      v[i] = merged<D, false>(a, b);
+      v[i | D] = merged<D, true>(a, b);
+    }
+  if constexpr (D > 1) transpose16<D / 2>(v);
 }
 
 // Lanes of batch block n that hold a sample: all ones, else zero.

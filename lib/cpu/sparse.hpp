@@ -22,6 +22,7 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -367,32 +368,30 @@ static inline void accumulate(const float* b0, const float* b1, const float* b2,
   (void)b0, (void)b1, (void)b2, (void)b3;
 }
 
-// Sixteen vectors to the vector of their sums.
-static inline V sum16(const float* v) {
-  V t[8], u[4], w[2];
-  const VI a1{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
-  const VI b1 = a1 + 1;
-  const VI a2{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-  const VI b2 = a2 + 2;
-  const VI a3{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-  const VI b3 = a3 + 4;
-  const VI a4{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-  const VI b4 = a4 + 8;
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; ++k) {
-    const V x = load(v + 2 * k * L), y = load(v + (2 * k + 1) * L);
-    t[k] = __builtin_shuffle(x, y, a1) + __builtin_shuffle(x, y, b1);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k)
-    u[k] = __builtin_shuffle(t[2 * k], t[2 * k + 1], a2) +
-           __builtin_shuffle(t[2 * k], t[2 * k + 1], b2);
-#pragma GCC unroll 2
-  for (int k = 0; k < 2; ++k)
-    w[k] = __builtin_shuffle(u[2 * k], u[2 * k + 1], a3) +
-           __builtin_shuffle(u[2 * k], u[2 * k + 1], b3);
-  return __builtin_shuffle(w[0], w[1], a4) + __builtin_shuffle(w[0], w[1], b4);
+// Lanes of x and y merged: where the bit D of lane l is clear x[l], else y[l - D]; each D further on
+// with Far.
+template <int D, bool Far, int... I>
+static inline V merged(V x, V y, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, y, (I & D ? I + L - (Far ? 0 : D) : I + (Far ? D : 0))...);
 }
+template <int D, bool Far>
+static inline V merged(V x, V y) {
+  return merged<D, Far>(x, y, std::make_integer_sequence<int, L>());
+}
+
+// The sums of each of N vectors, in place of 16 / N lanes each: halves their number until one is left.
+template <int D>
+static inline V folded(const float* v) {
+  if constexpr (D == 0) {
+    return load(v);
+  } else {
+    const V x = folded<D / 2>(v), y = folded<D / 2>(v + D * L);
+    return merged<D, false>(x, y) + merged<D, true>(x, y);
+  }
+}
+
+// Sixteen vectors to the vector of their sums.
+static inline V sum16(const float* v) { return folded<8>(v); }
 
 // For every entry the products of its input with the tile `g` of the output gradient, summed over
 // the tile: one vector per entry at `out`.
