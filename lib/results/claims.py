@@ -122,7 +122,7 @@ def verdicts(profile: str, *experiments: str) -> pd.DataFrame:
           "missing": "; ".join(j.missing)} for j in found],
         index=list(wanted.index),
     )  # fmt: skip
-    for _, mine in wanted[wanted.whose == "authors"].groupby("experiment"):
+    for _, mine in wanted[wanted.whose.str.startswith("authors")].groupby("experiment"):
         tested = rows.p[mine.index].where(rows.verdict[mine.index] != "not comparable")
         rows.loc[mine.index, "p_holm"] = holm(tested)
     rows.loc[(rows.verdict == "reproduced") & (rows.p_holm >= 0.05), "verdict"] = "inconclusive"
