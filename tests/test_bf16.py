@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lib import Masking, build_model
 from lib.config import Run
 from lib.cpu import accelerate, bf16
-from lib.cpu.bf16 import Lines, Weighted, call
+from lib.cpu.bf16 import Layer, Lines, Op, call
 from lib.cpu.bf16_network import Bf16Network
 from lib.train import TrainingLoop
 from tests.support.made_up_data import cifar
@@ -67,31 +67,34 @@ LAYERS = [
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_layers_are_right(layer: tuple, sparse: bool, products: None) -> None:
+def test_layers_are_right(
+    layer: tuple, sparse: bool, products: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not the first, so that its input has a gradient."""
     n, c, o, height, width, k, stride, padding, density = layer
-    mask = torch.rand(o, c, k, k) < density
-    weight, bias, x = torch.randn(o, c, k, k) * mask, torch.randn(o), rounded(n, c, height, width)
-    ours = Weighted(weight, stride, padding)
+    monkeypatch.setattr(bf16, "SPARSE_UP_TO", dict.fromkeys((True, False), (1.0, 1.0)))
+    module = nn.Conv2d(c, o, k, stride, padding)
+    mask, x = torch.rand(o, c, k, k) < density, rounded(n, c, height, width)
+    module.weight.data = torch.randn(o, c, k, k) * mask
+    before, ours = Op(), Layer("", module, stride, padding)
+    before.inputs, before.size, before.out = [before], x.shape[1:], lines(x, max(padding, 1))
+    ours.inputs, ours.dense_gradients = [before], not sparse
     ours.follow(mask if sparse else None)
-    shape, blocks = ours.output(x.shape[1:]), -(-n // 32)
-    into = lines(x, max(padding, 1))
-    out, dx = Lines(blocks, shape, 1), lines(rounded(*x.shape))
-    ours.forward(into, out, bias, blocks)
-    x64, w64 = (t.double().requires_grad_() for t in (x, weight))
-    y = F.conv2d(x64, w64, bias.double(), stride, padding)
-    assert error(out.plain(n), y.detach()) < BOUND
-    g = rounded(*y.shape)
+    ours.out = Lines(-(-n // 32), ours.shape(), 1)
+    ours.forward(n, True)
+    right, x64 = copy.deepcopy(module).double(), x.double().requires_grad_()
+    y = right(x64)
+    assert error(ours.out.plain(n), y.detach()) < BOUND
+    g, dx = rounded(*y.shape), lines(rounded(*x.shape))
     y.backward(g.double())
-    assert x64.grad is not None and w64.grad is not None
-    gradient = lines(g, ours.border(x.shape[1:]))
-    ours.input_gradient(gradient, dx, blocks)
+    ours.whole = torch.full_like(mask, 9.0, dtype=torch.float32)
+    ours.backward(lines(g, ours.border), dx, n)
     assert error(dx.plain(n), x64.grad) < BOUND
+    assert error(module.bias.grad, right.bias.grad) < 1e-5
     if sparse:
-        found, right = ours.weight_gradient(into, gradient, blocks), w64.grad.view(-1)[ours.index]
+        assert error(ours.gradient, right.weight.grad[mask]) < 1e-5
     else:
-        found, right = torch.full_like(weight, 9.0), w64.grad
-        ours.whole_gradient(into, gradient, blocks, found)
-    assert error(found, right) < 1e-5
+        assert error(ours.whole, right.weight.grad) < 1e-5
 
 
 def test_what_is_between_the_layers_is_right() -> None:

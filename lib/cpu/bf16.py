@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections import namedtuple
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.cpu.library import KernelsUnavailable, build, cpu_id
 
+Shape = tuple[int, int, int]
 LINE = 64  # bytes: 32 samples of one pixel
 AHEAD = 6  # entries that bf16.cpp prefetches beyond the last
 # Up to these densities masked convolutions and linear layers are computed over their non-zeros,
@@ -56,11 +58,6 @@ def tiles() -> ctypes.c_bool:
     return ctypes.c_bool.in_dll(_require(), "bf16_tiles")
 
 
-def sparse_up_to(kernel: int) -> float:
-    """The density up to which a layer of this kernel is computed over its non-zeros here."""
-    return SPARSE_UP_TO[tiles().value][kernel == 1]
-
-
 def call(name: str, *arguments: Any) -> None:
     """One kernel, with torch's number of threads. Whole numbers become int64_t, others double;
     tensors and arrays go by their address, lists and tuples as arrays of int64_t.
@@ -90,10 +87,10 @@ class Lines:
     """
 
     def __init__(
-        self, blocks: int, shape: Sequence[int], halo: int = 0, data: Tensor | None = None
+        self, blocks: int, shape: Shape, halo: int = 0, data: Tensor | None = None
     ) -> None:
-        self.shape, self.halo, self.blocks = tuple(shape), halo, blocks
-        channels, height, width = self.shape
+        self.shape, self.halo, self.blocks = shape, halo, blocks
+        channels, height, width = shape
         self.row = (width + 2 * halo) * LINE
         self.plane = (height + 2 * halo) * self.row
         self.block = channels * self.plane
@@ -131,31 +128,19 @@ def _padded(depth: int) -> int:
     return -(-depth // 32) * 32
 
 
-class Grid(NamedTuple):
-    """Pixels of one pass, in bytes from two base addresses: Grid of bf16.cpp."""
-
-    blocks: int
-    rows: int
-    cols: int
-    outputs: int
-    x: int
-    x_row: int
-    x_col: int
-    x_block: int
-    y: int
-    y_row: int
-    y_col: int
-    y_block: int
-    y_plane: int
+# Pixels of one pass, in bytes from two base addresses: Grid of bf16.cpp.
+_Grid = namedtuple(
+    "_Grid", "blocks rows cols outputs x x_row x_col x_block y y_row y_col y_block y_plane"
+)
 
 
 def _grid(
     blocks: int, pixels: Sequence[int], x: Lines, x_at: int, x_step: int,
     y: Lines, y_at: int, y_step: int,
-) -> Grid:  # fmt: skip
+) -> _Grid:  # fmt: skip
     """Pixels (rows, columns) from `at` on, each so many steps from the one before."""
     rows, cols = pixels
-    return Grid(
+    return _Grid(
         blocks, rows, cols, y.shape[0], x_at, x_step * x.row, x_step * LINE, x.block,
         y_at, y_step * y.row, y_step * LINE, y.block, y.plane,
     )  # fmt: skip
@@ -195,73 +180,111 @@ class _Packed:
         """Bytes to the pixel so many rows and columns further."""
         return (down * self.cols + right) * self.pixel
 
-    def read(self, grid: Grid) -> Grid:
+    def read(self, grid: _Grid) -> _Grid:
         """The grid, reading these lines."""
         row, col = self.tap(self.jump, 0), self.tap(0, self.jump)
         return grid._replace(x=0, x_row=row, x_col=col, x_block=self.block)
 
 
-class Weighted:
-    """A convolution or linear layer between two Lines, forward and backward.
+class Op:
+    """One operation of a network; as it is here, its images.
 
-    Args:
-        weight: [O, C, k, k], fp32, contiguous; inactive ones are zero.
-        stride: 1 or 2.
-        x, y: input and output; x.halo is at least the padding.
-        g: the gradient of y; its border at least `border`.
+    Attributes:
+        inputs, readers: the operations whose results it reads, and that read its own.
+        size: (channels, height, width) of its result `out`.
+        halo, border: pixels of zeros that it needs around its inputs, and around its gradient.
+        in_place: whether the result may take the memory of an input that nobody else reads.
+        normalised: whether only batch norms read it, which take off what a bias adds.
+    """
+
+    inputs: Sequence[Op] = ()
+    readers: list[Op]
+    size: Shape
+    out: Lines
+    halo = border = 0
+    in_place = normalised = False
+
+    @property
+    def x(self) -> Lines:
+        """The (first) result that it reads."""
+        return self.inputs[0].out
+
+    def shape(self) -> Shape:
+        """`size`, from those of the inputs."""
+        return self.inputs[0].size
+
+    def forward(self, samples: int, training: bool) -> None:
+        """Compute `out`."""
+        raise NotImplementedError
+
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
+        """Compute the gradient of the (first) input from that of the result."""
+        raise NotImplementedError
+
+
+class Layer(Op):
+    """Convolution of stride 1 or 2, or linear layer; `name` is that of the module.
 
     Attributes:
         sparse: whether it is computed over its non-zeros: `values` [nnz], at `index` in the weight.
+        dense_gradients: whether all weights have a gradient then, in `whole` (fp32, as the weight)
+            as in a dense layer; or only the non-zeros, in `gradient` [nnz].
     """
 
-    def __init__(self, weight: Tensor, stride: int, padding: int) -> None:
-        self.weight, self.stride, self.padding = weight, stride, padding
-        self.outputs, self.inputs, self.kernel = weight.shape[:3]
-        self.few, self.sparse = self.inputs < 32, False
+    def __init__(self, name: str, module: nn.Conv2d | nn.Linear, stride: int, padding: int) -> None:
+        self.name, self.weight, self.bias = name, module.weight, module.bias
+        self.stride = stride
+        self.halo = self.padding = padding
+        self.outputs, self.channels, *kernel = self.weight.shape
+        self.kernel = kernel[0] if kernel else 1
+        self.sparse, self.dense_gradients = False, True
+        self.gradient: Tensor | None = None
+        self.whole = torch.empty(0)
 
-    def output(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """The output's (channels, height, width) for that of the input."""
-        side = [(n + 2 * self.padding - self.kernel) // self.stride + 1 for n in shape[1:]]
-        if min(side) < 1:
-            raise ValueError(f"a kernel of {self.kernel} doesn't fit an input of {shape[1:]}")
-        return self.outputs, side[0], side[1]
-
-    def border(self, shape: Sequence[int]) -> int:
-        """Pixels of zeros around the output's gradient, for an input (channels, height, width)."""
+    def shape(self) -> Shape:
+        """See `Op.shape`; what the gradient needs as a border follows."""
         s, k, p = self.stride, self.kernel, self.padding
-        out = self.output(shape)
-        after = [((n - 1 + p) // s) - (m - 1) for n, m in zip(shape[1:], out[1:], strict=True)]
-        return max(0, (k - 1 - p + s - 1) // s, *after)
+        _, *image = self.inputs[0].size
+        height, width = ((n + 2 * p - k) // s + 1 for n in image)
+        if min(height, width) < 1:
+            raise ValueError(f"a kernel of {k} doesn't fit an input of {image}")
+        after = ((n - 1 + p) // s - (m - 1) for n, m in zip(image, (height, width), strict=True))
+        self.border = max(0, (k - 1 - p + s - 1) // s, *after)
+        return self.outputs, height, width
 
     def follow(self, mask: Tensor | None) -> None:
         """Be sparse with a mask, bool as the weight, and values from the weight; dense without."""
-        self.sparse = mask is not None
-        if mask is not None:
+        few, self.weight.grad = SPARSE_UP_TO[tiles().value][self.kernel == 1], None
+        self.sparse = mask is not None and int(mask.sum()) <= few * mask.numel()
+        if mask is not None and self.sparse:
             self.index = mask.reshape(-1).nonzero()[:, 0]
-            self.values = self.weight.reshape(-1)[self.index]
+            self.values = self.weight.data.view(-1)[self.index]
             self._places: dict[Any, Any] = {}  # of the non-zeros, by pass and geometry
 
-    def forward(self, x: Lines, y: Lines, bias: Tensor | None, blocks: int) -> None:
-        """The convolution of x."""
-        grid, k = self._forward_grid(x, y, blocks), range(self.kernel)
+    def forward(self, samples: int, training: bool) -> None:
+        """See `Op.forward`."""
+        x, y, k = self.x, self.out, range(self.kernel)
+        grid = self._grid(y, samples)
         if self.sparse:
-            self._sparse("forward", grid, [(a, b, a, b) for a in k for b in k], x, y, bias)
+            self._sparse("forward", grid, [(a, b, a, b) for a in k for b in k], x, y, self.bias)
         else:
-            packed = self._packed("pairs", x, y, blocks)
-            taps, depth = packed.taps, self.inputs * self.kernel**2
-            self._dense(packed, grid, taps, y, (depth, len(taps)), range(len(taps)), bias)
+            packed = self._packed("pairs", grid)
+            taps, depth = packed.taps, self.channels * self.kernel**2
+            self._dense(packed, grid, taps, y, (depth, len(taps)), range(len(taps)), self.bias)
 
-    def _forward_grid(self, x: Lines, y: Lines, blocks: int) -> Grid:
-        start = x.inner(self.padding)
-        return _grid(blocks, y.shape[1:], x, start, self.stride, y, y.inner(), 1)
+    def _grid(self, y: Lines, samples: int) -> _Grid:
+        """Of the forward pass, from the layer's input to its result or gradient."""
+        blocks, start = -(-samples // 32), self.x.inner(self.padding)
+        return _grid(blocks, y.shape[1:], self.x, start, self.stride, y, y.inner(), 1)
 
-    def _packed(self, kind: str, x: Lines, y: Lines, blocks: int) -> _Packed:
+    def _packed(self, kind: str, grid: _Grid) -> _Packed:
+        pixels, few = (grid.rows, grid.cols), self.channels < 32
         return _Packed(
-            kind, x, self.padding, self.kernel, blocks, y.shape[1:], self.stride, self.few
+            kind, self.x, self.padding, self.kernel, grid.blocks, pixels, self.stride, few
         )
 
     def _dense(
-        self, packed: _Packed, grid: Grid, at: Sequence[int], out: Lines,
+        self, packed: _Packed, grid: _Grid, at: Sequence[int], out: Lines,
         step: tuple[int, int], taps: Sequence[int], bias: Tensor | None,
     ) -> None:  # fmt: skip
         """A pass over taps `at` in the packed lines, `taps` in the weight; there an output and a
@@ -276,12 +299,12 @@ class Weighted:
         call("dense", packed.read(grid), packed.lines, out.data, weights, at, len(at), depth, bias)
 
     def _sparse(
-        self, number: Any, grid: Grid, taps: list, source: Lines, out: Lines, bias: Tensor | None
+        self, number: Any, grid: _Grid, taps: list, source: Lines, out: Lines, bias: Tensor | None
     ) -> None:
         """A pass over the non-zeros of taps (ky, kx, rows, columns from the output's pixel)."""
         key = (number, source.plane, source.row)
         if key not in self._places:
-            o, c, ky, kx = np.unravel_index(self.index.numpy(), self.weight.shape)
+            o, c, ky, kx = self._coordinates()
             to, of = (o, c) if number == "forward" else (c, o)
             shift = np.full((self.kernel, self.kernel), np.nan)
             for y, x, down, right in taps:
@@ -294,7 +317,28 @@ class Weighted:
             self._places[key] = entries, start, order
         call("sparse", grid, source.data, out.data, *self._places[key], self.values, bias)
 
-    def _phases(self, g: Lines, dx: Lines, blocks: int) -> Iterable[tuple[Grid, list]]:
+    def _coordinates(self) -> tuple[np.ndarray, ...]:
+        shape = (self.outputs, self.channels, self.kernel, self.kernel)
+        return np.unravel_index(self.index.numpy(), shape)
+
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
+        """See `Op.backward`; `g` has a border of at least `border`."""
+        grid = self._grid(g, samples)
+        self.gradient = None
+        if self.sparse and not self.dense_gradients:
+            self.gradient = self._values_gradient(g, grid)
+        else:
+            self._whole_gradient(g, grid)
+        if not self.sparse:
+            self.weight.grad = self.whole
+        if self.bias is not None:
+            self.bias.grad = torch.zeros_like(self.bias)
+            if not self.normalised:
+                call("channel_sums", g, self.bias.grad, samples)
+        if self.inputs[0].inputs:  # nobody asks for the gradient of the images
+            self._input_gradient(g, dx, grid.blocks)
+
+    def _phases(self, g: Lines, dx: Lines, blocks: int) -> Iterable[tuple[_Grid, list]]:
         """The input's gradient, stride x stride passes: each with its taps (ky, kx, dy, dx)."""
         s, (_, height, width) = self.stride, dx.shape
         for py in range(min(s, height)):
@@ -309,27 +353,26 @@ class Weighted:
                 start += py * dx.row + px * LINE
                 yield _grid(blocks, pixels, g, g.inner(), 1, dx, start, s), taps
 
-    def input_gradient(self, g: Lines, dx: Lines, blocks: int) -> None:
-        """From the gradient of the output, into dx."""
-        border, k = self.border(dx.shape), self.kernel
-        side, step = 2 * border + 1, (k * k, self.inputs * k * k)
+    def _input_gradient(self, g: Lines, dx: Lines, blocks: int) -> None:
+        border, k = self.border, self.kernel
         if not self.sparse:
-            packed = _Packed("pairs", g, border, side, blocks, g.shape[1:], 1, False)
+            packed = _Packed("pairs", g, border, 2 * border + 1, blocks, g.shape[1:], 1, False)
         for number, (grid, taps) in enumerate(self._phases(g, dx, blocks)):
             if self.sparse:
                 self._sparse(number, grid, taps, g, dx, None)
                 continue
             at = [packed.tap(down + border, right + border) for *_, down, right in taps]
-            self._dense(packed, grid, at, dx, step, [y * k + x for y, x, *_ in taps], None)
+            step, taps = (k * k, self.channels * k * k), [y * k + x for y, x, *_ in taps]
+            self._dense(packed, grid, at, dx, step, taps, None)
 
-    def weight_gradient(self, x: Lines, g: Lines, blocks: int) -> Tensor:
+    def _values_gradient(self, g: Lines, grid: _Grid) -> Tensor:
         """Of the non-zeros [nnz], in the order of `values`."""
+        x = self.x
         key = ("weight", x.plane, x.row, g.shape)
         if key not in self._places:
             self._places[key] = self._runs(x, g)
         strip, offsets, runs, order = self._places[key]
         sums = np.empty(len(order) + 16, np.float32)
-        grid = self._forward_grid(x, g, blocks)
         call("sparse_weight", grid, x.data, g.data, offsets, runs, len(runs), sums, strip)
         gradient = torch.empty_like(self.values)
         gradient.numpy()[order] = sums[: len(order)]
@@ -339,9 +382,9 @@ class Weighted:
         """Entries sorted by a few input channels, then output; runs of one output, those of equal
         length after another.
         """
-        o, c, ky, kx = np.unravel_index(self.index.numpy(), self.weight.shape)
+        o, c, ky, kx = self._coordinates()
         density = max(len(o), 1) / self.weight.numel()
-        few = min(self.inputs, max(1, round(8 / (density * self.kernel**2))))
+        few = min(self.channels, max(1, round(8 / (density * self.kernel**2))))
         rows = (L1 // (few * x.row) - self.kernel) // self.stride + 1
         strip = max(1, min(rows, g.shape[1]))
         group = c // few * self.outputs + o
@@ -352,18 +395,21 @@ class Weighted:
         offsets = (c * x.plane + ky * x.row + kx * LINE)[order]
         return strip, offsets.astype(np.int32), runs.astype(np.int32), order
 
-    def whole_gradient(self, x: Lines, g: Lines, blocks: int, out: Tensor) -> None:
-        """Of all weights, into `out`, fp32 as the weight."""
-        grid = self._forward_grid(x, g, blocks)
+    def _whole_gradient(self, g: Lines, grid: _Grid) -> None:
+        """Of all weights, into `whole`, whose memory is kept."""
+        if self.whole.shape != self.weight.shape:
+            self.whole = torch.empty_like(self.weight.data)
         if tiles().value:
-            packed = self._packed("samples", x, g, blocks)
+            packed = self._packed("samples", grid)
             taps, depth = packed.taps, packed.depth
             sums = _scratch("sums", _padded(self.outputs) * len(taps) * _padded(depth) * 4)
             call(
                 "dense_weight_tiles", packed.read(grid), packed.lines, g.data, taps, len(taps),
-                depth, sums, out,
+                depth, sums, self.whole,
             )  # fmt: skip
         else:
-            offsets = _offsets(x, self.kernel)
-            strip = max(1, min(g.shape[1], L1 // (8 * x.row)))
-            call("dense_weight", grid, x.data, g.data, offsets, len(offsets), out, strip)
+            offsets = _offsets(self.x, self.kernel)
+            strip = max(1, min(g.shape[1], L1 // (8 * self.x.row)))
+            call(
+                "dense_weight", grid, self.x.data, g.data, offsets, len(offsets), self.whole, strip
+            )

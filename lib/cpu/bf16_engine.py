@@ -71,12 +71,12 @@ class Accelerated:
                 kept = self._buffer(name)
                 kept.mul_(group["momentum"] ** (self.pending.pop(name, 0) + 1))
                 kept.add_(layer.whole.view(-1))
-                grads.append(layer.whole.view(-1)[layer.kernel.index])
+                grads.append(layer.whole.view(-1)[layer.index])
             else:
                 self.pending[name] += 1
                 grads.append(layer.gradient)
         if layers:
-            values = [layer.kernel.values for layer in layers.values()]
+            values = [layer.values for layer in layers.values()]
             torch._fused_sgd_(
                 values, grads, list(self.momentum.values()), weight_decay=group["weight_decay"],
                 momentum=group["momentum"], lr=group["lr"], dampening=0.0,
@@ -104,13 +104,13 @@ class Accelerated:
             kept = self._buffer(name)
             if settle and (steps := self.pending.pop(name, 0)):
                 kept.mul_(self.optimizer.param_groups[0]["momentum"] ** steps)
-            kept[layer.kernel.index] = self.momentum[name]
-            layer.weight.data.view(-1)[layer.kernel.index] = layer.kernel.values
+            kept[layer.index] = self.momentum[name]
+            layer.weight.data.view(-1)[layer.index] = layer.values
 
     def gather(self) -> None:
         """Take weights and momentum from model and optimizer, by the masks as they are now."""
         self.net.follow()
-        self.momentum = {n: self._buffer(n)[x.kernel.index] for n, x in self.net.sparse().items()}
+        self.momentum = {n: self._buffer(n)[x.index] for n, x in self.net.sparse().items()}
 
     def _buffer(self, name: str) -> Tensor:
         """The momentum of all weights, as torch keeps it; its first one is 0.9 * 0 + g too."""

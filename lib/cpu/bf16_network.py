@@ -6,7 +6,7 @@ A traced network becomes a list of operations, each from Lines to Lines, forward
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.cpu.bf16 import Lines, Weighted, call, sparse_up_to
+from lib.cpu.bf16 import Layer, Lines, Op, Shape, call
 
-Shape = tuple[int, int, int]
 SUMS = (operator.add, operator.iadd, torch.add)
 
 
@@ -28,84 +27,7 @@ def _single(value: Any) -> int | None:
     return one if isinstance(one, int) else None
 
 
-class _Op:
-    """One operation.
-
-    Attributes:
-        number: of its result; that of the images is 0.
-        inputs, readers: the numbers of what it reads; the operations that read its result.
-        normalised: whether only batch norms do, which take off what a bias adds.
-        sources, out: what it reads, and its result.
-        halo: the border that it needs around its inputs.
-        border: the border that it needs around the gradient of its result.
-        in_place: whether the result may take the memory of an input that nobody else reads.
-    """
-
-    number: int
-    inputs: list[int]
-    readers: list[_Op]
-    sources: list[Lines]
-    out: Lines
-    halo = border = 0
-    in_place = normalised = False
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """(channels, height, width) of the result, from those of the inputs."""
-        return shapes[0]
-
-    def forward(self, samples: int, training: bool) -> None:
-        """Compute `out`."""
-        raise NotImplementedError
-
-    def backward(self, g: Lines, dx: Lines, net: Bf16Network) -> None:
-        """Compute the gradient of the (first) input from that of the result."""
-        raise NotImplementedError
-
-
-class _Layer(_Op):
-    """Convolution or linear layer. Its weight has a gradient `whole`, or, where it is sparse and
-    dense gradients are off, one of the non-zeros [nnz] in `gradient`.
-    """
-
-    def __init__(self, name: str, module: nn.Conv2d | nn.Linear) -> None:
-        self.name, self.weight, self.bias = name, module.weight, module.bias
-        weight, stride = self.weight.data, 1
-        if isinstance(module, nn.Conv2d):
-            stride, self.halo = _single(module.stride) or 1, _single(module.padding) or 0
-        else:
-            weight = weight[:, :, None, None]
-        self.kernel = Weighted(weight, stride, self.halo)
-        self.gradient: Tensor | None = None
-        self.whole = torch.empty(0)
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        self.border = self.kernel.border(shapes[0])
-        return self.kernel.output(shapes[0])
-
-    def forward(self, samples: int, training: bool) -> None:
-        bias = None if self.bias is None else self.bias.data
-        self.kernel.forward(self.sources[0], self.out, bias, -(-samples // 32))
-
-    def backward(self, g: Lines, dx: Lines, net: Bf16Network) -> None:
-        x, blocks = self.sources[0], -(-net.samples // 32)
-        self.gradient = None
-        if self.kernel.sparse and not net.dense_gradients:
-            self.gradient = self.kernel.weight_gradient(x, g, blocks)
-        else:
-            if not len(self.whole):
-                self.whole = torch.empty_like(self.weight.data)
-            self.kernel.whole_gradient(x, g, blocks, self.whole)
-        if not self.kernel.sparse:
-            self.weight.grad = self.whole
-        if self.bias is not None:
-            self.bias.grad = torch.zeros_like(self.bias.data)
-            if not self.normalised:
-                call("channel_sums", g, self.bias.grad, net.samples)
-        if self.inputs[0]:  # nobody asks for the gradient of the images
-            self.kernel.input_gradient(g, dx, blocks)
-
-
-class _Norm(_Op):
+class _Norm(Op):
     """Batch norm, with the ReLU that follows."""
 
     relu = False
@@ -121,7 +43,7 @@ class _Norm(_Op):
         return self.mean, self.variance, *affine, float(m.eps), self.relu
 
     def forward(self, samples: int, training: bool) -> None:
-        """See `_Op.forward`; moves the running statistics."""
+        """See `Op.forward`; moves the running statistics."""
         m, (_, height, width) = self.module, self.out.shape
         count, running = samples * height * width, (m.running_mean, m.running_var)
         training = training or running[0] is None
@@ -130,32 +52,32 @@ class _Norm(_Op):
             self.variance.copy_(running[1])
         elif count < 2:
             raise ValueError(f"batch norm needs more than one value per channel, got {count}")
-        call("norm", self.sources[0], self.out, *self._given(), training, samples)
+        call("norm", self.x, self.out, *self._given(), training, samples)
         if training and running[0] is not None:
             m.num_batches_tracked += 1
             share = m.momentum if m.momentum is not None else 1.0 / int(m.num_batches_tracked)
             running[0].lerp_(self.mean, share)
             running[1].lerp_(self.variance * (count / (count - 1)), share)
 
-    def backward(self, g: Lines, dx: Lines, net: Bf16Network) -> None:
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
         grads = torch.empty(2, self.module.num_features)
-        call("norm_backward", self.sources[0], g, dx, *self._given(), *grads, net.samples)
+        call("norm_backward", self.x, g, dx, *self._given(), *grads, samples)
         if self.module.affine:
             self.module.weight.grad, self.module.bias.grad = grads
 
 
-class _Relu(_Op):
+class _Relu(Op):
     in_place = True
 
     def forward(self, samples: int, training: bool) -> None:
-        call("relu", self.sources[0], self.out, samples)
+        call("relu", self.x, self.out, samples)
 
-    def backward(self, g: Lines, dx: Lines, net: Bf16Network) -> None:
-        call("relu_backward", self.out, g, dx, net.samples)
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
+        call("relu_backward", self.out, g, dx, samples)
 
 
-@dataclass
-class _Dropout(_Op):
+@dataclass(eq=False)
+class _Dropout(Op):
     """The mask is a function of a seed that torch's generator draws, and isn't stored."""
 
     module: nn.Dropout
@@ -166,56 +88,55 @@ class _Dropout(_Op):
     def forward(self, samples: int, training: bool) -> None:
         self.rate = float(self.module.p) if training else 0.0
         self.seed = int(torch.randint(2**62, ())) if self.rate else 0
-        if self.rate or self.out is not self.sources[0]:
-            call("dropout", self.sources[0], self.out, self.rate, self.seed, samples)
+        if self.rate or self.out is not self.x:
+            call("dropout", self.x, self.out, self.rate, self.seed, samples)
 
-    def backward(self, g: Lines, dx: Lines, net: Bf16Network) -> None:
-        call("dropout", g, dx, self.rate, self.seed, net.samples)
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
+        call("dropout", g, dx, self.rate, self.seed, samples)
 
 
-@dataclass
-class _Pool(_Op):
+@dataclass(eq=False)
+class _Pool(Op):
     """Windows side by side; of the size of the image where no size is given."""
 
-    size: int | None
+    given: int | None
     mean: bool
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        channels, height, width = shapes[0]
-        if self.size is None and height != width:
+    def shape(self) -> Shape:
+        channels, height, width = self.inputs[0].size
+        if self.given is None and height != width:
             raise ValueError(f"the mean of an image that isn't square, {height} x {width}")
-        self.size = self.size or height
-        return channels, height // self.size, width // self.size
+        self.window = self.given or height
+        return channels, height // self.window, width // self.window
 
     def forward(self, samples: int, training: bool) -> None:
-        call("pool", self.sources[0], self.out, self.size, self.mean, samples)
+        call("pool", self.x, self.out, self.window, self.mean, samples)
 
-    def backward(self, g: Lines, dx: Lines, net: Bf16Network) -> None:
-        call("pool_backward", self.sources[0], self.out, g, dx, self.size, self.mean, net.samples)
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
+        call("pool_backward", self.x, self.out, g, dx, self.window, self.mean, samples)
 
 
-class _Add(_Op):
+class _Add(Op):
     def forward(self, samples: int, training: bool) -> None:
-        call("add", *self.sources, self.out, samples)
+        call("add", *(source.out for source in self.inputs), self.out, samples)
 
 
-class _Flatten(_Op):
+class _Flatten(Op):
     """A copy, as a pooling of single pixels."""
 
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        channels, height, width = shapes[0]
+    def shape(self) -> Shape:
+        channels, height, width = self.inputs[0].size
         return channels * height * width, 1, 1
 
     def forward(self, samples: int, training: bool) -> None:
-        (x,) = self.sources
-        out = Lines(x.blocks, x.shape, data=self.out.data)
-        call("pool", x, out, 1, True, samples)
+        out = Lines(self.out.blocks, self.x.shape, data=self.out.data)
+        call("pool", self.x, out, 1, True, samples)
 
-    def backward(self, g: Lines, dx: Lines, net: Bf16Network) -> None:
-        call("pool", Lines(g.blocks, dx.shape, data=g.data), dx, 1, True, net.samples)
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
+        call("pool", Lines(g.blocks, dx.shape, data=g.data), dx, 1, True, samples)
 
 
-def _operation(node: fx.Node, module: nn.Module | None) -> _Op:
+def _operation(node: fx.Node, module: nn.Module | None) -> Op:
     """The operation of a node; ValueError with a sentence for one that isn't known."""
     target, name = node.target, str(node.target)
     what = f"{name} ({type(module).__name__}): {module}" if module else f"{name} in {node.name}"
@@ -223,12 +144,13 @@ def _operation(node: fx.Node, module: nn.Module | None) -> _Op:
     if len(node.all_input_nodes) != (2 if target in SUMS else 1):
         raise unknown
     if isinstance(module, nn.Linear):
-        return _Layer(name, module)
+        return Layer(name, module, 1, 0)
     if isinstance(module, nn.Conv2d):
+        stride, padding = _single(module.stride), _single(module.padding)
         plain = module.groups == 1 and module.padding_mode == "zeros"
-        plain = plain and _single(module.dilation) == 1 and _single(module.padding) is not None
-        if plain and _single(module.stride) in (1, 2) and _single(module.kernel_size):
-            return _Layer(name, module)
+        plain = plain and _single(module.dilation) == 1 and _single(module.kernel_size) is not None
+        if plain and stride in (1, 2) and padding is not None:
+            return Layer(name, module, stride, padding)
     if isinstance(module, _BatchNorm):
         return _Norm(module)
     if isinstance(module, nn.ReLU) or target in (F.relu, torch.relu, "relu"):
@@ -259,8 +181,7 @@ class Bf16Network:
     """The model's passes over batches of fp32 images [N, C, H, W], through the kernels.
 
     Attributes:
-        dense_gradients: whether sparse layers have the gradients of all weights (`_Layer.whole`).
-        samples: of the last batch.
+        dense_gradients: whether sparse layers have the gradients of all weights (`Layer.whole`).
         layers: those with weights, by the name of the weight.
 
     Raises:
@@ -268,129 +189,119 @@ class Bf16Network:
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        self.masks, self.dense_gradients, self.samples = masks, True, 0
+        self.masks, self.dense_gradients = masks, True
         for name, parameter in model.named_parameters():
             if parameter.dtype != torch.float32 or not parameter.is_contiguous():
                 raise ValueError(f"weights must be contiguous float32 on the CPU, {name} isn't")
         modules: dict[Any, nn.Module] = dict(model.named_modules())
-        at: dict[Any, int] = {}
-        self.ops: list[_Op] = []
-        for node in fx.Tracer().trace(model).nodes:
-            inputs = [at[source] for source in node.all_input_nodes]
+        images, graph = Op(), fx.Tracer().trace(model)
+        self.ops, at = [images], dict.fromkeys(graph.nodes, images)
+        for node in graph.nodes:
+            sources = node.all_input_nodes
             module = modules[node.target] if node.op == "call_module" else None
-            if node.op == "placeholder":
-                at[node] = 0
-            elif node.op == "output" or isinstance(module, nn.Identity):
-                at[node] = self.last = inputs[0]
-            else:
-                op, (source, *_) = _operation(node, module), node.all_input_nodes
-                norm = self.ops[inputs[0] - 1] if inputs[0] else None
-                if isinstance(op, _Relu) and isinstance(norm, _Norm) and len(source.users) == 1:
-                    norm.relu = True
-                    at[node] = norm.number
+            if node.op == "output":
+                self.last = at[sources[0]]
+            elif isinstance(module, nn.Identity):
+                node.replace_all_uses_with(sources[0])
+                graph.erase_node(node)
+            elif node.op != "placeholder":
+                op = _operation(node, module)
+                op.inputs = [at[source] for source in sources]
+                norm, alone = op.inputs[0], len(sources[0].users) == 1
+                if isinstance(op, _Relu) and isinstance(norm, _Norm) and alone:
+                    norm.relu, at[node] = True, norm
                     continue
+                at[node] = op
                 self.ops.append(op)
-                at[node] = op.number = len(self.ops)
-                op.inputs = inputs
-        self.layers = {f"{op.name}.weight": op for op in self.ops if isinstance(op, _Layer)}
+        self.layers = {f"{op.name}.weight": op for op in self.ops if isinstance(op, Layer)}
         for op in self.ops:
-            op.readers = [reader for reader in self.ops if op.number in reader.inputs]
+            op.readers = [reader for reader in self.ops if op in reader.inputs]
             op.normalised = bool(op.readers) and all(isinstance(r, _Norm) for r in op.readers)
-        self._input: Shape | None = None
-        self._blocks = 0
+        self._prepared: tuple[Shape, int] = (0, 0, 0), 0
         self.follow()
 
     def follow(self) -> None:
         """Take on the masks and, in sparse layers, the weights of the model as they are now."""
         for name, layer in self.layers.items():
-            mask = self.masks.get(name)
-            most = sparse_up_to(layer.kernel.kernel)
-            few = mask is not None and int(mask.sum()) <= most * mask.numel()
-            layer.kernel.follow(mask if few else None)
-            layer.weight.grad = None
+            layer.follow(self.masks.get(name))
 
-    def sparse(self) -> dict[str, _Layer]:
+    def sparse(self) -> dict[str, Layer]:
         """The layers that are computed over their non-zeros, by the parameter's name."""
-        return {n: layer for n, layer in self.layers.items() if layer.kernel.sparse}
+        return {n: layer for n, layer in self.layers.items() if layer.sparse}
 
     def _prepare(self, shape: Shape, blocks: int) -> None:
         """Memory for batches of up to so many blocks of 32 images [C, H, W]."""
-        if shape == self._input and blocks <= self._blocks:
+        if shape == self._prepared[0] and blocks <= self._prepared[1]:
             return
-        self._input, self._blocks = shape, blocks
-        self._free: dict[tuple, list[Lines]] = {}
-        self._shapes = [shape]
-        for op in self.ops:
-            self._shapes.append(op.shape([self._shapes[n] for n in op.inputs]))
-        halos, self._borders = [0] * len(self._shapes), [0] * len(self._shapes)
-        for op in self.ops:
-            for n in op.inputs:
-                halos[n] = max(halos[n], op.halo)
-            handed_on = [self._borders[n] for n in op.inputs if isinstance(op, _Add)]
-            self._borders[op.number] = max([op.border, *handed_on])
+        self._prepared = shape, blocks
+        self._free: dict[tuple[Shape, int], list[Lines]] = {}
+        images, *ops = self.ops
+        images.size = shape
+        for op in ops:
+            op.size = op.shape()
+            if isinstance(op, _Add):  # hands its gradient on
+                op.border = max(source.border for source in op.inputs)
+        halos: dict[Op, int] = {}
         for op in reversed(self.ops):
-            if self._shares(op):
-                halos[op.inputs[0]] = max(halos[op.inputs[0]], halos[op.number])
-        results = [Lines(blocks, shape, halos[0])]
+            needed = [halos[r] if self._shares(r) else r.halo for r in op.readers]
+            halos[op] = max(needed, default=0)
         for op in self.ops:
-            op.sources = [results[n] for n in op.inputs]
-            op.out = op.sources[0]
-            if not self._shares(op):
-                op.out = Lines(blocks, self._shapes[op.number], halos[op.number])
-            results.append(op.out)
-        self._images = results[0]
+            op.out = op.x if self._shares(op) else Lines(blocks, op.size, halos[op])
 
-    def _shares(self, op: _Op) -> bool:
+    def _shares(self, op: Op) -> bool:
         """Whether the result takes its input's memory; a pooling looks at its result again."""
-        before = self.ops[op.inputs[0] - 1] if op.inputs[0] else None
-        alone = before is not None and len(before.readers) == 1
-        return op.in_place and alone and not isinstance(before, _Pool)
+        if not op.in_place:
+            return False
+        (before,) = op.inputs
+        return len(before.readers) == 1 and bool(before.inputs) and not isinstance(before, _Pool)
 
     def forward(self, images: Tensor, training: bool) -> Tensor:
         """Logits [N, classes] in fp32."""
-        self.samples = len(images)
+        self._samples = len(images)
         channels, height, width = (
             images.shape[1:] if images.dim() == 4 else (*images.shape[1:], 1, 1)
         )
-        self._prepare((channels, height, width), -(-self.samples // 32))
-        self._images.load(images)
-        for op in self.ops:
-            op.forward(self.samples, training)
-        return self.ops[self.last - 1].out.plain(self.samples).flatten(1)
+        self._prepare((channels, height, width), -(-self._samples // 32))
+        first, *ops = self.ops
+        first.out.load(images)
+        for op in ops:
+            op.forward(self._samples, training)
+        return self.last.out.plain(self._samples).flatten(1)
 
     def backward(self, gradient: Tensor) -> None:
         """Gradients of all parameters, from that of the logits [N, classes]."""
         g = self._lines(self.last)
         self._given = {self.last: g.load(gradient.reshape(-1, *g.shape))}
+        for layer in self.layers.values():
+            layer.dense_gradients = self.dense_gradients
         for op in reversed(self.ops):
-            if op.number not in self._given:
+            if op not in self._given or not op.inputs:
                 continue
-            g = self._given[op.number]
+            g = self._given[op]
             if isinstance(op, _Add):  # both have the same, until somebody adds to it
                 for source in op.inputs:
                     self._give(source, g)
             else:
                 dx = self._lines(op.inputs[0])
-                op.backward(g, dx, self)
+                op.backward(g, dx, self._samples)
                 self._give(op.inputs[0], dx)
-            del self._given[op.number]
+            del self._given[op]
             self._release(g)
 
-    def _lines(self, result: int) -> Lines:
+    def _lines(self, op: Op) -> Lines:
         """Memory for the gradient of a result, of whatever values within a border of zeros."""
-        key = (self._shapes[result], self._borders[result])
-        free = self._free.get(key)
-        return free.pop() if free else Lines(self._blocks, *key)
+        free = self._free.get((op.size, op.border))
+        return free.pop() if free else Lines(self._prepared[1], op.size, op.border)
 
-    def _give(self, result: int, g: Lines) -> None:
+    def _give(self, op: Op, g: Lines) -> None:
         """Add to the gradient of a result; nobody asks for that of the images."""
-        before = self._given.get(result)
+        before = self._given.get(op)
         if before is not None:
             shared = sum(before is other for other in self._given.values()) > 1
-            self._given[result] = self._lines(result) if shared else before
-            call("add", before, g, self._given[result], self.samples)
-        elif result:
-            self._given[result] = g
+            self._given[op] = self._lines(op) if shared else before
+            call("add", before, g, self._given[op], self._samples)
+        elif op.inputs:
+            self._given[op] = g
         self._release(g)
 
     def _release(self, g: Lines) -> None:
