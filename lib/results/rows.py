@@ -66,8 +66,7 @@ def load(
     """
     grid = planned(experiment, profile) if grid is None else grid
     root = Path(results or REPO / "results")  # own: runs of a grid that was changed by a knob
-    found = pd.concat([store.read_runs(root / profile), store.read_runs(root / "own" / profile)])
-    found = found.drop_duplicates("run_id")
+    found = store.read_runs(root / "own" / profile, root / profile)
     found = found.rename(columns={"kernels": "computed_by"})  # the grid's: what was asked for
     outcome = [name for name in found if name not in grid or name == "run_id"]
     rows = grid.merge(found[outcome], on="run_id")
@@ -80,7 +79,7 @@ def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFr
     per epoch), "layers" (per recorded epoch and layer) or "measures" (lib/results/store.py).
     """
     if rows.empty:  # of no profile, so of no folder
-        found = pd.DataFrame(columns=list(store.BESIDE[f".{kind}.csv"]))
+        found = pd.DataFrame(columns=list(store.FILES[f".{kind}.csv"]))
     else:
         folder = Path(results or REPO / "results") / rows.profile.iloc[0]
         found = getattr(store, f"read_{kind}")(folder)

@@ -142,9 +142,12 @@ def problem_of(
     """What is wrong with an experiment's files, or differs from those of `like`; "" if nothing."""
     try:
         runs = read_runs(csv)
-        curves, layers = read_curves(csv, runs=runs), read_layers(csv, runs=runs)
+        beside = [read_curves(csv), read_layers(csv)]
     except ValueError as error:
         return str(error)
+    curves, layers = (
+        table[table["run_id"].isin(runs["run_id"])].reset_index(drop=True) for table in beside
+    )
     if set(runs["run_id"]) != set(curves["run_id"]):
         return f"{csv}: a run without its curve"
     if like is not None:
@@ -152,8 +155,8 @@ def problem_of(
         others = read_runs(like)
         for mine, other in (
             (runs[kept], others[kept]),
-            (curves, read_curves(like, runs=others)),
-            (layers, read_layers(like, runs=others)),
+            (curves, read_curves(like)),
+            (layers, read_layers(like)),
         ):
             if not mine.equals(other):
                 return f"{csv}: other values than {like}"
