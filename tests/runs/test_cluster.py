@@ -24,7 +24,7 @@ def test_local_jobs_train_each_run_once(tmp_path: Path, monkeypatch: pytest.Monk
     runs = experiments.select(experiments.runs("main_results", "smoke"), ONLY)
     found = store.read_runs(tmp_path / "own" / "smoke")
     assert set(found["run_id"]) == {run.overridden(**tiny).run_id for run in runs}
-    assert len(store.read_curves(tmp_path / "own" / "smoke", found)) == 2
+    assert len(store.read_curves(tmp_path / "own" / "smoke")) == 2
 
 
 def test_a_shard_put_back_into_the_queue_is_the_same_shard() -> None:

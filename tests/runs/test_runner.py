@@ -108,7 +108,7 @@ def test_two_calls_wait_for_each_other_and_nothing_is_left(folder: Path) -> None
     assert set(runs["status"]) == {"ok"} and set(runs["steps"]) == {10}
     assert runs.loc[runs["method"] == "set", "weights_active"].tolist() == [13_310] * 2
     assert runs.loc[runs["method"] == "dense", "prune_rate"].isna().all()
-    assert sorted(store.read_curves(folder / "own" / "smoke", runs)["run_id"]) == wanted
+    assert sorted(store.read_curves(folder / "own" / "smoke")["run_id"]) == wanted
     assert not list((folder / "checkpoints" / "smoke").iterdir())
     before = [path.read_bytes() for path in sorted(folder.rglob("*.csv"))]
     out, _ = end(start(folder, *only))
