@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib import experiments, paths
-from lib.config import parse_field, unknown
+from lib.config import parse_field, parse_pair
 
 # What to do about an error of the system; its own message says no more than what it is.
 ADVICE = {
@@ -54,17 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Train what is missing of some experiments, or of all: the first seed first."""
+    for name in ("jobs", "threads", "shards"):
+        if (value := getattr(options, name)) is not None and not 1 <= value <= 10_000:
+            raise ValueError(f"--{name} must be from 1 to 10000, got {value}")
+    names = _names(options.experiment)
     selected: dict[str, Any] = {
         "only": options.only,
-        "overrides": dict(options.set),
+        "overrides": dict(map(parse_field, options.set)),
         "results_root": options.results and str(Path(options.results).resolve()),
         "device": options.device,
     }
-    names = _names(options.experiment)
     if not options.executor:
         from lib.runs.runner import run_experiments
 
-        more = {"jobs": options.jobs, "threads": options.threads, "shard": options.shard}
+        index, _, count = options.shard.partition("/")
+        if not (index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"--shard {options.shard!r}: write i/n, for instance 1/4")
+        more = {"jobs": options.jobs, "threads": options.threads, "shard": (int(index), int(count))}
         for name, rows in run_experiments(names, options.profile, **selected, **more).items():
             if len(rows):
                 print(_errors(name, rows))
@@ -73,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         return
     from lib.runs.cluster import submit
 
-    words = {k: int(v) if v.isdigit() else v for k, v in options.job}
+    words = {k: int(v) if v.isdigit() else v for k, v in map(parse_pair, options.job)}
     for name in names:
         jobs = submit(name, options.profile, options.executor, options.shards, words, **selected)
         print(f"{name} ({options.profile}): submitted {', '.join(job.job_id for job in jobs)}")
@@ -86,9 +92,10 @@ def _errors(name: str, rows: Any) -> str:
     """The test errors of an experiment's runs, in one line."""
     errors = rows["test_error_pct"].dropna()
     said = f"{name}: {len(rows)} runs, {(rows['status'] == 'diverged').sum()} of them diverged"
-    if len(errors):
-        said += f", test error {errors.min():.2f} to {errors.max():.2f} %"
-    return f"{said}, median {errors.median():.2f} %" if len(errors) else said
+    if errors.empty:
+        return said
+    span = f"{errors.min():.2f} to {errors.max():.2f} %, median {errors.median():.2f} %"
+    return f"{said}, test error {span}"
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -112,12 +119,8 @@ def notebooks(options: argparse.Namespace) -> None:
     """Execute the notebooks; executed copies go to results/<profile>/notebooks/."""
     from lib.runs.notebooks import execute_all
 
-    execute_all(
-        options.profile,
-        only=options.only,
-        parameters=dict(options.set),
-        results_root=options.results,
-    )
+    parameters = dict(map(parse_pair, options.set))
+    execute_all(options.profile, options.only, parameters, options.results)
 
 
 def figures(options: argparse.Namespace) -> None:
@@ -174,137 +177,66 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
 
 
-def _checked(function: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The function as a type of argparse that keeps what its ValueError says."""
-
-    def checked(text: str) -> Any:
-        try:
-            return function(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return checked
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise ValueError(f"{text!r}: write name=value, for instance epochs=15")
-    return name, value
-
-
-def field(text: str) -> tuple[str, Any]:
-    """A field of a run and its value, from "name=value"; ValueError otherwise."""
-    name, value = _pair(text)
-    return name, parse_field(name, value)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise ValueError(f"must be from 1 to 10000, got {text}")
-    return int(text)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
-        raise ValueError(f"{text!r}: write i/n, for instance 1/4")
-    return int(index), int(count)
-
-
-def _profile(text: str) -> str:
-    if text and text not in experiments.PROFILES:  # "": the largest scale that has rows
-        raise ValueError(unknown("profile", text, experiments.PROFILES))
-    return text
-
-
-def _experiment(text: str) -> str:
-    if text != "all":
-        experiments.experiment(text)
-    return text
+def _names(names: Sequence[str]) -> list[str]:
+    """The experiments named, each once; all of them for "all" and for none."""
+    if "all" in names or not names:
+        return list(experiments.EXPERIMENTS)
+    for name in names:
+        experiments.experiment(name)
+    return list(dict.fromkeys(names))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m lib", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    pairs: dict[str, Any] = {"action": "append", "default": []}
-    profiles = f"scale of the runs: {', '.join(experiments.PROFILES)} (default: quick)"
+    many: dict[str, Any] = {"action": "append", "default": []}
+    field = {**many, "metavar": "FIELD=VALUE"}
 
-    def add(function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def add(function: Callable[[argparse.Namespace], None]) -> Callable[..., argparse.Action]:
         name = function.__name__
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(command=function)
         command.add_argument("--traceback", action="store_true", help="show where an error arose")
         if function is not merge:
+            bound = function in (figures, report, verdict)
+            default, said = ("", "largest that has rows") if bound else ("quick", "quick")
+            text = f"scale of the runs (default: {said})"
             command.add_argument(
-                "--profile", type=_checked(_profile), default="quick", help=profiles
+                "--profile", choices=experiments.PROFILES, default=default, help=text
             )
-            command.add_argument(
-                "--results", metavar="DIR", help="write to and read from DIR instead"
-            )
-        return command
+            text = "write to and read from DIR instead"
+            command.add_argument("--results", metavar="DIR", help=text)
+        return command.add_argument
 
-    command = add(run)
+    option = add(run)
     known = f"all, {', '.join(experiments.EXPERIMENTS)}"
-    command.add_argument("experiment", nargs="+", type=_checked(_experiment), help=known)
-    command.add_argument("--only", **pairs, metavar="FIELD=VALUE", help="keep runs that have it")
-    command.add_argument(
-        "--set", **pairs, type=_checked(field), metavar="FIELD=VALUE", help="override in every run"
-    )
-    command.add_argument(
-        "--shard",
-        type=_checked(_shard),
-        default=(1, 1),
-        metavar="I/N",
-        help="every N-th run from I",
-    )
-    command.add_argument("--jobs", type=_checked(_count), help="runs side by side (default: cores)")
-    command.add_argument("--threads", type=_checked(_count), help="threads of each run")
-    command.add_argument("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
-    command.add_argument("--executor", choices=["local", "slurm"], help="submit shards as jobs")
-    command.add_argument("--shards", type=_checked(_count), default=2, help="number of jobs")
-    command.add_argument(
-        "--job",
-        **pairs,
-        type=_checked(_pair),
-        metavar="NAME=VALUE",
-        help="timeout_min=240, for one",
-    )
-    command = add(merge)
-    command.add_argument("target", help="CSV that the rows go to")
-    command.add_argument("sources", nargs="+", help="run CSVs; curves and layers come along")
-    command = add(status)
-    command.add_argument("experiment", nargs="*", type=_checked(_experiment), help="default: all")
-    command = add(notebooks)
-    command.add_argument("--only", **pairs, metavar="NAME", help="one notebook")
-    command.add_argument(
-        "--set",
-        **pairs,
-        type=_checked(_pair),
-        metavar="PARAMETER=VALUE",
-        help="papermill parameter",
-    )
-    for function in (figures, report, verdict):
-        command = add(function)
-        command.set_defaults(profile="")
-    command.add_argument("--all", action="store_true", help="also the claims without rows")
+    option("experiment", nargs="+", help=known)
+    option("--only", **field, help="keep runs that have it")
+    option("--set", **field, help="override in every run")
+    option("--shard", default="1/1", metavar="I/N", help="every N-th run from I")
+    option("--jobs", type=int, metavar="N", help="runs side by side (default: cores)")
+    option("--threads", type=int, metavar="N", help="threads of each run")
+    option("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
+    option("--executor", choices=["local", "slurm"], help="submit shards as jobs")
+    option("--shards", type=int, default=2, metavar="N", help="number of jobs")
+    option("--job", **many, metavar="NAME=VALUE", help="timeout_min=240, for one")
+    option = add(merge)
+    option("target", help="CSV that the rows go to")
+    option("sources", nargs="+", help="run CSVs; curves and layers come along")
+    add(status)("experiment", nargs="*", help="default: all")
+    option = add(notebooks)
+    option("--only", **many, metavar="NAME", help="one notebook")
+    option("--set", **many, metavar="PARAMETER=VALUE", help="papermill parameter")
+    add(figures)
+    add(report)
+    add(verdict)("--all", action="store_true", help="also the claims without rows")
     add(compare)
-    command = add(bench)
-    command.add_argument("--repeats", type=int, default=5, help="measurements of everything")
-    command.add_argument("--only", action="append", default=[], metavar="TOPIC", help="one topic")
-    command.add_argument(
-        "--network", action="append", default=[], metavar="NAME", help="one network"
-    )
-    command.add_argument(
-        "--density", action="append", type=float, default=[], help="share of weights (0.05)"
-    )
+    option = add(bench)
+    option("--repeats", type=int, default=5, help="measurements of everything")
+    option("--only", **many, metavar="TOPIC", help="one topic")
+    option("--network", **many, metavar="NAME", help="one network")
+    option("--density", **many, type=float, help="share of weights (0.05)")
     return parser
-
-
-def _names(names: Sequence[str]) -> list[str]:
-    """The experiments named, each once; all of them for "all" and for none."""
-    every = "all" in names or not names
-    return list(experiments.EXPERIMENTS) if every else list(dict.fromkeys(names))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
 import hashlib
 import json
@@ -79,10 +81,6 @@ def _be(condition: str, default: Any) -> Any:
     return field(default=default, metadata={"must be": condition, "is": _CONDITIONS[condition]})
 
 
-def _count(default: int = 0) -> Any:
-    return _be("in [0, 2**63)", default)
-
-
 def _one_of(*choices: str) -> Any:
     text = "one of " + ", ".join(choices)
     return field(default=choices[0], metadata={"must be": text, "is": choices.__contains__})
@@ -111,7 +109,7 @@ class Run:
     dataset: str = "mnist"
     model: str = "lenet300-100"
     method: str = "sparse_momentum"
-    method_version: int = _count()
+    method_version: int = _be("in [0, 2**63)", 0)
     prune: str = ""
     redistribution: str = ""
     growth: str = ""
@@ -121,27 +119,27 @@ class Run:
     keep_dense: tuple[str, ...] = ()
     prune_rate: float = _be("in [0, 1]", 0.2)
     schedule: str = "cosine"
-    update_every_steps: int = _count()
+    update_every_steps: int = _be("in [0, 2**63)", 0)
     options: tuple[tuple[str, float], ...] = ()
     momentum: float = _be("in [0, 1)", 0.9)
     nesterov: bool = True
     lr: float = _be("in (0, inf)", 0.1)
     lr_decay_every_steps: int = _be("in [1, 2**63)", 25_000)
     lr_decay: float = _be("in (0, 1]", 0.1)
-    warmup_epochs: int = _count()
+    warmup_epochs: int = _be("in [0, 2**63)", 0)
     weight_decay: float = _be("in [0, inf)", 5e-4)
     label_smoothing: float = _be("in [0, 1)", 0.0)
     dropout: float = _be("-1 or in [0, 1)", -1.0)
     batch_size: int = _be("in [1, 2**63)", 100)
     epochs: int = _be("in [1, 2**63)", 100)
-    train_samples: int = _count()
+    train_samples: int = _be("in [0, 2**63)", 0)
     val_fraction: float = _be("in (0, 1)", 0.1)
-    test_samples: int = _count()
+    test_samples: int = _be("in [0, 2**63)", 0)
     augment: bool = True
     precision: str = _one_of("fp32", "bf16")
     kernels: str = _one_of("auto", "sparse", "torch")
-    dense_window_steps: int = _count()
-    seed: int = _count()
+    dense_window_steps: int = _be("in [0, 2**63)", 0)
+    seed: int = _be("in [0, 2**63)", 0)
 
     def __post_init__(self) -> None:
         own = method_of(self.method)
@@ -149,55 +147,42 @@ class Run:
         fixed["method_version"] = self.method_version or own.version
         if self.method == "dense":
             fixed["density"] = 1.0
-        for item in fields(self):  # 1 and 1.0 are equal, so they must not give two ids
-            value = fixed.get(item.name, getattr(self, item.name))
-            object.__setattr__(self, item.name, valid(item.name, value))
+        for name, item in _FIELDS.items():  # 1 and 1.0 are equal, so they must not give two ids
+            value = fixed.get(name, getattr(self, name))
+            if value is not item.default:
+                object.__setattr__(self, name, valid(name, value))
         self._check_together()
 
     def _check_together(self) -> None:
-        """What no field can tell alone; the data set's size is of the files as published."""
+        """What no field can tell alone; the data set's size is of the files as published.
+
+        The last images of the training set are held out to validate; ImageNet has others for that.
+        """
         if self.dataset not in IMAGES:
             raise ValueError(unknown("data set", self.dataset, IMAGES))
-        train, validate = self.images_to_train_on, self.images_to_validate_on
-        if train < 1 or validate < 1:
+        total, test = IMAGES[self.dataset]
+        held_out = round(self.val_fraction * total)
+        train = total if self.dataset == "imagenet" else total - held_out
+        if held_out < 1 or train < 1:
             raise ValueError(
                 f"val_fraction={self.val_fraction:g} leaves {train} images of {self.dataset} for "
-                f"training and {validate} for validation: each needs at least one"
+                f"training and {held_out} for validation: each needs at least one"
             )
         for name, most, what in (
             ("method_version", METHODS[self.method].version, f"of {self.method!r} in this code"),
             ("train_samples", train, "images left for training"),
-            ("test_samples", IMAGES[self.dataset][1], f"images of {self.dataset}'s test set"),
-            ("batch_size", self.images_an_epoch, "images trained on"),
+            ("test_samples", test, f"images of {self.dataset}'s test set"),
+            ("batch_size", self.train_samples or train, "images trained on"),
         ):
             if (value := getattr(self, name)) > most:
                 raise ValueError(f"{name} must be at most the {most} {what}, got {value}")
 
-    @property
-    def images_to_validate_on(self) -> int:
-        """The last images of the training set; ImageNet has a validation set of its own."""
-        total, test = IMAGES[self.dataset]
-        return test if self.dataset == "imagenet" else round(self.val_fraction * total)
-
-    @property
-    def images_to_train_on(self) -> int:
-        """Images of the training set that aren't held out, of which `train_samples` are used."""
-        total = IMAGES[self.dataset][0]
-        return total if self.dataset == "imagenet" else total - self.images_to_validate_on
-
-    @property
-    def images_an_epoch(self) -> int:
-        """Images that pass through the network in each epoch of training."""
-        return self.train_samples or self.images_to_train_on
-
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their default; a method's own rules count as defaults."""
-        own: dict[str, Any] = {n: getattr(METHODS[self.method], n) for n in _RULES}
-        own["method_version"] = 1
+        own = {**vars(METHODS[self.method]), "method_version": 1}
         if self.method == "dense":
             own["density"] = 1.0
-        values = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
-        return {n: value for n, (value, default) in values.items() if value != own.get(n, default)}
+        return {n: v for n, v in vars(self).items() if v != own.get(n, _FIELDS[n].default)}
 
     @property
     def run_id(self) -> str:
@@ -230,24 +215,28 @@ class Run:
 _FIELDS = {item.name: item for item in fields(Run)}
 
 
-def parse_field(name: str, text: str) -> Any:
-    """The value of one field written as text (command line): "epochs", "15" -> 15."""
+def parse_pair(text: str) -> tuple[str, str]:
+    """Name and value of "name=value"; ValueError without the sign."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"{text!r}: write name=value, for instance epochs=15")
+    return name, value
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """A field and its value, from the command line: "epochs=15" -> ("epochs", 15)."""
+    name, words = parse_pair(text)
     if name not in _FIELDS:
         raise ValueError(unknown("field of a run", name, _FIELDS))
     kind: type = type(_FIELDS[name].default)
-    value: Any = text
-    try:
-        if kind is bool:
-            value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        elif kind is tuple:
-            value = tuple(part for part in text.split(",") if part)
-            if name == "options":
-                value = tuple((k, _number(v, float)) for k, v in (p.split("=") for p in value))
-        elif kind is not str:
-            value = _number(text, kind)
-    except (KeyError, ValueError):
-        raise ValueError(f"{name}={text!r} can't be read as {kind.__name__}") from None
-    return valid(name, value)
+    value: Any = words
+    if kind is tuple:
+        parts = [part for part in words.split(",") if part]
+        value = list(map(parse_pair, parts)) if name == "options" else parts
+    elif kind is not str:
+        with contextlib.suppress(SyntaxError, ValueError):
+            value = ast.literal_eval(words.capitalize())  # a number, or true as True
+    return name, valid(name, value)
 
 
 def valid(name: str, value: Any) -> Any:
@@ -272,13 +261,6 @@ def stream_seed(seed: int, purpose: str, *index: int) -> int:
     """63-bit seed of one random stream, alike in every process: hash of (seed, purpose, index)."""
     text = ":".join([str(seed), purpose, *map(str, index)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def _number(text: str, kind: type) -> Any:
-    """The number in ASCII digits; Python itself reads those of every script, and 1_000."""
-    if not text.isascii() or "_" in text:
-        raise ValueError(text)
-    return kind(text)
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:

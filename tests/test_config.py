@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lib import config, masking
+from lib import masking
 from lib.config import METHODS, Run, method_of, parse_field, stream_seed
+from lib.paths import REPO
 
 # Ids are what keeps thousands of finished runs valid: none of these may ever change, except by a
 # method's version.
@@ -48,7 +50,7 @@ def test_rules_equal_to_the_methods_own_are_defaults():
     assert Run(method="set", growth="momentum").run_id != Run(method="set").run_id
 
 
-def test_every_other_field_changes_the_id():
+def test_every_field_changes_the_id():
     other = {
         "dataset": "cifar10",
         "model": "lenet5",
@@ -66,18 +68,14 @@ def test_every_other_field_changes_the_id():
         "augment": False,
         "precision": "bf16",
         "kernels": "torch",
-        "momentum": 0.8,
+        "label_smoothing": 0.25,
         "train_samples": 1000,
         "dropout": 0.2,
     }
     ids = {Run().run_id}
     for name, default in vars(Run()).items():
-        value = other.get(name)
-        if value is None:
-            value = default / 2 if isinstance(default, float) and default else 0.25
-            value = value if isinstance(default, float) else default + 1
-        changed = replace(Run(), **{name: value})
-        ids.add(changed.run_id)
+        value = other.get(name, default / 2 if isinstance(default, float) else None)
+        ids.add(replace(Run(), **{name: default + 1 if value is None else value}).run_id)
     assert len(ids) == len(vars(Run())) + 1
 
 
@@ -144,45 +142,41 @@ def test_overriding():
 )
 def test_bad_values_are_named(name, values):
     for value in values:
-        with pytest.raises(
-            ValueError, match=re.escape(f"{value:g}" if value == 1e-8 else str(value))
-        ):
+        with pytest.raises(ValueError, match=f"{name}|unknown .*{value}"):
             Run(**{name: value})
     for ends in ({"dropout": -1}, {"dropout": 0}, {"density": 1}, {"prune_rate": 0}, {"seed": 0}):
         Run(**ends)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "value"),
+    ("text", "value"),
     [
-        ("epochs", "15", 15),
-        ("density", "0.05", 0.05),
-        ("lr", "1", 1.0),
-        ("nesterov", "False", False),
-        ("nesterov", "1", True),
-        ("model", "lenet5", "lenet5"),
-        ("keep_dense", "conv1,fc.*", ("conv1", "fc.*")),
-        ("keep_dense", "", ()),
-        ("options", "l1=1e-5,temperature=0", (("l1", 1e-5), ("temperature", 0.0))),
-        ("epochs", "1.5", None),
-        ("epochs", "１５", None),
-        ("epochs", "1_000", None),
-        ("seed", "1" * 26, None),
-        ("lr_decay", "nan", None),
-        ("density", "5%", None),
-        ("nesterov", "maybe", None),
-        ("options", "l1", None),
-        ("densty", "1", None),
+        ("epochs=15", 15),
+        ("density=0.05", 0.05),
+        ("lr=1", 1.0),
+        ("nesterov=False", False),
+        ("nesterov=true", True),
+        ("model=lenet5", "lenet5"),
+        ("keep_dense=conv1,fc.*", ("conv1", "fc.*")),
+        ("keep_dense=", ()),
+        ("options=l1=1e-5,temperature=0", (("l1", 1e-5), ("temperature", 0.0))),
     ],
 )
-def test_parse_field(name, text, value):
-    if value is None:
-        with pytest.raises(ValueError, match=re.escape("densty" if name == "densty" else text)):
-            parse_field(name, text)
-        return
-    parsed = parse_field(name, text)
+def test_fields_are_read(text, value):
+    name, parsed = parse_field(text)
     assert parsed == value and type(parsed) is type(value)
     assert getattr(Run(**{name: parsed}), name) == value
+
+
+REFUSED = ["epochs=1.5", "epochs=１５", "epochs=", "lr_decay=nan", "density=5%", "nesterov=maybe"]
+REFUSED += ["options=l1", "options=l1=x", "densty=0.5", "epochs", f"seed={'1' * 26}"]
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_no_field_is_refused_by_name(text):
+    name, last = text.split("=")[0], text.split("=")[-1]
+    with pytest.raises(ValueError, match=f"{name}|'{last}'"):
+        parse_field(text)
 
 
 def test_streams_are_pinned_and_apart():
@@ -203,16 +197,10 @@ def test_ids_and_streams_are_the_same_in_every_process(hash_seed):
         "from lib.config import Run, stream_seed\n"
         "print(Run(method='set', options=(('l1', 1e-5),), epochs=7).run_id, stream_seed(5, 'x', 1))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONHASHSEED": hash_seed, "PATH": ""},
-        cwd=config.__file__.rsplit("/", 2)[0],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    said = subprocess.check_output([sys.executable, "-c", code], env=env, cwd=REPO, text=True)
     run = Run(method="set", options=(("l1", 1e-5),), epochs=7)
-    assert done.stdout.split() == [run.run_id, str(stream_seed(5, "x", 1))]
+    assert said.split() == [run.run_id, str(stream_seed(5, "x", 1))]
 
 
 def test_the_rules_of_every_method_exist():

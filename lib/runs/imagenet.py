@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.config import Run, stream_seed
+from lib.config import Run, parse_field, stream_seed
 from lib.data import DataError, Dataset
 from lib.engine import TorchEngine
 from lib.models import IMAGENET_SHAPE
@@ -255,13 +255,12 @@ def open_image(path: str) -> Image.Image:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the missing runs of experiment "imagenet", with all processes on one run at a time."""
-    from lib.__main__ import field
     from lib.runs import machine, runner, single
 
     parser = argparse.ArgumentParser(prog="torchrun -m lib.runs.imagenet", description=main.__doc__)
     parser.add_argument("--profile", default="paper")
     parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--set", action="append", default=[], type=field, metavar="FIELD=VALUE")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--results", metavar="DIR")
     parser.add_argument("--workers", type=int, help="reading processes per GPU")
     options = parser.parse_args(arguments)
@@ -288,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "imagenet",
             options.profile,
             only=options.only,
-            overrides=dict(options.set),
+            overrides=dict(map(parse_field, options.set)),
             results_root=options.results,
         )
         for task in runner.missing("imagenet", tasks):

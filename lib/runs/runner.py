@@ -114,7 +114,7 @@ def tasks_of(
     elif grid is not None:
         runs = list(grid)
     if overrides:
-        runs = experiments.unique(run.overridden(**overrides) for run in runs)
+        runs = list(dict.fromkeys(run.overridden(**overrides) for run in runs))
     runs = experiments.select(runs, only)
     index, count = shard
     if not 1 <= index <= count:
