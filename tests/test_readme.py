@@ -51,8 +51,8 @@ def test_commands_are_understood() -> None:
     assert "make reproduce PROFILE=smoke" in README
 
 
-def test_the_code_for_a_network_of_ones_own_runs() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", section("Use it on your network"), re.DOTALL)
+def test_the_code_runs_in_its_order() -> None:
+    """Every block in one namespace that has only what README calls the reader's own."""
     model = build_model("lenet300-100")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -64,8 +64,18 @@ def test_the_code_for_a_network_of_ones_own_runs() -> None:
     batches = [(torch.rand(8, 1, 28, 28), torch.randint(10, (8,))) for _ in range(3)]
     names: dict[str, Any] = {"model": model, "optimizer": optimizer, "epochs": 2}
     names |= {"batches": batches, "train_on": train_on}
-    exec(code, names)
+    first, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(first, names)
     masking = names["masking"]
-    weights = dict(model.named_parameters())
-    assert sum(int(mask.sum()) for mask in masking.masks.values()) == round(0.05 * 266_200)
-    assert not any(weights[name][~mask].any() for name, mask in masking.masks.items())
+    masks = {name: mask.clone() for name, mask in masking.masks.items()}
+    assert masking.steps == 6 and sum(map(torch.sum, masks.values())) == round(0.05 * 266_200)
+    for code in others:
+        exec(code, names)
+    averaged = dict(names["averaged"].module.named_parameters())
+    for weights in (dict(model.named_parameters()), averaged):
+        assert not any(weights[name][~mask].any() for name, mask in masks.items())
+    for name, matrix in names["stored"].items():
+        assert torch.equal(matrix.to_dense(), model.get_parameter(name))
+    train_on(*batches[0])
+    names["masking"].step()
+    assert any(line.grown for line in names["masking"].update())  # by the reader's own rule
