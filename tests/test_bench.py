@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lib import bench
@@ -17,7 +17,7 @@ from tests.support.made_up_data import cifar
 
 def test_ratios_follow_from_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_torch(run: Run, data: Dataset | None) -> bench.Side:  # nothing is compiled
-        return bench.Side(TrainingLoop(replace(run, kernels="torch"), data), run.batch_size)
+        return bench.Side(TrainingLoop(replace(run, kernels="torch"), data))
 
     monkeypatch.setattr(bench, "sparse_side", by_torch)
     found = {r["what"]: r for r in bench.steps("wrn-10-1", 0.05, 1, cifar(40), 8)}
@@ -35,17 +35,23 @@ def test_ratios_follow_from_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_stored_rows_replace_only_their_topic_and_setting(tmp_path: Path) -> None:
-    def line(topic: str, setting: str, value: float) -> bench.Row:
-        return {"topic": topic, **bench.row("w", setting, [value], "x"), "machine": "m"}
+    def table(*lines: tuple[str, str, float]) -> pd.DataFrame:
+        rows = [
+            {"topic": t, **bench.row("w", s, pd.Series([v]), "x"), "machine": "m"}
+            for t, s, v in lines
+        ]
+        return pd.DataFrame(rows)
 
     path = tmp_path / "bench" / "kernels.csv"
-    bench.store(path, [line("sparse_steps", "a", 1.0), line("one_thread", "a", 2.0)])
-    bench.store(path, [line("sparse_steps", "a", 3.0), line("lenets", "a", 4.0)])
-    with path.open(newline="") as file:
-        assert [(r["topic"], r["value"]) for r in csv.DictReader(file)] == [
-            ("one_thread", "2.0"),
-            ("sparse_steps", "3.0"),
-        ]
+    bench.store(path, table(("sparse_steps", "a", 1 / 3), ("one_thread", "a", 2 / 3)))
+    bench.store(path, table(("sparse_steps", "a", 3.0), ("sparse_steps", "b", 4.0)))
+    found = pd.read_csv(path)
+    assert path.read_text().startswith("topic,what,setting,value,unit,low,high,n,machine\n")
+    assert list(zip(found.topic, found.setting, found.value, strict=True)) == [
+        ("one_thread", "a", 2 / 3),
+        ("sparse_steps", "a", 3.0),
+        ("sparse_steps", "b", 4.0),
+    ]
 
 
 @pytest.mark.parametrize(
