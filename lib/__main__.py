@@ -155,7 +155,7 @@ def verdict(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Set the rows under --results beside the committed ones, cell by cell."""
-    from lib.results.compare import compare as cells
+    from lib.results.rows import compare as cells
 
     found = cells(options.profile, options.results)
     print(found.to_string(index=False, float_format="%.2f"))

@@ -7,13 +7,12 @@ and, in the report's run, keeps it in verdicts.csv.  The rule is `stats.verdict`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lib.paths import REPO
@@ -26,6 +25,7 @@ FOLDER: Path | None = None
 NO_ROWS = "no rows yet"
 _ORDER = ["not reproduced", "inconclusive", "not comparable", "reproduced"]  # the weakest first
 _PART = ["id", "part", "decides", "mean", "low", "high", "unit", "n", "p", "p_holm", "verdict"]
+_ROW = ["id", "verdict", "part", "mean", "low", "high", "unit", "n", "p", "p_holm", "missing"]
 _judged: dict[tuple[str, str], Judged] = {}  # by profile and id, of this process
 
 
@@ -37,25 +37,23 @@ def claims() -> pd.DataFrame:
 
 @dataclass
 class Judged:
-    """What the rows say about one claim; shows itself in a notebook."""
+    """What the rows say about one claim, before Holm; shows itself in a notebook."""
 
-    id: str
-    verdict: str  # before Holm
-    part: str = ""  # the one that decides: what speaks least for the claim
-    one: Interval = field(default_factory=lambda: Interval(NAN, NAN, NAN, 0, NAN))
-    p: float = NAN
-    missing: tuple[str, ...] = ()
-    parts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=_PART))
+    row: dict[str, Any]  # a line of verdicts.csv; its part decides: what speaks least for the claim
+    parts: pd.DataFrame  # lines of verdicts.parts.csv
 
     def _repr_markdown_(self) -> str:
-        lines = [f"*{claims().loc[self.id].statement}*: **{self.verdict}**.", ""]
+        lines = [f"*{claims().loc[self.row['id']].statement}*: **{self.row['verdict']}**.", ""]
         part: Any
         for part in self.parts.itertuples():
-            one = Interval(part.mean, part.low, part.high, part.n, NAN)
-            said = f"{one.ci} {part.unit}, n = {part.n}, {part.verdict}"
+            said = f"{_ci(part)} {part.unit}, n = {part.n}, {part.verdict}"
             lines.append(f"- {part.part}: {said}{'' if part.decides else ', listed only'}")
-        lines += [f"- no rows yet: {', '.join(self.missing)}"] if self.missing else []
+        lines += [f"- no rows yet: {self.row['missing']}"] if self.row["missing"] else []
         return "\n".join(lines)
+
+
+def _ci(line: Any) -> str:
+    return Interval(line.mean, line.low, line.high, line.n, NAN).ci
 
 
 def judge(
@@ -71,39 +69,37 @@ def judge(
     number.  A cell that runs again judges again.  KeyError for an id that claims.csv lacks.
     """
     claim: Any = claims().loc[ident]
+    comparable = profile == "paper" or (profile != "smoke" and claim.kind not in PAPER_ONLY)
     found = {name: one for name, one in parts.items() if one is not None}
-    lines = [_line(ident, name, one, profile, True) for name, one in found.items()]
-    singles = [_line(ident, name, one, profile, False) for name, one in alone.items() if one]
-    for line, p in zip(singles, holm(line["p"] for line in singles), strict=True):
-        line["p_holm"] = p
-    missing = tuple(name for name in parts if name not in found)
-    result = Judged(ident, NO_ROWS, missing=missing)
-    if lines:
-        weakest = min(
-            lines,
-            key=lambda line: (_ORDER.index(line["verdict"]), -np.nan_to_num(line["p"], nan=1)),
-        )
-        said = {line["verdict"] for line in lines}
+    lines = pd.DataFrame(
+        [
+            [ident, name, decides, *one[:3], one.unit, one.n,
+             p_value(claim.kind, one, claim.margin), NAN,
+             verdict(claim.kind, one, claim.margin) if comparable else "not comparable"]
+            for decides, ones in ((True, found), (False, alone if found else {}))
+            for name, one in ones.items() if one
+        ],
+        columns=_PART,
+    )  # fmt: skip
+    listed = ~lines.decides.astype(bool)
+    lines.loc[listed, "p_holm"] = holm(lines.p[listed])
+    missing = [name for name in parts if name not in found]
+    row = dict.fromkeys(_ROW, NAN) | {"id": ident, "verdict": NO_ROWS, "part": "", "n": 0}
+    row |= {"unit": "points", "missing": "; ".join(missing)}
+    if found:
+        mine = lines[~listed]
+        ranks = mine.assign(rank=mine.verdict.map(_ORDER.index), p=-mine.p.fillna(1))
+        weakest = mine.loc[ranks.sort_values(["rank", "p"], kind="stable").index[0]]
+        said = set(mine.verdict)
         one_voice = len(said) == 1 and (not missing or "not comparable" in said)
         whole = said.pop() if one_voice else "inconclusive"
-        if weakest["verdict"] == "not reproduced":
+        if weakest.verdict == "not reproduced":
             strict = [verdict(claim.kind, one, claim.margin, len(found)) for one in found.values()]
             whole = "not reproduced" if "not reproduced" in strict else "inconclusive"
-        result = Judged(ident, whole, weakest["part"], found[weakest["part"]],
-                        max(line["p"] for line in lines), missing,
-                        pd.DataFrame([*lines, *singles], columns=_PART))  # fmt: skip
-    _judged[profile, ident] = result
-    return result
-
-
-def _line(ident: str, name: str, one: Interval, profile: str, decides: bool) -> dict[str, Any]:
-    claim: Any = claims().loc[ident]
-    said = verdict(claim.kind, one, claim.margin)
-    if profile == "smoke" or (claim.kind in PAPER_ONLY and profile != "paper"):
-        said = "not comparable"
-    p = p_value(claim.kind, one, claim.margin)
-    values = [ident, name, decides, *one[:3], one.unit, one.n, p, NAN, said]
-    return dict(zip(_PART, values, strict=True))
+        row |= weakest[["part", "mean", "low", "high", "unit", "n"]].to_dict()
+        row |= {"verdict": whole, "p": max(mine.p)}
+    _judged[profile, ident] = Judged(row, lines)
+    return _judged[profile, ident]
 
 
 def verdicts(profile: str, *experiments: str) -> pd.DataFrame:
@@ -116,22 +112,17 @@ def verdicts(profile: str, *experiments: str) -> pd.DataFrame:
     if unjudged := [ident for ident in wanted.index if (profile, ident) not in _judged]:
         raise ValueError(f"not judged: {', '.join(unjudged)}")
     found = [_judged[profile, ident] for ident in wanted.index]
-    rows = pd.DataFrame(
-        [{"id": j.id, "verdict": j.verdict, "part": j.part, "mean": j.one.mean, "low": j.one.low,
-          "high": j.one.high, "unit": j.one.unit, "n": j.one.n, "p": j.p, "p_holm": NAN,
-          "missing": "; ".join(j.missing)} for j in found],
-        index=list(wanted.index),
-    )  # fmt: skip
-    for _, mine in wanted[wanted.whose.str.startswith("authors")].groupby("experiment"):
+    rows: Any = pd.DataFrame([judged.row for judged in found], index=list(wanted.index))
+    for _, mine in wanted[wanted.whose == "authors"].groupby("experiment"):
         tested = rows.p[mine.index].where(rows.verdict[mine.index] != "not comparable")
         rows.loc[mine.index, "p_holm"] = holm(tested)
     rows.loc[(rows.verdict == "reproduced") & (rows.p_holm >= 0.05), "verdict"] = "inconclusive"
-    parts = [j.parts for j in found if len(j.parts)]
+    parts = [judged.parts for judged in found if len(judged.parts)]
     if FOLDER:
         _put(rows, FOLDER / profile / "verdicts.csv")
     if FOLDER and parts:
         _put(pd.concat(parts), FOLDER / profile / "verdicts.parts.csv")
-    told = [f"{j.part}: {j.one.ci} {j.one.unit}" if j.one.n else "–" for j in found]
+    told = [f"{r.part}: {_ci(r)} {r.unit}" if r.n else "–" for r in rows.itertuples()]
     return pd.DataFrame({
         "claim": wanted.statement, "whose": wanted.whose, "difference [95 %]": told, "n": rows.n,
         "verdict": rows.verdict,
@@ -144,22 +135,15 @@ def scorecard(
     """Each claim with its verdict at this profile, or at the largest of SCALES that has one, from
     verdicts.csv; without `whole` only those that have rows.
     """
-    scales = [profile] if profile else list(SCALES)
+    scales = [profile] if profile else SCALES
     files = [Path(results or REPO / "results") / scale / "verdicts.csv" for scale in scales]
     parts = [pd.read_csv(f).assign(scale=f.parent.name) for f in files if f.exists()]
-    if not parts:
-        return pd.DataFrame(
-            columns=["claim", "verdict", "whose", "difference [95 %]", "decided by", "scale"]
-        )
-    found = pd.concat(parts)
+    found = pd.concat(parts or [pd.DataFrame(columns=[*_ROW, "scale"])])
     found = found[found.verdict != NO_ROWS].drop_duplicates("id").set_index("id")
-    table = claims().drop(columns="unit").join(found, how="left" if whole else "inner")
-    numbers = table[["mean", "low", "high", "n", "unit"]].itertuples(index=False, name=None)
+    table: Any = claims().drop(columns="unit").join(found, how="left" if whole else "inner")
     ours = [
-        f"{Interval(mean, low, high, n, NAN).ci}\N{NO-BREAK SPACE}{unit}, n = {n:.0f}"
-        if n > 0
-        else ""
-        for mean, low, high, n, unit in numbers
+        f"{_ci(line)}\N{NO-BREAK SPACE}{line.unit}, n = {line.n:.0f}" if line.n > 0 else ""
+        for line in table.itertuples()
     ]
     return pd.DataFrame({
         "claim": table.statement, "whose": table.whose, "verdict": table.verdict.fillna(NO_ROWS),

@@ -21,9 +21,10 @@ from lib.results import store
 from lib.results.stats import Interval, t_interval
 
 GUESSING = {"mnist": np.log(10), "cifar10": np.log(10), "imagenet": np.log(1000)}  # nats
-
-
 SCALES = ("paper", "hours")  # the largest first; quick and smoke show that the code runs, no more
+CELL = [name for name in Run.__dataclass_fields__ if name != "seed"]
+SAME, WITHIN, DIFFERS = "same bits", "within its interval", "differs"
+_RESULT = ["status", "test_error_pct", "val_error_pct", "train_loss", "weights_active"]
 
 
 def largest(experiment: str, profile: str = "", results: str | Path = "") -> str:
@@ -89,11 +90,9 @@ def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFr
 
 def select(rows: pd.DataFrame, **where: Any) -> pd.DataFrame:
     """The rows with these values; a list means any of them.  KeyError for an unknown column."""
-    chosen = np.ones(len(rows), bool)
     for name, wanted in where.items():
-        wanted = wanted if isinstance(wanted, list) else [wanted]
-        chosen &= np.array([value in wanted for value in rows[name]], bool)
-    return rows[chosen]
+        rows = rows[rows[name].isin(wanted if isinstance(wanted, list) else [wanted])]
+    return rows
 
 
 def by_seed(rows: pd.DataFrame, over: str = "", log: bool = False) -> pd.Series:
@@ -188,10 +187,41 @@ def scale(rows: pd.DataFrame) -> str:
     """Profile, epochs, seeds in a cell, runs and hardware of these rows, in one line."""
     if rows.empty:
         return "No runs yet."
-    fields = [name for name in Run.__dataclass_fields__ if name != "seed"]
-    cells = rows.groupby(fields).seed.nunique()
+    cells = rows.groupby(CELL).seed.nunique()
     span = lambda v: f"{min(v)}" if min(v) == max(v) else f"{min(v)} to {max(v)}"  # noqa: E731
     profile = rows.profile.iloc[0] + ("" if rows.profile.iloc[0] == "paper" else " (reduced scale)")
     devices = " and ".join(sorted(set(rows.device)))
     size = f"{span(rows.epochs)} epochs, {span(cells)} seeds, {len(rows)} runs"
     return f"Profile {profile}: {size}, {devices}."
+
+
+def compare(profile: str, folder: str | Path) -> pd.DataFrame:
+    """One row per cell that both have: experiment, model, method, density, n (shared seeds), both
+    mean test errors (%), and whether all runs end in the same bits, the new mean lies in the 95 %
+    interval of the committed one, or not (also where one shared seed leaves no interval).
+
+    Raises ValueError where the folder has no run that is committed too.
+    """
+    found: list[dict[str, object]] = []
+    for name in experiments.EXPERIMENTS:
+        ours, theirs = load(name, profile), load(name, profile, folder)
+        if ours.empty or theirs.empty:
+            continue
+        ours, theirs = ours.set_index("run_id"), theirs.set_index("run_id")
+        ours = ours[ours.index.isin(theirs.index)]
+        theirs = theirs.loc[ours.index]
+        same = (ours[_RESULT].fillna(-1) == theirs[_RESULT].fillna(-1)).all(axis=1)
+        for _, cell in ours.groupby(CELL, dropna=False):
+            mine, other = by_seed(cell), by_seed(theirs.loc[cell.index])
+            known = t_interval(mine)
+            said = WITHIN if known.low <= other.mean() <= known.high else DIFFERS
+            said = SAME if same[cell.index].all() else said
+            first = cell.iloc[0]
+            found.append(
+                {"experiment": name, "model": first.model, "method": first.method}
+                | {"density": first.density, "n": len(cell), "committed": mine.mean()}
+                | {"here": other.mean(), "said": said}
+            )
+    if not found:
+        raise ValueError(f"{folder} has no run of profile {profile} that is committed too")
+    return pd.DataFrame(found)
