@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.config import UNMASKED, method_of
-from lib.methods import checks
+from lib.methods import checks, parts
 from lib.methods.masks import (
     INITS,
     Masks,
@@ -36,23 +36,7 @@ from lib.methods.masks import (
     shared_stream,
     unwrapped,
 )
-from lib.methods.parts import (
-    GROWTH,
-    PRUNE,
-    REDISTRIBUTION,
-    DivergenceError,
-    Layer,
-    Rule,
-    Stream,
-    carried,
-    clear_by_bits,
-    clear_outside,
-    leave_no_layer_empty,
-    pick,
-    prune_smallest,
-    quotas,
-    whole,
-)
+from lib.methods.parts import GROWTH, PRUNE, REDISTRIBUTION, DivergenceError, Layer, clear_outside
 from lib.methods.rules import choose_anywhere, deepr_step, reset_momentum, share_out_by_feedback
 
 __all__ = ["EVERY_STEP", "GROWTH", "PRUNE", "REDISTRIBUTION", "DivergenceError", "Layer"]
@@ -76,7 +60,7 @@ def prune_magnitude(layers: Sequence[Layer], rate: float, state: dict[str, Any])
     layers lose less (`own_rate`), fractions of a weight are carried to the next update (`carried`).
     """
     rates = [layer.own_rate(rate, len(layers)) for layer in layers]
-    return prune_smallest(layers, rates, state)
+    return parts.prune_smallest(layers, rates, state)
 
 
 # ---- 2. Redistribute ------------------------------------------------------------
@@ -96,9 +80,9 @@ def share_out(layers: Sequence[Layer], state: dict[str, Any]) -> list[int]:
     """
     total = sum(layer.pruned for layer in layers)
     capacity = [layer.room for layer in layers]
-    shares = quotas(total, [layer.share or 0.0 for layer in layers], capacity)
+    shares = parts.quotas(total, [layer.share or 0.0 for layer in layers], capacity)
     quota = {f"grown/{layer.name}": share for layer, share in zip(layers, shares, strict=True)}
-    return carried(quota, state, lambda wanted: whole(total, wanted, capacity))
+    return parts.carried(quota, state, lambda wanted: parts.whole(total, wanted, capacity))
 
 
 # ---- 3. Grow ------------------------------------------------------------
@@ -110,7 +94,7 @@ def grow_momentum(layer: Layer) -> Tensor:
     return layer.momentum.abs()
 
 
-def choose(layer: Layer, growth: Rule, number: int) -> Tensor:
+def choose(layer: Layer, growth: parts.Rule, number: int) -> Tensor:
     """The survivors and so many inactive weights of the highest scores (bool, the weight's shape).
     A weight that was pruned just now is a candidate.
     """
@@ -119,7 +103,7 @@ def choose(layer: Layer, growth: Rule, number: int) -> Tensor:
     scores = growth.function(layer)
     if scores.shape != layer.mask.shape or not scores.isfinite().all():
         raise ValueError(f"growth rule {growth.name!r} gave {layer.name} scores {scores}")
-    return layer.survivors | pick(scores, ~layer.survivors, number)
+    return layer.survivors | parts.pick(scores, ~layer.survivors, number)
 
 
 class LayerReport(NamedTuple):
@@ -184,7 +168,7 @@ class Masking:
         growth: str | None = None,
         init: str = "uniform",
         keep_dense: str | Sequence[str] | None = (),
-        generator: Stream = None,
+        generator: parts.Stream = None,
         options: Mapping[str, float] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -219,9 +203,8 @@ class Masking:
         if masks is None:
             if density < 1 and (why := checks.signs_of_training(self)):
                 self._watch.warn(
-                    f"the weights look trained ({why}), and random masks are drawn over them: keep "
-                    "a sparse network's zeros by Masking.from_weights, or continue a run by "
-                    "load_state_dict of a Masking made before its first step"
+                    f"the weights look trained ({why}), and random masks zero them: keep zeros by "
+                    "Masking.from_weights, or continue a run by load_state_dict"
                 )
             masks = initial_masks(self.parameters, density, init, self.generator)
         else:
@@ -303,7 +286,7 @@ class Masking:
         if not self.redistribution.before_pruning:
             self._measure_importance(layers)
         share = share_out_by_feedback if self.options.get("feedback") else share_out
-        numbers = leave_no_layer_empty(share(layers, self.rule_state), remaining)
+        numbers = parts.leave_no_layer_empty(share(layers, self.rule_state), remaining)
 
         # 3. Grow. Grown weights start at zero.
         grow = choose_anywhere if self.options.get("grow_anywhere") else choose
@@ -408,7 +391,7 @@ class Masking:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # a copy: of its optimizer too, which has forgotten its hooks
-        self._watch.count_steps_of(self.optimizer)
+        self.optimizer.register_step_post_hook(self._watch.stepped)
 
     # ---- inside ----
 
@@ -420,7 +403,7 @@ class Masking:
         Of `model`, if given: a copy of the network, such as torch's AveragedModel (EMA, SWA).
         """
         if model is None:
-            clear_by_bits(self.parameters, self._masks, self._bits)
+            parts.clear_by_bits(self.parameters, self._masks, self._bits)
             return
         for name, parameter in unwrapped(model).named_parameters():
             if (mask := self._masks.get(name)) is not None:

@@ -18,22 +18,10 @@ from scipy import stats as scipy_stats
 from torch import nn
 
 from lib import Masking, build_model
-from lib.masking import (
-    GROWTH,
-    PRUNE,
-    REDISTRIBUTION,
-    DivergenceError,
-    Layer,
-    share_out,
-)
+from lib.masking import GROWTH, PRUNE, REDISTRIBUTION, DivergenceError, Layer, share_out
 from lib.methods import rules
 from lib.methods.masks import initial_counts, maskable_parameters, snip_masks
-from lib.methods.parts import (
-    clear_by_bits,
-    clear_outside,
-    pick,
-    prune_smallest,
-)
+from lib.methods.parts import clear_by_bits, clear_outside, pick, prune_smallest
 from tests.support.masked import (
     SPARSE,
     Net,
@@ -273,11 +261,8 @@ def test_counts_stay_within_one_of_their_quotas_over_time(actives, updates):
         layers = []
         for i, active in enumerate(actives):
             mask = torch.arange(sizes[i]) < active
-            layer = Layer(
-                str(i), nn.Parameter(torch.ones(sizes[i])), mask, mask, None, None, active
-            )
-            layer.share = shares[i]
-            layers.append(layer)
+            weight = nn.Parameter(torch.ones(sizes[i]))
+            layers.append(Layer(str(i), weight, mask, mask, None, None, active, share=shares[i]))
         survivors = prune_smallest(layers, [rate] * len(layers), state)
         for i, layer in enumerate(layers):
             layer.pruned = layer.active - int(survivors[i].sum())

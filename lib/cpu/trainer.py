@@ -20,7 +20,8 @@ from lib.cpu.layouts import Layer
 from lib.cpu.library import check, require
 from lib.cpu.select import as_floats, count, counts
 from lib.masking import LayerReport, Masking
-from lib.methods.rules import deepr_rates, randn, signs_of, some_of
+from lib.methods.parts import drawn
+from lib.methods.rules import deepr_rates, signs_of, some_of
 
 # Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
 # density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
@@ -269,7 +270,9 @@ class PerceptronTrainer:
             sign = signs_of(masking.rule_state, f"{name}.weight", weight, masking.generator)
             moved = None
             if noise > 0:
-                moved = randn(layer.nonzeros, weight, masking.generator).mul_(noise)
+                moved = drawn(
+                    torch.randn, layer.nonzeros, by=masking.generator, device=weight.device
+                ).mul_(noise)
             address = None if moved is None else moved.data_ptr()
             check(
                 self._library.deepr_move(

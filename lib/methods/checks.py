@@ -121,21 +121,16 @@ class Watch:
         for parameter in masking.parameters.values():
             _NEWEST[parameter] = self._mark
         self._moved = self._counted = 0  # steps of the optimizer
-        self.count_steps_of(masking.optimizer)
+        masking.optimizer.register_step_post_hook(self.stepped)
         self.restart(0)
 
     def restart(self, steps: int) -> None:
         """From a state after so many steps."""
         self._updated_at, self._never_updated = -1, steps == 0
 
-    def count_steps_of(self, optimizer: torch.optim.Optimizer) -> None:
-        """Notice its steps; not those that a GradScaler has a fused optimizer skip."""
-
-        def stepped(optimizer: Any, args: Any, keywords: Any) -> None:
-            found_inf = getattr(optimizer, "found_inf", None)
-            self._moved += found_inf is None or not bool(found_inf)
-
-        optimizer.register_step_post_hook(stepped)
+    def stepped(self, optimizer: Any, args: Any, keywords: Any) -> None:
+        """After its steps; those that a GradScaler has a fused optimizer skip don't count."""
+        self._moved += not bool(getattr(optimizer, "found_inf", None))
 
     def warn(self, sentence: str) -> None:
         """Once for each sentence."""
@@ -147,10 +142,7 @@ class Watch:
         """Before every step and update: the parameters are the model's, and no other Masking's."""
         for name, parameter in masking.parameters.items():
             if self._model.get_parameter(name) is not parameter:
-                raise ValueError(
-                    f"{name} was replaced after Masking was made: make a new one, or change the "
-                    "weight in place (parameter.data.copy_)"
-                )
+                raise ValueError(f"{name} was replaced in the model: make a new Masking")
             if _NEWEST.get(parameter, self._mark) is not self._mark:
                 raise ValueError(f"a newer Masking has {name}: use one Masking for a model")
 
@@ -221,18 +213,18 @@ class Watch:
         end = masking.total_steps
         if masking.steps == self._updated_at:
             self.warn(
-                "update() without a step of the optimizer since the last one: call masking.step() "
-                "after every optimizer.step() of the optimizer that Masking holds"
+                "update() without a step since the last one: call masking.step() after every "
+                "optimizer.step() of the optimizer that Masking holds"
             )
         if rate == 0 and end is not None and masking.steps > end:
             self.warn(
-                f"the schedule ended at total_steps={end}, so that updates no longer move masks: "
-                "let total_steps be the optimizer steps of the whole training"
+                f"the masks no longer move, the schedule ended at total_steps={end}: let these be "
+                "the optimizer steps of the whole training"
             )
         now = maskable_parameters(masking.model, masking.keep_dense)
         if masking.parameters and (new := now.keys() - masking.parameters.keys()):
+            names = ", ".join(sorted(new))
             self.warn(
-                f"{', '.join(sorted(new))} can be masked now, unlike when Masking was made: make a "
-                "new one (Masking.from_weights keeps the zeros) or let it be dense"
+                f"{names} can be masked now: make a new Masking (from_weights), or it is dense"
             )
         self._updated_at, self._never_updated = masking.steps, False

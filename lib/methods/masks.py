@@ -227,12 +227,12 @@ def initial_counts(
     elif init == "erk":
         shares = [float(sum(p.shape)) for p in parameters.values()]
     counts = whole(total, quotas(total, shares, sizes), sizes)
-    for name, count, size in zip(parameters, counts, sizes, strict=True):
-        if count == 0:
-            raise ValueError(
-                f"density {density} leaves {name} ({size} weights) without an active weight: raise "
-                "the density or name the layer in keep_dense"
-            )
+    if 0 in counts:
+        empty = list(parameters)[counts.index(0)]
+        raise ValueError(
+            f"density {density} leaves {empty} without an active weight: raise it, or name the "
+            "layer in keep_dense"
+        )
     return dict(zip(parameters, counts, strict=True))
 
 

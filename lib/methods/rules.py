@@ -9,19 +9,17 @@ re-wires a weight that crosses zero at once.
 
 The variants are where the official code (commit e19ff16, in core.py and funcs.py) or the paper's
 words leave room for another algorithm than that of `lib/masking.py`. None is on by default; each is
-a rule, a schedule or an option of its own, to be measured alone (experiment `official_readings`):
+a rule, a schedule or an option of its own, to be measured alone (experiment `official_readings`).
+The options:
 
-- redistribution "momentum_after": importance of the weights that survived pruning; the official
-  code measures before, as `lib/masking.py` does;
-- prune "magnitude_plain": no exception for nearly dense, important layers;
-- schedule "cosine_floor": the prune rate falls to 0.005, not to 0; option `anneal_every_steps`: it
-  falls once per so many mini-batches, after the update (in the pseudo-code once per epoch);
-- prune "magnitude_up" and option `feedback`: the official code's arithmetic, which rounds up what a
-  layer loses and what it regrows, and steers the number of weights back instead of keeping it;
-- option `reset_momentum`: after an update inactive weights get the signed mean of their layer's
-  active momentum (official code of 9 July 2019, commit 19dcdff);
-- option `keep_regrown`: a weight pruned and regrown in one update keeps its value; option
-  `grow_anywhere`: too few inactive weights with a momentum, and active ones are chosen again.
+- `anneal_every_steps`: the prune rate falls once per so many mini-batches, after the update (in the
+  pseudo-code once per epoch);
+- `feedback`: with prune "magnitude_up" the official code's arithmetic, which rounds up what a layer
+  loses and what it regrows, and steers the number of weights back instead of keeping it;
+- `reset_momentum`: after an update inactive weights get the signed mean of their layer's active
+  momentum (official code of 9 July 2019, commit 19dcdff);
+- `keep_regrown`: a weight pruned and regrown in one update keeps its value;
+- `grow_anywhere`: too few inactive weights with a momentum, and active ones are chosen again.
 """
 
 from __future__ import annotations
@@ -33,18 +31,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lib.methods.parts import (
-    GROWTH,
-    PRUNE,
-    REDISTRIBUTION,
-    Layer,
-    Rule,
-    Stream,
-    drawn,
-    mean_active,
-    pick,
-    prune_smallest,
-)
+from lib.methods import parts
+from lib.methods.parts import GROWTH, PRUNE, REDISTRIBUTION, Layer, Stream, drawn, mean_active
 
 if TYPE_CHECKING:
     from lib.masking import Masking
@@ -86,7 +74,7 @@ def prune_by_threshold(layers: Sequence[Layer], rate: float, state: dict[str, An
 @PRUNE.register("magnitude_plain")
 def prune_plainly(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
     """In each layer the rate * active smallest |w| go, whatever its density."""
-    return prune_smallest(layers, [rate] * len(layers), state)
+    return parts.prune_smallest(layers, [rate] * len(layers), state)
 
 
 @PRUNE.register("magnitude_up")
@@ -98,12 +86,9 @@ def prune_rounded_up(layers: Sequence[Layer], rate: float, state: dict[str, Any]
 
 
 @PRUNE.register("magnitude_before")
-def prune_measured_before(
-    layers: Sequence[Layer], rate: float, state: dict[str, Any]
-) -> list[Tensor]:
-    """As "magnitude", with the importance before pruning where redistribution measures after it.
-
-    The exception for nearly dense layers needs an importance before anything is pruned.
+def prune_measured(layers: Sequence[Layer], rate: float, state: dict[str, Any]) -> list[Tensor]:
+    """As "magnitude", with the importance before pruning, which its exception for nearly dense
+    layers needs, where redistribution measures after it.
     """
     for layer in layers:
         if not math.isnan(layer.momentum_share):
@@ -220,7 +205,7 @@ def grow_random_elsewhere(layer: Layer) -> Tensor:
     return grow_random(layer) - (layer.mask & ~layer.survivors).float()
 
 
-def choose_anywhere(layer: Layer, growth: Rule, number: int) -> Tensor:
+def choose_anywhere(layer: Layer, growth: parts.Rule, number: int) -> Tensor:
     """The survivors and so many highest scores of the whole layer, where those of active weights
     count as zero.
 
@@ -228,7 +213,7 @@ def choose_anywhere(layer: Layer, growth: Rule, number: int) -> Tensor:
     weights grow. (Equal scores: the earlier position.)
     """
     scores = growth.function(layer).masked_fill(layer.survivors, 0.0)
-    return layer.survivors | pick(scores, torch.ones_like(layer.mask), number)
+    return layer.survivors | parts.pick(scores, torch.ones_like(layer.mask), number)
 
 
 def reset_momentum(layers: Sequence[Layer], masks: Mapping[str, Tensor]) -> None:
@@ -262,7 +247,8 @@ def deepr_step(masking: Masking) -> None:
         sign = signs[index].to(weight.dtype)
         moved = weight[index] - shrinkage * sign
         if noise > 0:
-            moved += noise * randn(moved.numel(), weight, generator)
+            random = drawn(torch.randn, len(places), by=generator, device=weight.device)
+            moved += noise * random.to(weight.dtype)
         dead = moved * sign < 0
         weight[index] = moved.masked_fill(dead, 0.0)
         if gone := int(dead.sum()):
@@ -325,8 +311,3 @@ def signs_of(state: dict[str, Any], name: str, weight: Tensor, generator: Stream
         signs = torch.where(weight == 0, 2 * bits - 1, weight.detach().sign())
         state[key] = signs.to(torch.int8)
     return state[key]
-
-
-def randn(count: int, like: Tensor, generator: Stream) -> Tensor:
-    """Standard normal numbers [count] of the type of `like` and on its device."""
-    return drawn(torch.randn, count, by=generator, device=like.device).to(like.dtype)
