@@ -113,7 +113,7 @@ def verdicts(profile: str, *experiments: str) -> pd.DataFrame:
         raise ValueError(f"not judged: {', '.join(unjudged)}")
     found = [_judged[profile, ident] for ident in wanted.index]
     rows: Any = pd.DataFrame([judged.row for judged in found], index=list(wanted.index))
-    for _, mine in wanted[wanted.whose == "authors"].groupby("experiment"):
+    for _, mine in wanted[wanted.whose.str.startswith("authors")].groupby("experiment"):
         tested = rows.p[mine.index].where(rows.verdict[mine.index] != "not comparable")
         rows.loc[mine.index, "p_holm"] = holm(tested)
     rows.loc[(rows.verdict == "reproduced") & (rows.p_holm >= 0.05), "verdict"] = "inconclusive"
