@@ -90,8 +90,8 @@ format: env ## format the code and repair what ruff can repair
 bench: env ## measure the training speed against a conventional DataLoader script
 	$(PYTHON) -m lib bench
 
-soak: env ## kill, misuse and wear out everything for up to 20 minutes, into results/bench/soak.csv
-	$(PYTHON) -m tests.soak --csv results/bench/soak.csv $(ARGS)
+soak: env ## kill runs, workers and writers again and again, into results/bench/soak.csv
+	$(PYTHON) -m tests.soak --write $(ARGS)
 
 lab: env ## open the notebooks in JupyterLab; saving one keeps it as it is committed, without outputs
 	$(PYTHON) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \

@@ -34,7 +34,7 @@ NETWORKS = ("alexnet-s", "vgg16-d", "wrn-16-8")
 TOPICS = {"lenets": LENETS, "sparse_steps": NETWORKS, "one_thread": NETWORKS}
 BATCH = 128  # of NETWORKS
 STEPS_PER_EPOCH = 352  # CIFAR-10, batches of 128: from one update of the masks to the next
-WINDOW = 153  # of these with dense gradients: the default (lib/training/schedule)
+WINDOW = 153  # of these with dense gradients: the default (lib/schedule.py)
 # The masks that are timed: updates, mini-batches between them, images of each.
 UPDATES, MINI_BATCHES, MASK_BATCH = 3, 8, 32
 
@@ -231,7 +231,7 @@ def steps(
         if side is None:
             continue
         if name == "sparse":
-            share = side.loop.flops.inference(side.loop.masking.active())
+            share = side.loop.inference_flops_rel(side.loop.masking.active())
             yield row("forward FLOPs of the masks, of dense", setting, pd.Series(100 * share), "%")
         whole = times[name] + WINDOW / STEPS_PER_EPOCH * (times[f"{name}, inside"] - times[name])
         for what, dense, sparse in (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lib.config import Run
 from lib.data import Dataset
 from lib.masking import EVERY_STEP, LayerReport, Masking
-from lib.training.schedule import Schedule
+from lib.schedule import Schedule
 
 EVALUATION_BATCH = 1000
 

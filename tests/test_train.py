@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,26 +19,21 @@ from lib.masking import Masking
 from lib.models import build_model
 from lib.results import store as results
 from lib.runs import single
+from lib.schedule import Schedule, dense_window
+from lib.start import stream
 from lib.train import Interrupted, TrainingLoop, train
-from lib.training.streams import stream
 from tests.support.masked import SPARSE
 
 SMALL = Run(epochs=2, train_samples=2000, lr_decay_every_steps=30)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def mnist() -> datasets.Dataset:
     """The first 2,000 training images, 500 for validation and 500 for the test."""
-    whole = datasets.load("mnist", train_subset=2000)
-    return short(whole, 500)
+    return short(datasets.load("mnist", train_subset=2000), 500)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +42,8 @@ def cifar() -> datasets.Dataset:
 
 
 def short(whole: datasets.Dataset, n: int) -> datasets.Dataset:
-    return replace(
-        whole,
-        val_x=whole.val_x[:n],
-        val_y=whole.val_y[:n],
-        test_x=whole.test_x[:n],
-        test_y=whole.test_y[:n],
-    )
+    parts = {name: getattr(whole, name)[:n] for name in ("val_x", "val_y", "test_x", "test_y")}
+    return replace(whole, **parts)
 
 
 def bits(loop: TrainingLoop) -> list[torch.Tensor]:
@@ -133,38 +119,6 @@ def test_the_steps_are_those_of_a_plain_loop(mnist):
 
 
 # ------------------------------------------------------------------------------- kill and resume
-
-
-def test_killed_runs_end_with_the_same_bits(tmp_path):
-    """SIGKILL at random moments, within epochs too, until the run is done."""
-    here = Path(__file__).parent
-    methods = ["sparse_momentum", "set", "deepr"]
-    done = subprocess.run(
-        [sys.executable, str(here / "support" / "kill_and_resume.py"), str(tmp_path), *methods],
-        cwd=here.parent,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(here.parent),
-            "CHECKPOINT_ROOT": str(tmp_path / "checkpoints"),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    kills = json.loads(done.stdout)
-    assert set(kills) == set(methods) and min(kills.values()) >= 2, kills
-    for method in methods:
-        whole, killed = (tmp_path / method / way / "x.csv" for way in ("whole", "killed"))
-        rows = [results.read_runs(path) for path in (whole, killed)]
-        assert [len(r) for r in rows] == [1, 1]
-        compared = [c for c in results.COLUMNS if c not in results.PROVENANCE]
-        pd.testing.assert_frame_equal(rows[0][compared], rows[1][compared], check_exact=True)
-        assert len(results.read_curves(whole)) == 2
-        for end in (".curves.csv", ".layers.csv"):
-            assert whole.with_suffix(end).read_bytes() == killed.with_suffix(end).read_bytes()
-    left = [p.name for p in (tmp_path / "checkpoints").rglob("*.pt")]
-    assert left == []
 
 
 def interrupted(run: Run, data: datasets.Dataset, checkpoint: Path, every: int) -> TrainingLoop:
@@ -300,9 +254,31 @@ def test_active_weights_start_as_the_dense_network_s(method, mnist):
 # ------------------------------------------------------------------------------------- protocol
 
 
-def test_the_learning_rate_is_logged(mnist):
+def test_learning_rate_warms_up_decays_and_is_logged(mnist):
+    schedule = Schedule(Run(epochs=3, warmup_epochs=1, lr_decay_every_steps=25), 20)
+    rates = [schedule.lr(step) for step in range(60)]
+    assert rates[:20] == pytest.approx([0.1 * (s + 1) / 20 for s in range(20)])
+    assert rates[20:] == pytest.approx([0.1] * 5 + [0.01] * 25 + [0.001] * 10)
     curves = trained(replace(SMALL, lr_decay_every_steps=30), mnist).state.curves
     assert [c["lr"] for c in curves] == pytest.approx([0.1, 0.01])
+
+
+@pytest.mark.parametrize("every", [0, 7, 25])
+def test_steps_count_down_to_each_update_but_none_after_the_last(every):
+    run = Run(epochs=3, update_every_steps=every)
+    schedule, period = Schedule(run, 20), every or 20
+    updates = [done for done in range(1, 60) if done % period == 0]
+    for step in range(60):
+        ahead = [done - step for done in updates if done > step]
+        assert schedule.until_update(step) == (min(ahead) if ahead else math.inf)
+    assert Schedule(replace(run, prune="none"), 20).until_update(0) == math.inf
+
+
+def test_dense_window():
+    assert (dense_window(0.9), dense_window(0.0)) == (153, 1)
+    assert 0.7 ** dense_window(0.7, 1e-3) <= 1e-3 < 0.7 ** (dense_window(0.7, 1e-3) - 1)
+    assert Schedule(Run(), 540).window == 153
+    assert Schedule(Run(dense_window_steps=7), 540).window == 7
 
 
 def test_prune_rate_is_annealed_and_logged(mnist):
@@ -428,8 +404,8 @@ def test_small_dense_has_the_budget_in_fewer_channels(mnist):
     assert outcome.density_final == 1.0
 
 
-def test_progress_is_told_once_an_epoch(mnist):
+def test_progress_is_told_after_each_epoch(mnist):
     told = []
-    train(SMALL, mnist, progress=told.append)
-    ends = [(p.epoch, p.epochs) for p in told if p.epoch == int(p.epoch) and p.val_error_pct]
-    assert ends[-1] == (2, 2) and (1, 2) in ends
+    curves = train(SMALL, mnist, progress=told.append).curves
+    assert [error for error in told if error is not None][-1] == curves[-1]["val_error_pct"]
+    assert {c["val_error_pct"] for c in curves} <= set(told)

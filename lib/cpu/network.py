@@ -2,7 +2,7 @@
 
 `sparse_network(model, masking.masks)` shares the model's parameters, so optimizer and Masking go
 on unchanged; call it instead of the model. `SparseNetwork.dense_gradients` is the switch for the
-steps in which inactive weights need gradients (lib/training/schedule.py).
+steps in which inactive weights need gradients (lib/schedule.py).
 """
 
 from __future__ import annotations

@@ -8,26 +8,28 @@ DIR`, and `python -m lib merge` brings the rows together.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lib import paths
 from lib.runs.runner import run_experiments, tasks_of
 
 
+@dataclass
 class Shard:
-    """One job. Pickled by submitit and called on the node; `checkpoint` is submitit's hook for a
-    time limit or preemption: the same shard again, which skips what is done.
+    """One job, called on the node; `checkpoint` is submitit's hook for a time limit or preemption:
+    the same shard again, which skips what is done.
     """
 
-    def __init__(self, experiment: str, profile: str, **options: Any) -> None:
-        self.experiment, self.profile, self.options = experiment, profile, options
+    experiment: str
+    profile: str
+    options: dict[str, Any]  # of `run_experiments`
 
     def __call__(self) -> str:
         """Train what is missing of the shard; says how many of its runs are done."""
-        name = self.experiment
-        rows = run_experiments(name, self.profile, **self.options)[name]
-        shard = "/".join(map(str, self.options["shard"]))
-        return f"{name} ({self.profile}), shard {shard}: {len(rows)} runs"
+        rows = run_experiments(self.experiment, self.profile, **self.options)[self.experiment]
+        index, count = self.options["shard"]
+        return f"{self.experiment} ({self.profile}), shard {index}/{count}: {len(rows)} runs"
 
     def checkpoint(self) -> Any:
         """What submitit queues when the time is up."""
@@ -50,11 +52,8 @@ def submit(
     `options` those of `run_experiments`; logs go to .cache/jobs.  Raises ValueError for words that
     are wrong, and RuntimeError where submitit or sbatch is missing or refuses.
     """
-    jobs = []
-    for i in range(1, shards + 1):  # wrong words are said before any job
-        chosen = {k: v for k, v in options.items() if k != "device"}
-        tasks_of(experiment, profile, **chosen, shard=(i, shards))
-        jobs.append(Shard(experiment, profile, **options, shard=(i, shards)))
+    tasks_of(experiment, profile, **{k: v for k, v in options.items() if k != "device"})
+    jobs = [Shard(experiment, profile, options | {"shard": (i + 1, shards)}) for i in range(shards)]
     name = f"{experiment}-{profile}"
     try:
         import submitit

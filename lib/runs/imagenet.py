@@ -14,6 +14,7 @@ the test resized to 256 and cropped in the middle.
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import hashlib
 import os
@@ -33,8 +34,8 @@ from lib.config import Run, parse_field, stream_seed
 from lib.data import DataError, Dataset
 from lib.engine import TorchEngine
 from lib.models import IMAGENET_SHAPE
+from lib.start import stream
 from lib.train import Interrupted, TrainingLoop, train
-from lib.training.streams import stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -83,41 +84,35 @@ class ImageNetLoop(TrainingLoop):
             raise ValueError(
                 f"batch_size {run.batch_size} can't be shared out to {self.world} processes"
             )
-        train_files, test_files = _folders(Path(os.environ["IMAGENET_ROOT"]))
-        count = min(len(train_files), run.train_samples or len(train_files))
+        train, test = _folders(Path(os.environ["IMAGENET_ROOT"]))
+        self.train_files = _alike_subset(train, run.train_samples or len(train))
+        self.test_files = _alike_subset(test, len(test))
+        count = self.images_total = len(self.train_files)
         if count < run.batch_size:
             raise ValueError(f"{count} training images are less than a batch of {run.batch_size}")
-        self.images_total = count
-        # files come sorted by class: a part of them is the same random one in every run
-        self.train_files, train_labels = _shuffled(train_files, count)
-        self.test_files, test_labels = _shuffled(test_files, len(test_files))
         self.batches: Iterator[Any] = iter(())
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
-        super().__init__(
-            run,
-            _shapes_only(train_labels, test_labels, run.batch_size),
-            device=device,
+        train_y, test_y = (
+            torch.tensor(files.dataset.targets)[files.indices]
+            for files in (self.train_files, self.test_files)
         )
+        super().__init__(run, _shapes_only(train_y, test_y, run.batch_size), device=device)
         if self.world > 1:
             engine = TorchEngine(self.task)
             engine.network = DistributedDataParallel(self.model, broadcast_buffers=False)
             self.engine = engine
 
-    # ---- where several processes or files make a difference ----
-
     def step(self, index: Tensor) -> Tensor:
         """One mini-batch; returns the mean loss over all processes."""
-        loss = super().step(index)
-        return self._mean(loss)
+        return self._mean(super().step(index))
 
     def order(self) -> Tensor:
-        """Which files in which order, the same in all processes; starts to read this one's."""
+        """Which files in which order, the same in all processes; starts to read this one's. The
+        last, incomplete batch is left out.
+        """
         generator = stream(self.run, "order", self.state.epoch)
-        order = torch.randperm(self.images_total, generator=generator)
-        size = self.run.batch_size
-        order = order[
-            : self.schedule.steps_per_epoch * size
-        ]  # the last, incomplete batch is left out
+        size, steps = self.run.batch_size, self.schedule.steps_per_epoch
+        order = torch.randperm(self.images_total, generator=generator)[: steps * size]
         parts = order.view(-1, size)[self.state.step_in_epoch :, self.rank :: self.world]
         self.batches = self._read(self.train_files, parts.tolist(), self.state.epoch)
         return order
@@ -130,20 +125,21 @@ class ImageNetLoop(TrainingLoop):
 
     @torch.no_grad()
     def error_pct(self, images: Tensor, labels: Tensor) -> float:
-        """Top-1 error in per cent over the first len(labels) files of the validation folder."""
-        self._average_statistics()
-        mine = list(range(self.rank, len(labels), self.world))
-        size = max(1, self.run.batch_size // self.world)
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        wrong = 0
-        for batch, target in self._read(self.test_files, parts, 0):
+        """Top-1 error in per cent over the first len(labels) files of the validation folder, with
+        the mean of the processes' running statistics.
+        """
+        for buffer in self.model.buffers():
+            if buffer.is_floating_point():
+                self._mean(buffer)
+        mine = torch.arange(self.rank, len(labels), self.world)
+        parts = mine.split(max(1, self.run.batch_size // self.world))
+        wrong = torch.zeros((), dtype=torch.long, device=self.device)
+        for batch, target in self._read(self.test_files, [part.tolist() for part in parts], 0):
             batch = batch.to(self.device, memory_format=self.format)
             wrong += self.engine.wrong(batch, target.to(self.device))
         if self.world > 1:
-            together = torch.tensor(wrong, device=self.device)
-            dist.all_reduce(together)
-            wrong = int(together)
-        return 100.0 * wrong / len(labels)
+            dist.all_reduce(wrong)
+        return 100.0 * int(wrong) / len(labels)
 
     def save(self, path: Path) -> None:
         """The first process writes the checkpoint; all read it."""
@@ -153,9 +149,8 @@ class ImageNetLoop(TrainingLoop):
     def update_masks(self) -> None:
         """Prune, redistribute, grow; the same in all processes."""
         super().update_masks()
-        check_alike(self.masking.masks)
-
-    # ---- inside ----
+        if self.world > 1:
+            check_alike(self.masking.masks)
 
     def _read(self, files: Any, batches: list[list[int]], epoch: int) -> Iterator[Any]:
         seed = stream_seed(self.run.seed, "augment", epoch, self.rank)
@@ -168,14 +163,8 @@ class ImageNetLoop(TrainingLoop):
         )
         return iter(loader)
 
-    def _average_statistics(self) -> None:
-        """Batch-norm's running statistics become the mean over the processes."""
-        for buffer in self.model.buffers():
-            if self.world > 1 and buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world
-
     def _mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes, in place."""
         if self.world > 1:
             dist.all_reduce(value)
             value /= self.world
@@ -184,40 +173,30 @@ class ImageNetLoop(TrainingLoop):
 
 def check_alike(masks: Mapping[str, Tensor]) -> None:
     """RuntimeError unless all processes have the same masks."""
-    digest = hashlib.sha256()
-    for name, mask in masks.items():
-        digest.update(name.encode() + mask.contiguous().cpu().numpy().tobytes())
-    rank, world = rank_and_world()
-    if world == 1:
-        return
-    found: list[Any] = [None] * world
+    digest = hashlib.sha256(b"".join(mask.cpu().numpy().tobytes() for mask in masks.values()))
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, digest.hexdigest())
     if len(set(found)) > 1:
-        other = next(i for i, value in enumerate(found) if value != found[0])
         raise RuntimeError(
-            f"process {rank}: the masks of processes 0 and {other} differ after an update; the "
-            "weights or random streams of the processes have drifted apart"
+            f"process {dist.get_rank()}: the masks of the processes differ after an update; their "
+            "weights or random streams have drifted apart"
         )
 
 
-def _shapes_only(train: Sequence[int], test: Sequence[int], batch: int) -> Dataset:
+def _shapes_only(train: Tensor, test: Tensor, batch: int) -> Dataset:
     """A data set whose images have a shape but no content: the files are read batch by batch."""
-    count = len(train) - len(train) % batch
-
-    def images(number: int) -> Tensor:
-        return torch.empty(number, *IMAGENET_SHAPE, device="meta")
-
-    labels = torch.tensor(test)
+    train_x, test_x = (torch.empty(len(y), *IMAGENET_SHAPE, device="meta") for y in (train, test))
+    whole = len(train) - len(train) % batch
     return Dataset(
         name="imagenet",
-        train_x=images(count),
-        train_y=torch.tensor(train[:count]),
-        val_x=images(len(test)),
-        val_y=labels,
-        test_x=images(len(test)),
-        test_y=labels,
+        train_x=train_x[:whole],
+        train_y=train[:whole],
+        val_x=test_x,
+        val_y=test,
+        test_x=test_x,
+        test_y=test,
         num_classes=1000,
-        sha256=hashlib.sha256(repr((list(train), list(test))).encode()).hexdigest(),
+        sha256=hashlib.sha256(repr((train.tolist(), test.tolist())).encode()).hexdigest(),
     )
 
 
@@ -236,10 +215,16 @@ def _folders(root: Path) -> tuple[Any, Any]:
     return train, test
 
 
-def _shuffled(files: Any, count: int) -> tuple[Any, list[int]]:
-    """`count` of the files in an order that is always the same, and their labels."""
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return torch.utils.data.Subset(files, order), [files.targets[i] for i in order]
+def _alike_subset(files: Any, count: int) -> Any:
+    """At most `count` files, as many of each class as there are, always the same random ones."""
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    seen: collections.Counter[int] = collections.Counter()
+    ranks = []
+    for i in order:
+        ranks.append(seen[files.targets[i]])
+        seen[files.targets[i]] += 1
+    by_rank = [i for _, i in sorted(zip(ranks, order, strict=True), key=lambda one: one[0])]
+    return torch.utils.data.Subset(files, by_rank[:count])
 
 
 def open_image(path: str) -> Image.Image:
@@ -255,7 +240,8 @@ def open_image(path: str) -> Image.Image:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the missing runs of experiment "imagenet", with all processes on one run at a time."""
-    from lib.runs import machine, runner, single
+    from lib.runs import runner, single
+    from lib.runs.machine import versions
 
     parser = argparse.ArgumentParser(prog="torchrun -m lib.runs.imagenet", description=main.__doc__)
     parser.add_argument("--profile", default="paper")
@@ -281,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dist.all_reduce(told)
         return bool(told)
 
-    machine.versions()
+    versions()  # nothing about git may fail after the last step
     try:
         tasks = runner.tasks_of(
             "imagenet",
@@ -301,9 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 should_stop=should_stop,
             )
             if rank == 0:
-                row = single.row_of(task.run, outcome, "imagenet", task.profile, device)
-                result = {"row": row, "curves": outcome.curves, "layers": outcome.layers}
-                single.keep_or_append(task, result, task.checkpoint.with_suffix(".result.json"))
+                single.append(task, outcome, device)
                 task.checkpoint.unlink(missing_ok=True)
                 print(f"{task.run.run_id}: {outcome.status}, error {outcome.test_error_pct} %")
     except (DataError, ValueError) as error:  # a reading process wraps it in its traceback

@@ -8,32 +8,30 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lib import paths
 
 
-def default_device() -> str:
-    """ "cuda" where there is a GPU, else "cpu"."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError unless `device` is "cpu", or a GPU that is here ("cuda", "cuda:1")."""
-    found = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", device)
-    if found is None:
-        raise ValueError(f"unknown device {device!r}: known are cpu, cuda and cuda:<number>")
+def checked_device(device: str | None) -> str:
+    """ "cuda" where there is a GPU, else "cpu", if None; ValueError unless `device` is "cpu" or a
+    GPU that is here ("cuda", "cuda:1").
+    """
     if device == "cpu":
-        return
+        return device
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return "cuda" if count else "cpu"
+    found = re.fullmatch(r"cuda(?::([0-9]+))?", device)
+    if found is None:
+        raise ValueError(f"unknown device {device!r}: known are cpu, cuda and cuda:<number>")
     if int(found[1] or 0) >= count:
         raise ValueError(f"device {device!r}: torch finds {count} GPUs here; use --device cpu")
+    return device
 
 
 def cores() -> int:
@@ -69,7 +67,7 @@ def versions() -> dict[str, Any]:
         "commit": commit or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--", *code)) if commit else None,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "torchvision")},
+        **{name: version(name) for name in ("torch", "torchvision")},
     }
 
 
@@ -82,10 +80,3 @@ def _git(*words: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import os
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lib import paths
 from lib.config import unknown
@@ -40,27 +40,34 @@ def execute_all(
     folder = paths.results_dir(profile, results_root).resolve() / "notebooks"
     own = {"profile": profile, "results": str(folder.parent.parent) if results_root else ""}
     knobs = {name: knobs_of(found[name]) for name in names}
-    given = {"train": True} | {k: _value(k, v, knobs) for k, v in (parameters or {}).items()}
+    defaults = {k: v for mine in knobs.values() for k, v in mine.items() if k not in own}
+    given = {"train": True} | {k: _value(k, v, defaults) for k, v in (parameters or {}).items()}
     folder.mkdir(parents=True, exist_ok=True)
     done, failures = [], []
-    with tempfile.TemporaryDirectory() as specs, _environment(Path(specs)):
-        for name in names:
-            start, target = time.monotonic(), folder / f"{name}.ipynb"
-            values = own | {k: v for k, v in given.items() if k in knobs[name]}
-            try:
+    for name in names:
+        start, target = time.monotonic(), folder / f"{name}.ipynb"
+        values = own | {k: v for k, v in given.items() if k in knobs[name]}
+        try:
+            with mock.patch.dict(os.environ, _environment()):
                 papermill.execute_notebook(
                     str(found[name]), str(target), values, kernel_name="python3",
                     language="python", progress_bar=False, cwd=str(NOTEBOOKS),
                 )  # fmt: skip
-            except papermill.PapermillExecutionError as error:
-                failures.append(f"{name}, cell {error.cell_index}: {error.ename}: {error.evalue}")
-                say(f"{failures[-1]} (executed so far: {target})")
-                continue
-            done.append(target)
-            say(f"{name} ({profile}): {time.monotonic() - start:.0f} s, {target}")
+        except papermill.PapermillExecutionError as error:
+            failures.append(f"{name}, cell {error.cell_index}: {error.ename}: {error.evalue}")
+            say(f"{failures[-1]} (executed so far: {target})")
+            continue
+        done.append(target)
+        say(f"{name} ({profile}): {time.monotonic() - start:.0f} s, {target}")
     if failures:
         raise RuntimeError("\n".join(failures))
     return done
+
+
+def _environment() -> dict[str, str]:
+    """The kernel python3 is this interpreter, whatever the user has installed, and `lib` ours."""
+    first = {"JUPYTER_PATH": f"{sys.prefix}/share/jupyter", "PYTHONPATH": str(paths.REPO)}
+    return {k: os.pathsep.join(filter(None, (v, os.environ.get(k)))) for k, v in first.items()}
 
 
 def knobs_of(notebook: Path) -> dict[str, Any]:
@@ -71,35 +78,18 @@ def knobs_of(notebook: Path) -> dict[str, Any]:
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
 
-def _value(name: str, value: Any, knobs: Mapping[str, Mapping[str, Any]]) -> Any:
+def _value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
     """The value with the type of the notebooks' default; a text may be that of a literal."""
-    defaults = [mine[name] for mine in knobs.values() if name in mine]
-    if not defaults or name in ("profile", "results"):
-        known = {k for mine in knobs.values() for k in mine} - {"profile", "results"}
-        raise ValueError(unknown("parameter", name, known))
-    if isinstance(value, str) and not isinstance(defaults[0], str):
+    if name not in defaults:
+        raise ValueError(unknown("parameter", name, defaults))
+    kind = type(defaults[name])
+    if isinstance(value, str) and kind is not str:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(f"{name}={value!r}: write a literal as {defaults[0]!r}") from None
-    if isinstance(defaults[0], float) and type(value) is int:
+            raise ValueError(f"{name}={value!r}: write a literal as {defaults[name]!r}") from None
+    if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not type(defaults[0]):
-        raise ValueError(f"{name}={value!r}: not {type(defaults[0]).__name__}")
+    if type(value) is not kind:
+        raise ValueError(f"{name}={value!r}: not {kind.__name__}")
     return value
-
-
-@contextlib.contextmanager
-def _environment(folder: Path) -> Iterator[None]:
-    """The kernel python3 is this interpreter, whatever the user has installed, and `lib` ours."""
-    from ipykernel.kernelspec import write_kernel_spec
-
-    path = os.pathsep.join(filter(None, (str(paths.REPO), os.environ.get("PYTHONPATH"))))
-    write_kernel_spec(str(folder / "kernels" / "python3"), overrides={"env": {"PYTHONPATH": path}})
-    before = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder), before)))
-    try:
-        yield
-    finally:
-        os.environ.pop("JUPYTER_PATH")
-        os.environ |= {"JUPYTER_PATH": before} if before else {}

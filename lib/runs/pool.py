@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
-from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
@@ -39,31 +38,21 @@ class _Worker:
     process: Any
     pipe: connection.Connection
     task: Task | None = None
-    ready: bool = False  # it has sent something: it could start
 
 
 class _Pool:
     """The workers, and what became of their runs."""
 
     def __init__(
-        self,
-        title: str,
-        tasks: Sequence[Task],
-        seconds: Mapping[str, float],
-        jobs: int,
-        threads: int,
-        device: str,
+        self, title: str, tasks: Sequence[Task], seconds: Mapping[str, float], jobs: int
     ) -> None:
         self.waiting, self.jobs = deque(tasks), jobs
-        self.threads, self.device = threads, device
         self.workers: list[_Worker] = []
         self.failed: list[str] = []  # runs whose worker was killed
         self.errors: list[WorkerError] = []  # no run is begun after the first
         self.told_of_others = False
         self.left = {task.run.run_id: task.run for task in tasks}
-        self.seconds = seconds
-        self.begun: dict[str, float] = {}  # when a run was first heard of
-        self.taken: dict[str, list[float]] = {}  # by network: seconds of the runs of this call
+        self.seconds = dict(seconds)  # by network; of this call as soon as there is one
         self.bar = tqdm(
             total=len(tasks),
             desc=title,
@@ -73,32 +62,34 @@ class _Pool:
             bar_format="{desc}: {percentage:3.0f} %|{bar:20}| {n_fmt} of {total_fmt} runs{postfix}",
         )
 
+    def say(self, text: str) -> None:
+        self.bar.write(text, sys.stdout)
+
     def busy(self) -> bool:
         return any(worker.task is not None for worker in self.workers)
 
-    def assign(self) -> None:
+    def assign(self, threads: int, device: str) -> None:
         """Give each idle worker a run, and start workers up to the number wanted."""
         idle = [worker for worker in self.workers if worker.task is None]
         while self.waiting and not self.errors and (idle or len(self.workers) < self.jobs):
-            worker = idle.pop() if idle else self._start()
+            worker = idle.pop() if idle else self._start(threads, device)
             worker.task = self.waiting.popleft()
             with contextlib.suppress(OSError):  # it was killed meanwhile: `hear` says so
-                worker.pipe.send((worker.task, self.device))
+                worker.pipe.send(worker.task)
 
     def hear(self, timeout: float) -> None:
         """Take one message of each worker that has sent one, and notice those that died."""
-        pipes = {worker.pipe: worker for worker in self.workers}
+        pipes: dict[Any, _Worker] = {worker.pipe: worker for worker in self.workers}
         for pipe in connection.wait(list(pipes), timeout):
-            worker = pipes[pipe]  # type: ignore[index]
             try:
-                self._take(worker, *worker.pipe.recv())
+                self._take(pipes[pipe], *pipes[pipe].pipe.recv())
             except (EOFError, OSError):
-                self._died(worker)
+                self._died(pipes[pipe])
 
-    def _start(self) -> _Worker:
+    def _start(self, threads: int, device: str) -> _Worker:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        arguments = (theirs, self.threads, os.getpid())
+        arguments = (theirs, threads, device, os.getpid())
         process = context.Process(target=_serve, args=arguments, daemon=True)
         # Ctrl-C goes to the whole group; a child inherits that it is ignored, even while it imports
         main = threading.current_thread() is threading.main_thread()
@@ -113,43 +104,38 @@ class _Pool:
         return self.workers[-1]
 
     def _take(self, worker: _Worker, kind: str, *rest: Any) -> None:
-        worker.ready = True
-        if kind == "ready" or worker.task is None:
+        if worker.task is None:
             return
-        run_id, now = worker.task.run.run_id, time.monotonic()
+        run_id = worker.task.run.run_id
         if kind == "progress":
-            self.begun.setdefault(run_id, now)
-            self._show(rest[0])
+            self._show(*rest)
             return
         if kind == "error":
-            sentence, text = rest
-            error = WorkerError(sentence)
-            error.__cause__ = RuntimeError(f"in a worker:\n{text}")
+            error = WorkerError(rest[0])
+            error.__cause__ = RuntimeError(f"in a worker:\n{rest[1]}")
             self.errors.append(error)
-        elif rest[0] == "elsewhere":
+        elif kind == "elsewhere":
             self.waiting.append(worker.task)  # it is stored one day, or ours when that process ends
             if not self.told_of_others:
-                self.bar.write(f"{run_id}: another process is training it; waiting", sys.stdout)
+                self.say(f"{run_id}: another process is training it; waiting")
             self.told_of_others = True
-        elif rest[0] == "interrupted":
+        elif kind == "interrupted":
             self.failed.append(f"{run_id}: its worker was told to stop")
         else:
             run = self.left.pop(run_id)
-            if run_id in self.begun:
-                self.taken.setdefault(run.model, []).append(rest[1])
+            if kind != "done":  # by another process
+                self.seconds[run.model] = rest[0]
             self.bar.update()
             self._show(None)
         worker.task = None
 
     def _show(self, error_pct: float | None) -> None:
-        """The time left, by the mean of the runs of the same network, of this call if there are."""
-        mean = {model: sum(times) / len(times) for model, times in self.taken.items()}
-        each = {i: mean.get(r.model, self.seconds.get(r.model, 0.0)) for i, r in self.left.items()}
-        now = time.monotonic()
-        whole = sum(max(0.0, s - (now - self.begun.get(i, now))) for i, s in each.items())
-        left = tqdm.format_interval(whole / self.jobs) if all(each.values()) else "?"
-        last = "" if error_pct is None else f"validation error {error_pct:.2f} %"
-        self.bar.set_postfix_str(f"{left} left{', ' * bool(last)}{last}", refresh=False)
+        """The time left, as the last run of each network took, and a run's last error."""
+        each = [self.seconds.get(run.model) for run in self.left.values()]
+        known = [seconds for seconds in each if seconds is not None]
+        left = tqdm.format_interval(sum(known) / self.jobs) if len(known) == len(each) else "?"
+        last = "" if error_pct is None else f", validation error {error_pct:.2f} %"
+        self.bar.set_postfix_str(f"{left} left{last}", refresh=False)
         self.bar.update(0)
 
     def _died(self, worker: _Worker) -> None:
@@ -157,46 +143,43 @@ class _Pool:
         worker.process.join()
         worker.pipe.close()
         code = worker.process.exitcode
-        how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended ({code})"
-        if not worker.ready and code >= 0:
-            said = f"a worker process {how} before its first run: call the runner from a script's "
-            said += '`if __name__ == "__main__":`, and see the message above, if any'
+        if code >= 0:
+            said = f"a worker process ended ({code}), see its message above"
             self.errors.append(WorkerError(said))
         elif worker.task is not None:
-            self.failed.append(f"{worker.task.run.run_id}: its worker {how}")
+            name = signal.Signals(-code).name
+            self.failed.append(f"{worker.task.run.run_id}: its worker was killed ({name})")
             reason = ", for want of memory perhaps: fewer --jobs need less" if code == -9 else ""
-            self.bar.write(f"{self.failed[-1]}{reason}; {kept(worker.task)}", sys.stdout)
+            self.say(f"{self.failed[-1]}{reason}; {_kept(worker.task)}")
 
     def stop(self) -> None:
         """Have the runs in training write their checkpoints, and say which did."""
         stopped = [worker.task for worker in self.workers if worker.task is not None]
         self.waiting.clear()
-        self.bar.write("stopping: waiting for the checkpoints of the runs in training", sys.stdout)
         self.errors.clear()
+        self.say("stopping: waiting for the checkpoints of the runs in training")
         for worker in self.workers:
             worker.process.terminate()  # it finishes its mini-batch and saves (`_serve`)
         end = time.monotonic() + STOP_SECONDS
         while self.busy() and time.monotonic() < end:
             self.hear(0.1)
-        for worker in self.workers:
-            if worker.task is not None:
-                worker.process.kill()
-        for error in self.errors:
-            self.bar.write(str(error), sys.stdout)
+        for line in map(str, self.errors):
+            self.say(line)
         for task in stopped:
-            self.bar.write(f"{task.run.run_id}: {kept(task)}", sys.stdout)
-        self.bar.write("stopped; the same command goes on", sys.stdout)
+            self.say(f"{task.run.run_id}: {_kept(task)}")
+        self.say("stopped; the same command goes on")
 
     def close(self) -> None:
-        """End the workers, which have no run any more or are not waited for."""
+        """End the workers: an idle one ends by itself, others are not waited for."""
         self.bar.close()
         for worker in self.workers:
-            worker.pipe.close()  # an idle one ends by itself
+            worker.pipe.close()
+            if worker.task is not None:
+                worker.process.kill()
         for worker in self.workers:
             worker.process.join(timeout=2.0)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            worker.process.kill()
+            worker.process.join()
 
 
 def train_all(
@@ -215,12 +198,12 @@ def train_all(
     goes on.  Raises WorkerError for the first run that failed, after those in training have ended,
     and at the end for runs whose worker was killed.
     """
-    pool = _Pool(title, tasks, seconds, jobs, threads, device)
+    pool = _Pool(title, tasks, seconds, jobs)
     try:
-        pool.assign()
+        pool.assign(threads, device)
         while pool.busy():
             pool.hear(0.5)
-            pool.assign()
+            pool.assign(threads, device)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or a scheduler's time limit
         with contextlib.suppress(KeyboardInterrupt):  # a second one: without waiting any longer
             pool.stop()
@@ -236,7 +219,7 @@ def train_all(
         )
 
 
-def kept(task: Task) -> str:
+def _kept(task: Task) -> str:
     """What is left of an unfinished run, as the disk says."""
     try:
         seconds = time.time() - task.checkpoint.stat().st_mtime
@@ -245,60 +228,49 @@ def kept(task: Task) -> str:
     return f"its checkpoint of {max(seconds, 0):.0f} s ago stays"
 
 
-# --------------------------------------------------------------------------------------------------
-# In a worker
-# --------------------------------------------------------------------------------------------------
-
-_asked = SimpleNamespace(to_stop=False)  # no lock, which a signal's handler could wait for
+# ------------------------------------------------------------------------------- in a worker
 
 
-def _stop(number: int, frame: Any) -> None:
-    _asked.to_stop = True
-
-
-def _serve(pipe: connection.Connection, threads: int, parent: int) -> None:
+def _serve(pipe: connection.Connection, threads: int, device: str, parent: int) -> None:
     """Train what comes through the pipe, until it is closed or the parent is gone."""
-    signal.signal(signal.SIGTERM, _stop)
+    told_to_stop: list[int] = []  # no lock, which a signal's handler could wait for
+    signal.signal(signal.SIGTERM, lambda number, _: told_to_stop.append(number))
     import torch
 
     from lib.engine import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()  # a fifth of a LeNet-5 step would be spent on getting zeroed pages back
-    with contextlib.suppress(EOFError, OSError):  # the parent has ended
-        pipe.send(("ready",))
-        while True:
-            task, device = pipe.recv()
-            pipe.send(_train_one(pipe, parent, task, device))
-            _asked.to_stop = False
 
-
-def _train_one(
-    pipe: connection.Connection, parent: int, task: Task, device: str
-) -> tuple[str, str, Any]:
-    """Train one run and store its row; ("ended", what became of it, seconds) or ("error", what
-    happened, traceback).
-    """
-
-    def told(progress: Any) -> None:
+    def tell(error_pct: float | None) -> None:
         with contextlib.suppress(OSError):  # the parent has ended: `should_stop` says so
-            pipe.send(("progress", progress.val_error_pct))
+            pipe.send(("progress", error_pct))
 
     def should_stop() -> bool:
-        return _asked.to_stop or os.getppid() != parent
+        return bool(told_to_stop) or os.getppid() != parent
 
-    if should_stop():  # before the seconds that loading takes
-        return "ended", "interrupted", None
+    with contextlib.suppress(EOFError, OSError):  # the parent has ended
+        while True:
+            task = pipe.recv()
+            started = time.monotonic()
+            message = _train_one(task, device=device, progress=tell, should_stop=should_stop)
+            pipe.send((*message, time.monotonic() - started))
+            told_to_stop.clear()
+
+
+def _train_one(task: Task, **how: Any) -> tuple[str, ...]:
+    """Train one run and store its row: what became of it; with "error" what happened, traceback."""
     from lib.train import Interrupted
 
-    started = time.monotonic()
     try:
-        status = train_and_store(task, device=device, progress=told, should_stop=should_stop)
+        if how["should_stop"]():  # before the seconds that loading takes
+            raise Interrupted
+        status = train_and_store(task, **how)
         if status == "elsewhere":
             time.sleep(ELSEWHERE_SECONDS)
-        return "ended", status, time.monotonic() - started
+        return (status,)
     except Interrupted:
-        return "ended", "interrupted", None
+        return ("interrupted",)
     except Exception as error:
         expected = isinstance(error, (ValueError, RuntimeError, OSError))
         said = str(error) if expected else f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ the same run at the same time.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lib import experiments, paths
 from lib.config import Run
 from lib.results import rows as reading
 from lib.results import store
-from lib.runs.machine import check_device, cores, default_device
+from lib.runs.machine import checked_device, cores
 from lib.runs.pool import train_all
 from lib.runs.single import Task, stored
 
@@ -46,7 +47,7 @@ def run_experiments(
     """
     names = [names] if isinstance(names, str) else list(names)
     if device is not None:
-        check_device(device)
+        checked_device(device)
     selected: dict[str, list[Task]] = {}
     refused = None
     for name in names:
@@ -71,15 +72,12 @@ def run_experiments(
             raise ValueError(how_to_train(len(by_torchrun)))
         print(how_to_train(len(by_torchrun)))
     if here:
-        from lib.runs.checks import check_before_training
-
-        device = device or default_device()
+        _check_before_training(here)
+        device = checked_device(device)
         jobs = min(jobs or (cores() if device == "cpu" else 1), len(here))
-        check_before_training(here)
         done = store.read_runs(paths.results_dir(profile, results_root))
         means = done.groupby("model")["train_seconds"].mean()
-        seconds = {str(model): float(mean) for model, mean in means.items()}
-        train_all(title, here, seconds, jobs, threads or 1, device)
+        train_all(title, here, dict(means), jobs, threads or 1, device)
     elif not any(selected.values()):
         raise ValueError(f"{title} has no runs: profiles are {', '.join(experiments.PROFILES)}")
     elif not by_torchrun:
@@ -108,9 +106,7 @@ def tasks_of(
     runs = planned
     if isinstance(grid, pd.DataFrame):
         known = [name for name in Run.__dataclass_fields__ if name in grid]
-        runs = [
-            Run(**{str(k): v for k, v in row.items()}) for row in grid[known].to_dict("records")
-        ]
+        runs = [Run(**dict(zip(known, row, strict=True))) for row in grid[known].to_numpy(object)]
     elif grid is not None:
         runs = list(grid)
     if overrides:
@@ -141,6 +137,40 @@ def _rows(tasks: Sequence[Task]) -> pd.DataFrame:
     found = pd.concat([store.read_runs(folder) for folder in folders])
     wanted = {task.run.run_id for task in tasks}
     return found[found["run_id"].isin(wanted)].reset_index(drop=True)
+
+
+def _check_before_training(tasks: Sequence[Task]) -> None:
+    """ValueError, one sentence, for folders that can't be written to, and for networks that can't
+    be built or masked as asked.
+    """
+    for folder in {folder for t in tasks for folder in (t.csv.parent, t.checkpoint.parent)}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{folder} can't be written to ({error.strerror}): nothing was trained; name "
+                "another folder with --results, or for checkpoints with CHECKPOINT_ROOT"
+            ) from None
+    from lib.models import MODELS, model_spec
+    from lib.start import network, optimizer_and_masks
+
+    kinds: dict[object, Run] = {}  # one run of each choice of network and rules, the sparsest
+    for run in sorted((task.run for task in tasks), key=lambda run: run.density):
+        rules = (run.method, run.prune, run.redistribution, run.growth, run.schedule, run.init)
+        choice = (run.dataset, run.model, run.dropout, run.keep_dense, run.options)
+        kinds.setdefault((*choice, *rules, run.momentum > 0), run)
+    for run in kinds.values():
+        if (dataset := model_spec(run.model).dataset) != run.dataset:
+            others = [name for name, other in MODELS.items() if other.dataset == run.dataset]
+            raise ValueError(
+                f"{run.model} is a network for {dataset}, not for {run.dataset}: there are "
+                f"{', '.join(others)}"
+            )
+        if run.method == "snip":  # its own masks need the data
+            run = run.overridden(method="static")
+        optimizer_and_masks(run, network(run), run.epochs)
 
 
 def status_table(

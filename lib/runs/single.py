@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -52,94 +50,53 @@ def train_and_store(
     *,
     device: str = "cpu",
     checkpoint_seconds: float = 30.0,
-    progress: Callable[[Any], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    progress: Callable[[float | None], None] = lambda error: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """Train one run in this process and append its row; "ok", "diverged", "done" or "elsewhere".
 
     "done": another process stored it meanwhile; "elsewhere": another process is training it.
-    Raises RuntimeError where the row can't be appended; the result is then kept beside the
-    checkpoint, and the next call appends it without training again.
+    Raises as `train`, and RuntimeError where the row can't be appended.
     """
     run, checkpoint = task.run, task.checkpoint
-    kept = checkpoint.with_suffix(".result.json")
+    lock = checkpoint.with_suffix(".lock")  # the kernel lets go of it when the process dies
     versions()  # read before the first step: nothing about git may fail after the last
-    with claim(checkpoint) as mine:
+    with paths.locked(lock, wait=False) as mine:
         if not mine:
             return "elsewhere"
-        if run.run_id in stored(task.csv.parent, experiments.experiment(task.experiment).measures):
-            status = "done"  # also of a process that was killed between its row and this
-        else:
-            result = _read_kept(kept, run.run_id)
-            if result is None:
-                from lib.measures import MEASURES
-                from lib.train import train
+        status = "done"  # also of a process that was killed between its row and its clean-up
+        measures = experiments.experiment(task.experiment).measures
+        if run.run_id not in stored(task.csv.parent, measures):
+            from lib.measures import MEASURES
+            from lib.train import train
 
-                names = experiments.measures(run, task.experiment, task.profile)
-                outcome = train(
-                    run,
-                    dataset(run.dataset, device, run.val_fraction, run.train_samples),
-                    measures=[MEASURES[name] for name in names],
-                    device=device,
-                    checkpoint=checkpoint,
-                    checkpoint_seconds=checkpoint_seconds,
-                    progress=progress,
-                    should_stop=should_stop,
-                )
-                result = {
-                    "row": row_of(run, outcome, task.experiment, task.profile, device),
-                    "curves": outcome.curves,
-                    "layers": outcome.layers,
-                    "measures": outcome.measures,
-                }
-            keep_or_append(task, result, kept)
-            status = str(result["row"]["status"])
-        for file in (checkpoint, kept, checkpoint.with_suffix(".lock")):
+            names = experiments.measures(run, task.experiment, task.profile)
+            outcome = train(
+                run,
+                measures=[MEASURES[name] for name in names],
+                device=device,
+                checkpoint=checkpoint,
+                checkpoint_seconds=checkpoint_seconds,
+                progress=progress,
+                should_stop=should_stop,
+            )
+            append(task, outcome, device)
+            status = outcome.status
+        for file in (checkpoint, lock):
             file.unlink(missing_ok=True)
     return status
 
 
-@contextlib.contextmanager
-def claim(checkpoint: Path) -> Iterator[bool]:
-    """Whether this process holds the run; the kernel lets go of it when the process dies."""
-    with paths.locked(checkpoint.with_suffix(".lock"), wait=False) as mine:
-        yield mine
-
-
-def keep_or_append(task: Task, result: dict[str, Any], kept: Path) -> None:
-    """Append a result; where that fails, RuntimeError says in which file it waits."""
+def append(task: Task, outcome: Any, device: str) -> None:
+    """Append what a run measured; RuntimeError where the file can't take it."""
+    row = row_of(task.run, outcome, task.experiment, task.profile, device)
     try:
-        store.append_run(task.csv, **result)
+        store.append_run(task.csv, row, outcome.curves, outcome.layers, outcome.measures)
     except (OSError, ValueError) as error:
-        said = f"{task.run.run_id} is trained, but {task.csv} can't take its row ({error}): "
-        try:
-            text = json.dumps(result, default=lambda value: value.item())  # NumPy's numbers
-            paths.write(kept, text.encode())
-        except OSError as second:
-            said += f"nor could {kept} be written ({second.strerror}); correct that, and the same "
-            raise RuntimeError(f"{said}command goes on from the last checkpoint") from error
-        said += f"correct that, and the same command adds it from {kept} without training again"
-        raise RuntimeError(said) from error
-
-
-def _read_kept(kept: Path, run_id: str) -> dict[str, Any] | None:
-    """A result that waits to be appended; None without one, or where it is of no use."""
-    try:
-        result: dict[str, Any] = json.loads(kept.read_text())
-        return result if result["row"]["run_id"] == run_id else None
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        kept.replace(kept.with_suffix(".damaged"))
-        return None
-
-
-@functools.lru_cache(maxsize=2)
-def dataset(name: str, device: str, val_fraction: float, train_samples: int) -> Any:
-    """The data set of a run, the last two of a process kept."""
-    from lib import data
-
-    return data.load(name, device=device, val_fraction=val_fraction, train_subset=train_samples)
+        raise RuntimeError(
+            f"{task.run.run_id} is trained, but {task.csv} can't take its row ({error}): correct "
+            "that, and the same command goes on from its last checkpoint"
+        ) from error
 
 
 def row_of(run: Run, outcome: Any, experiment: str, profile: str, device: str) -> dict[str, Any]:
@@ -147,9 +104,8 @@ def row_of(run: Run, outcome: Any, experiment: str, profile: str, device: str) -
     import torch
 
     others = {k: v for k, v in run.non_default().items() if k not in COLUMN_OF_FIELD}
-    measured = vars(outcome)
     row: dict[str, Any] = {name: getattr(run, name) for name in COLUMN_OF_FIELD}
-    row |= {name: measured[name] for name in measured if name in store.COLUMNS}
+    row |= {name: value for name, value in vars(outcome).items() if name in store.COLUMNS}
     if run.prune == "none":  # the masks never move
         row |= {"prune_rate": None, "schedule": "", "update_every_steps": None}
     return row | {

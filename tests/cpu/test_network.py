@@ -13,7 +13,7 @@ from lib.cpu.network import SparseNetwork, sparse_network
 from lib.cpu.optimizer import SparseSGD
 from lib.masking import Masking
 from lib.models import build_model
-from lib.training.schedule import dense_window
+from lib.schedule import dense_window
 
 needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 

@@ -38,7 +38,7 @@ METHODS = ["sparse_momentum", "set", "rigl", "deepr", "dsr", "dense", "static", 
 def epoch_of(run: Run, mnist: datasets.Dataset) -> TrainingLoop:
     """After the first epoch and the update of the masks that ends it."""
     loop = TrainingLoop(run, mnist)
-    stop = iter([False] * loop.schedule.steps_per_epoch + [True])
+    stop = iter([False] * (loop.schedule.steps_per_epoch - 1) + [True])
     with pytest.raises(Interrupted):
         loop.run_to_end(should_stop=lambda: next(stop))
     assert loop.state.epoch == 1 and loop.state.step_in_epoch == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lib.data import Augment, Dataset
+from lib.data import Dataset, crop_and_flip
 
 
 def cifar(train: int, other: int = 20) -> Dataset:
@@ -29,5 +29,5 @@ def cifar(train: int, other: int = 20) -> Dataset:
         test_y=test_y,
         num_classes=10,
         sha256="0" * 64,
-        augment=Augment(),
+        augment=crop_and_flip,
     )

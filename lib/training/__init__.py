@@ -1,1 +1,0 @@
-"""What the training loop (lib/train.py) is made of."""

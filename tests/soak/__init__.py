@@ -1,1 +1,0 @@
-"""Long tests of what must never be lost or accepted: `make soak`; see __main__.py."""
