@@ -16,7 +16,7 @@ from lib import Masking, build_model
 from lib.config import Run
 from lib.cpu import accelerate, bf16
 from lib.cpu.bf16 import Layer, Lines, Op, call
-from lib.cpu.bf16_network import Bf16Network
+from lib.cpu.bf16_engine import Bf16Network
 from lib.train import TrainingLoop
 from tests.support.made_up_data import cifar
 from tests.test_train import interrupted, same, trained

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.cpu.library import KernelsUnavailable, build, cpu_id
 
@@ -30,32 +31,28 @@ L1 = 32 * 1024
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | KernelsUnavailable:
-    """The kernels, or why there are none."""
+def _library() -> ctypes.CDLL:
+    """The kernels; KernelsUnavailable where there are none."""
+    if "avx512_bf16" not in cpu_id():
+        raise KernelsUnavailable("this processor has no AVX-512 with bfloat16")
     here = Path(__file__).resolve().parent
     try:
-        if "avx512_bf16" not in cpu_id():
-            raise KernelsUnavailable("this processor has no AVX-512 with bfloat16")
         return ctypes.CDLL(str(build(sources=(here / "bf16.hpp", here / "bf16.cpp"))))
-    except (KernelsUnavailable, OSError) as error:
-        return KernelsUnavailable(str(error))
+    except OSError as error:
+        raise KernelsUnavailable(str(error)) from error
 
 
 def available() -> bool:
     """Whether the kernels work here (compiling them on the first call)."""
-    return not isinstance(_library(), KernelsUnavailable)
-
-
-def _require() -> ctypes.CDLL:
-    library = _library()
-    if isinstance(library, KernelsUnavailable):
-        raise library
-    return library
+    try:
+        return _library() is not None
+    except KernelsUnavailable:
+        return False
 
 
 def tiles() -> ctypes.c_bool:
     """The kernels' switch for dense products by AMX: on from the start where the system has it."""
-    return ctypes.c_bool.in_dll(_require(), "bf16_tiles")
+    return ctypes.c_bool.in_dll(_library(), "bf16_tiles")
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -63,7 +60,7 @@ def call(name: str, *arguments: Any) -> None:
     tensors and arrays go by their address, lists and tuples as arrays of int64_t.
     """
     given = [*arguments, torch.get_num_threads()]
-    getattr(_require(), f"bf16_{name}")(*map(_passed, given))
+    getattr(_library(), f"bf16_{name}")(*map(_passed, given))
 
 
 def _passed(value: Any) -> Any:
@@ -233,13 +230,12 @@ class Layer(Op):
 
     def __init__(self, name: str, module: nn.Conv2d | nn.Linear, stride: int, padding: int) -> None:
         self.name, self.weight, self.bias = name, module.weight, module.bias
-        self.stride = stride
-        self.halo = self.padding = padding
+        self.stride, self.padding, self.halo = stride, padding, padding
         self.outputs, self.channels, *kernel = self.weight.shape
         self.kernel = kernel[0] if kernel else 1
         self.sparse, self.dense_gradients = False, True
         self.gradient: Tensor | None = None
-        self.whole = torch.empty(0)
+        self.whole = torch.empty_like(self.weight.data)
 
     def shape(self) -> Shape:
         """See `Op.shape`; what the gradient needs as a border follows."""
@@ -290,13 +286,10 @@ class Layer(Op):
         """A pass over taps `at` in the packed lines, `taps` in the weight; there an output and a
         channel are so many steps from the one before.
         """
-        row, channel = step
-        size = _padded(grid.outputs) * len(taps) * _padded(packed.depth) * 2
-        weights, depth = _scratch("weights", size), packed.depth
-        call(
-            "pack_weights", self.weight, grid.outputs, row, depth, channel, taps, len(taps), weights
-        )
-        call("dense", packed.read(grid), packed.lines, out.data, weights, at, len(at), depth, bias)
+        (row, channel), depth, n = step, packed.depth, len(taps)
+        weights = _scratch("weights", _padded(grid.outputs) * n * _padded(depth) * 2)
+        call("pack_weights", self.weight, grid.outputs, row, depth, channel, taps, n, weights)
+        call("dense", packed.read(grid), packed.lines, out.data, weights, at, n, depth, bias)
 
     def _sparse(
         self, number: Any, grid: _Grid, taps: list, source: Lines, out: Lines, bias: Tensor | None
@@ -370,7 +363,7 @@ class Layer(Op):
         x = self.x
         key = ("weight", x.plane, x.row, g.shape)
         if key not in self._places:
-            self._places[key] = self._runs(x, g)
+            self._places[key] = self._runs(x, g.shape[1])
         strip, offsets, runs, order = self._places[key]
         sums = np.empty(len(order) + 16, np.float32)
         call("sparse_weight", grid, x.data, g.data, offsets, runs, len(runs), sums, strip)
@@ -378,7 +371,7 @@ class Layer(Op):
         gradient.numpy()[order] = sums[: len(order)]
         return gradient
 
-    def _runs(self, x: Lines, g: Lines) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    def _runs(self, x: Lines, height: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """Entries sorted by a few input channels, then output; runs of one output, those of equal
         length after another.
         """
@@ -386,19 +379,17 @@ class Layer(Op):
         density = max(len(o), 1) / self.weight.numel()
         few = min(self.channels, max(1, round(8 / (density * self.kernel**2))))
         rows = (L1 // (few * x.row) - self.kernel) // self.stride + 1
-        strip = max(1, min(rows, g.shape[1]))
         group = c // few * self.outputs + o
         size = np.bincount(group)[group]
         order = np.lexsort((kx, ky, c, group, size, c // few)).astype(np.int32)
         first = np.flatnonzero(np.diff(group[order], prepend=-1))
         runs = np.stack([o[order][first], first, np.diff(first, append=len(o))], 1)
         offsets = (c * x.plane + ky * x.row + kx * LINE)[order]
+        strip = max(1, min(rows, height))
         return strip, offsets.astype(np.int32), runs.astype(np.int32), order
 
     def _whole_gradient(self, g: Lines, grid: _Grid) -> None:
-        """Of all weights, into `whole`, whose memory is kept."""
-        if self.whole.shape != self.weight.shape:
-            self.whole = torch.empty_like(self.weight.data)
+        """Of all weights, into `whole`."""
         if tiles().value:
             packed = self._packed("samples", grid)
             taps, depth = packed.taps, packed.depth
@@ -413,3 +404,43 @@ class Layer(Op):
             call(
                 "dense_weight", grid, self.x.data, g.data, offsets, len(offsets), self.whole, strip
             )
+
+
+class Norm(Op):
+    """Batch norm, with the ReLU that follows."""
+
+    relu = False
+
+    def __init__(self, module: _BatchNorm) -> None:
+        self.module: Any = module
+        self.mean, self.variance = torch.empty(2, module.num_features)
+
+    def _given(self) -> tuple[Any, ...]:
+        """What both kernels read: statistics, the affine map, whether there is a ReLU."""
+        m = self.module
+        affine = (m.weight.data, m.bias.data) if m.affine else (None, None)
+        return self.mean, self.variance, *affine, float(m.eps), self.relu
+
+    def forward(self, samples: int, training: bool) -> None:
+        """See `Op.forward`; moves the running statistics."""
+        m, (_, height, width) = self.module, self.out.shape
+        count, running = samples * height * width, (m.running_mean, m.running_var)
+        training = training or running[0] is None
+        if not training:
+            self.mean.copy_(running[0])
+            self.variance.copy_(running[1])
+        elif count < 2:
+            raise ValueError(f"batch norm needs more than one value per channel, got {count}")
+        call("norm", self.x, self.out, *self._given(), training, samples)
+        if training and running[0] is not None:
+            m.num_batches_tracked += 1
+            share = m.momentum if m.momentum is not None else 1.0 / int(m.num_batches_tracked)
+            running[0].lerp_(self.mean, share)
+            running[1].lerp_(self.variance * (count / (count - 1)), share)
+
+    def backward(self, g: Lines, dx: Lines, samples: int) -> None:
+        """See `Op.backward`; weight and bias have their gradients."""
+        grads = torch.empty(2, self.module.num_features)
+        call("norm_backward", self.x, g, dx, *self._given(), *grads, samples)
+        if self.module.affine:
+            self.module.weight.grad, self.module.bias.grad = grads
