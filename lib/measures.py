@@ -34,9 +34,8 @@ ESTIMATES = ("dense_s", "channel_sparse_s", "full_sparse_s")
 
 def _rows(loop: TrainingLoop, measure: str, lines: Iterable[tuple[str, str, int, float]]) -> Rows:
     """Rows of (layer, quantity, position, value)."""
-    names = ("layer", "quantity", "position", "value")
-    common = {"run_id": loop.run.run_id, "measure": measure}
-    return [common | dict(zip(names, line, strict=True)) for line in lines]
+    names = ("run_id", "measure", "layer", "quantity", "position", "value")
+    return [dict(zip(names, (loop.run.run_id, measure, *line), strict=True)) for line in lines]
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -59,10 +58,8 @@ def observe_features(loop: TrainingLoop) -> Callable[[], Rows]:
         lines: list[tuple[str, str, int, float]] = []
         for layer, total in class_contributions(loop.model, batches, loop.data.num_classes).items():
             values = class_specialisation(total.cpu().numpy())
-            numbers = {
-                "channels": total.shape[0],
-                "kept": len(values),
-                "sum": values.sum(),
+            numbers = {"channels": len(total), "kept": len(values), "sum": values.sum()}
+            numbers |= {
                 "sum_of_squares": (values**2).sum(),
                 "above": (values > BIN_EDGES[-1]).sum(),
             }
@@ -166,18 +163,13 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
         both = estimates(seconds, module.weight.detach(), inputs[0].detach())
         key = f"{loop.state.step // length} {name}"
         sums = loop.state.observed.setdefault(key, [0.0] * (1 + len(ESTIMATES)))
-        for i, value in enumerate((1.0, seconds, *both)):
-            sums[i] += value
+        sums[:] = (a + b for a, b in zip(sums, (1.0, seconds, *both), strict=True))
 
     convolutions = {n: m for n, m in loop.model.named_modules() if isinstance(m, nn.Conv2d)}
-    handles = [
-        handle
-        for name, module in convolutions.items()
-        for handle in (
-            module.register_forward_pre_hook(functools.partial(before, name)),
-            module.register_forward_hook(functools.partial(after, name)),
-        )
-    ]
+    handles = []
+    for name, module in convolutions.items():
+        handles.append(module.register_forward_pre_hook(functools.partial(before, name)))
+        handles.append(module.register_forward_hook(functools.partial(after, name)))
 
     def rows() -> Rows:
         for handle in handles:
@@ -185,12 +177,11 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
         lines: list[tuple[str, str, int, float]] = []
         for key, (count, *sums) in loop.state.observed.items():
             segment, name = key.split(" ", 1)
-            for quantity, total in zip(ESTIMATES, sums, strict=True):
-                lines.append((name, quantity, int(segment), total / count))
+            means = zip(ESTIMATES, sums, strict=True)
+            lines += [(name, quantity, int(segment), total / count) for quantity, total in means]
         for name, module in convolutions.items():
-            weight = module.weight.detach()
-            lines.append((name, "weight_density", 0, _density(weight)))
-            lines.append((name, "empty_input_channels", 0, _empty_inputs(weight)))
+            lines.append((name, "weight_density", 0, _density(module.weight)))
+            lines.append((name, "empty_input_channels", 0, _empty_inputs(module.weight)))
         return _rows(loop, "speedups", lines)
 
     return rows

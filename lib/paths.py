@@ -21,30 +21,24 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-
 
 def results_dir(profile: str, root: str | Path | None = None) -> Path:
     """Directory of one profile's CSVs: `root`/`profile`, by default results/`profile`.
 
     Raises ValueError if `profile` is no plain name (it would lead out of the results).
     """
-    return (Path(root) if root is not None else REPO / "results") / _name("profile", profile)
+    return (Path(root) if root is not None else REPO / "results") / _plain(profile)
 
 
 def results_csv(profile: str, experiment: str, root: str | Path | None = None) -> Path:
     """The CSV with one row per run; curves and layers lie beside it (see lib.results)."""
-    return results_dir(profile, root) / f"{_name('experiment', experiment)}.csv"
+    return results_dir(profile, root) / f"{_plain(experiment)}.csv"
 
 
-def published_dir() -> Path:
-    """Directory of the numbers taken from the literature."""
-    return REPO / "results" / "published"
-
-
-def figures_dir() -> Path:
-    """Directory of figures, tables and the report."""
-    return REPO / "figures"
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"{name!r} is no plain name: use letters, digits, '-' and '_' only")
+    return name
 
 
 def data_root() -> Path:
@@ -67,15 +61,6 @@ def _from_environment(variable: str, default: Path) -> Path:
     return (REPO / Path(value).expanduser()).resolve() if value else default
 
 
-def _name(what: str, value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise ValueError(
-            f"{what} {value!r} is no plain name: use letters, digits, '-' and '_' only, "
-            "for instance 'quick'."
-        )
-    return value
-
-
 @contextlib.contextmanager
 def locked(file: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of this name; false where, without `wait`, another process has it.
@@ -84,8 +69,14 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
     may only read.)  Raises OSError with the way out on a file system without locks.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    fd = _lock_file(file)
+    new = not file.exists()
     try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:  # another user's
+        fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if new:
+            _share(file)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -97,17 +88,6 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
         yield True
     finally:
         os.close(fd)
-
-
-def _lock_file(file: Path) -> int:
-    try:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        with contextlib.suppress(PermissionError):
-            return os.open(file, os.O_RDWR | os.O_NOFOLLOW)
-        return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    _share(file)
-    return fd
 
 
 def append(file: Path, data: bytes) -> None:

@@ -25,19 +25,20 @@ def dependencies() -> tuple[list[str], list[str]]:
     return [entry for entry in entries if isinstance(entry, str)], pip
 
 
-def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def make(folder: Path, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess:
     """Run make in `folder`, programs in its bin/ first, free of the make that runs this test."""
     path = f"{folder}/bin{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "HOME": str(folder)}
-    return subprocess.run(
+    done = subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=folder,
-        env=environment,
+        env={"PATH": path, "HOME": str(folder)},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+    assert (done.returncode == 0) == ok, done.stderr
+    return done
 
 
 def script(path: Path, body: str) -> None:
@@ -69,9 +70,8 @@ def test_environment_is_the_only_list_of_dependencies() -> None:
 
 
 def test_makefile_reads_the_pip_section_as_yaml_does() -> None:
-    result = make(ROOT, "requirements", "CONDA=")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n")[:-1] == dependencies()[1]
+    said = make(ROOT, "requirements", "CONDA=").stdout
+    assert said.split("\n")[:-1] == dependencies()[1]
 
 
 # The Makefile
@@ -84,7 +84,6 @@ def test_help_is_the_default_and_explains_every_target() -> None:
     assert {"reproduce", "env", "runs", "notebooks", "figures", "verdict", "status"} <= targets
     assert {"report", "test", "lint", "format", "bench", "lab", "clean", "help"} <= targets
     result = make(ROOT, "CONDA=")
-    assert result.returncode == 0, result.stderr
     explained = dict(re.findall(r"^  ([a-z]+) +(\S.*)$", result.stdout, flags=re.MULTILINE))
     assert set(explained) == targets
     assert make(ROOT, "help", "CONDA=").stdout == result.stdout
@@ -93,8 +92,7 @@ def test_help_is_the_default_and_explains_every_target() -> None:
 def test_reproduce_keeps_its_order_with_parallel_make(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     script(tmp_path / "py", 'case "$*" in *"run all"*) sleep 0.3 ;; esac\necho "$*" >> log\n')
-    result = make(tmp_path, "-j4", "reproduce", "PROFILE=smoke", "PYTHON=./py")
-    assert result.returncode == 0, result.stderr
+    make(tmp_path, "-j4", "reproduce", "PROFILE=smoke", "PYTHON=./py")
     calls = [line for line in (tmp_path / "log").read_text().splitlines() if line[:2] == "-m"]
     trained = [f"-m lib {command} --profile smoke" for command in ("run all", "notebooks")]
     assert calls == [*trained, "-m lib figures", "-m lib report", "-m lib verdict"]
@@ -132,56 +130,55 @@ fi
     return tmp_path
 
 
+def log(clone: Path) -> list[str]:
+    """What was called: a new environment, pip for the packages, pip for this one."""
+    return (clone / "log").read_text().split()
+
+
+def add_one_more(clone: Path) -> None:
+    with (clone / "environment.yml").open("a") as file:
+        file.write("      - one-more==1.0\n")
+
+
 def test_env_installs_once_and_again_only_after_a_change(clone: Path) -> None:
-    log = clone / "log"
     for _ in range(3):
-        result = make(clone, "env", "CONDA=")
-        assert result.returncode == 0, result.stderr
-        assert log.read_text().split() == ["venv", "install", "editable"]
+        make(clone, "env", "CONDA=")
+        assert log(clone) == ["venv", "install", "editable"]
     assert (clone / "installed.txt").read_text().split() == dependencies()[1]
     (clone / "environment.yml").touch()  # as a git checkout does: same content, newer time
     make(clone, "env", "CONDA=")
-    assert log.read_text().split() == ["venv", "install", "editable"]
-    with (clone / "environment.yml").open("a") as file:
-        file.write("      - one-more==1.0\n")
+    assert log(clone) == ["venv", "install", "editable"]
+    add_one_more(clone)
     make(clone, "env", "CONDA=")
-    assert log.read_text().split() == ["venv", *2 * ["install", "editable"]]
+    assert log(clone) == ["venv", *2 * ["install", "editable"]]
     assert (clone / "installed.txt").read_text().split()[-1] == "one-more==1.0"
+    script(clone / ".venv/bin/python", "exit 1\n")  # a broken environment is built anew
+    make(clone, "env", "CONDA=")
+    assert log(clone)[-3:] == ["venv", "install", "editable"]
 
 
 def test_a_failed_installation_is_never_taken_for_a_complete_one(clone: Path) -> None:
     (clone / "bin/offline").touch()
     for _ in range(2):
-        result = make(clone, "env", "CONDA=")
-        assert result.returncode != 0
-        assert "no network" in result.stderr
-        assert "is not complete" in result.stderr
+        said = make(clone, "env", "CONDA=", ok=False).stderr
+        assert "no network" in said and "is not complete" in said
     (clone / "bin/offline").unlink()
-    assert make(clone, "env", "CONDA=").returncode == 0
-    assert (clone / "log").read_text().split() == ["venv", *3 * ["install"], "editable"]
+    make(clone, "env", "CONDA=")
+    assert log(clone) == ["venv", *3 * ["install"], "editable"]
     # A change of environment.yml that cannot be installed makes the old environment invalid too.
     (clone / "bin/offline").touch()
-    with (clone / "environment.yml").open("a") as file:
-        file.write("      - one-more==1.0\n")
-    assert make(clone, "env", "CONDA=").returncode != 0
+    add_one_more(clone)
+    make(clone, "env", "CONDA=", ok=False)
     shutil.copy(ROOT / "environment.yml", clone)
-    assert make(clone, "env", "CONDA=").returncode != 0
-
-
-def test_a_broken_environment_is_built_anew(clone: Path) -> None:
-    assert make(clone, "env", "CONDA=").returncode == 0
-    script(clone / ".venv/bin/python", "exit 1\n")
-    assert make(clone, "env", "CONDA=").returncode == 0
-    assert (clone / "log").read_text().split() == 2 * ["venv", "install", "editable"]
+    make(clone, "env", "CONDA=", ok=False)
 
 
 def test_an_old_python_is_named_with_what_to_do(clone: Path) -> None:
     for name in ("python3", "python3.11", "python3.12", "python3.13"):
         body = '[ "$1" = --version ] && echo Python 3.9.18 && exit 0\nexit 1\n'
         script(clone / "bin" / name, body)
-    result = make(clone, "test", "CONDA=")
-    assert result.returncode != 0
-    assert "Python 3.11 or newer is needed, but python3 is Python 3.9.18" in result.stderr
+    said = make(clone, "test", "CONDA=", ok=False).stderr
+    assert "Python 3.11 or newer is needed, but python3 is Python 3.9.18" in said
     assert not (clone / ".venv").exists()
 
 
@@ -201,23 +198,20 @@ mkdir -p "$prefix/bin"; cp bin/venv-python "$prefix/bin/python"
     )
     (clone / "bin/offline").touch()
     arguments = ("env", f"CONDA={clone}/bin/{tool}")
-    assert make(clone, *arguments).returncode != 0
+    make(clone, *arguments, ok=False)
     (clone / "bin/offline").unlink()
     for _ in range(2):
-        assert make(clone, *arguments).returncode == 0
+        make(clone, *arguments)
     call = f"{command} --prefix {clone}/.venv-conda --file environment.yml"
     assert (clone / "log").read_text().splitlines() == [call, call, "editable"]
 
 
 def test_python_given_by_hand_creates_no_environment(clone: Path) -> None:
-    result = make(clone, "test", "ARGS=-k data", "PYTHON=bin/venv-python")
-    assert result.returncode == 0, result.stderr
-    assert "bin/venv-python -m pytest -n auto --dist loadfile -k data" in result.stdout
-    assert not (clone / "log").exists()
-    assert not list(clone.glob(".venv*"))
-    result = make(clone, "test", "PYTHON=/nowhere/python")
-    assert result.returncode != 0
-    assert "PYTHON=/nowhere/python does not run" in result.stderr
+    said = make(clone, "test", "ARGS=-k data", "PYTHON=bin/venv-python").stdout
+    assert "bin/venv-python -m pytest -n auto --dist loadfile -k data" in said
+    assert not (clone / "log").exists() and not list(clone.glob(".venv*"))
+    said = make(clone, "test", "PYTHON=/nowhere/python", ok=False).stderr
+    assert "PYTHON=/nowhere/python does not run" in said
 
 
 # Notebooks
