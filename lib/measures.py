@@ -146,8 +146,7 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
     ESTIMATES in seconds.  At the end, per convolution: `weight_density` and
     `empty_input_channels` (a share).
     """
-    # Each layer as its module in each step, whose time is what the paper estimates from.
-    loop.use(TorchEngine)
+    loop.use(TorchEngine)  # each layer as its module, whose time the paper estimates from
     length = max(1, -(-loop.schedule.total_steps // SEGMENTS))
     stride = max(1, length // SAMPLES_PER_SEGMENT)
     started: dict[str, float] = {}

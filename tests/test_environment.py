@@ -63,12 +63,6 @@ def test_every_dependency_is_pinned_exactly() -> None:
     assert {"torch==2.15.0", "torchvision==0.29.2"} <= set(pip)
 
 
-def test_environment_is_the_only_list_of_dependencies() -> None:
-    others = ("requirements*.txt", "setup.py", "setup.cfg", "Pipfile", "poetry.lock", "uv.lock")
-    assert [path.name for pattern in others for path in ROOT.glob(pattern)] == []
-    assert "dependencies = " not in (ROOT / "pyproject.toml").read_text()
-
-
 def test_makefile_reads_the_pip_section_as_yaml_does() -> None:
     said = make(ROOT, "requirements", "CONDA=").stdout
     assert said.split("\n")[:-1] == dependencies()[1]
