@@ -141,25 +141,17 @@ def typst(token: dict[str, Any]) -> str:
     }[kind]
 
 
-def build(
-    folder: Path | None,
-    verdicts: Path,
-    results: str = "",
-    profile: str = "",
-    notebooks: Iterable[Path] = (),
-    **parameters: Any,
-) -> str:
-    """Run the notebooks (all chapters); the report in Markdown.
+def build(folder: Path | None, verdicts: Path, results: str = "", profile: str = "") -> str:
+    """Run the cells of all chapters; the report in Markdown.
 
     Figures go to `folder`/<profile>/ (None: nowhere), verdicts.csv and verdicts.parts.csv to
     `verdicts`/<profile>/.  `profile`: of all; empty: the largest of each experiment that has rows.
     """
-    figures.FOLDER, claims.FOLDER = folder, verdicts
-    given = {"profile": profile, "results": results, **parameters}
+    figures.FOLDER, figures.DRAW, claims.FOLDER = folder, folder is not None, verdicts
     try:
-        blocks = [one for path in notebooks or chapters() for one in run(path, **given)]
+        blocks = [one for path in chapters() for one in run(path, profile=profile, results=results)]
     finally:
-        figures.FOLDER = claims.FOLDER = None
+        figures.FOLDER, figures.DRAW, claims.FOLDER = None, True, None
     return "\n\n".join(blocks).replace(" %", "\N{NO-BREAK SPACE}%") + "\n"
 
 

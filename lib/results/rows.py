@@ -6,6 +6,7 @@ torch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,11 @@ def largest(experiment: str, profile: str = "", results: str | Path = "") -> str
     """
     found = (p for p in SCALES if len(load(experiment, p, results)))
     return profile or next(found, SCALES[0])
+
+
+@functools.cache
+def _grid(experiment: str, profile: str) -> pd.DataFrame:
+    return planned(experiment, profile)
 
 
 def planned(experiment: str, profile: str, **knobs: Iterable[Any]) -> pd.DataFrame:
@@ -65,7 +71,7 @@ def load(
     default that of the experiment.  `where` as in `select`.  A run that several experiments
     share is in the file of one of them, so all of the profile are read.
     """
-    grid = planned(experiment, profile) if grid is None else grid
+    grid = _grid(experiment, profile) if grid is None else grid
     root = Path(results or REPO / "results")  # own: runs of a grid that was changed by a knob
     found = store.read_runs(root / "own" / profile, root / profile)
     found = found.rename(columns={"kernels": "computed_by"})  # the grid's: what was asked for
