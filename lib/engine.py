@@ -149,12 +149,21 @@ def choose(run: Run, data: Dataset, model: nn.Module, device: torch.device) -> t
     if device.type != "cpu" or run.kernels == "torch":
         return TorchEngine
     try:
-        from lib.cpu.choice import choose as fast
+        from lib.cpu import choose as fast
     except ModuleNotFoundError as error:
-        if error.name not in ("lib.cpu", "lib.cpu.choice"):
+        if error.name != "lib.cpu":
             raise
         return TorchEngine
     return fast(run, data, model) or TorchEngine
+
+
+def momentum_buffer(optimizer: torch.optim.SGD, parameter: Tensor) -> Tensor:
+    """The parameter's momentum; zeros before the first step: torch starts at 0.9 * 0 + g too."""
+    state = optimizer.state[parameter]
+    if state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
 
 
 def memory_format(engine: type[Engine], run: Run, model: nn.Module) -> torch.memory_format:

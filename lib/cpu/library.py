@@ -23,22 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  loads the OpenMP runtime that the library shares
-
-from lib.cpu.layouts import MIRRORED
+import torch  # loads the OpenMP runtime that the library shares
+from torch import Tensor
 
 _HERE, _START = Path(__file__).resolve().parent, Path.cwd()
-SOURCES = tuple(
-    _HERE / name
-    for name in (
-        "sparse.hpp",
-        "blocked.hpp",
-        "perceptron.hpp",
-        "dense.hpp",
-        "select.hpp",
-        "sparse.cpp",
-    )
-)
+HEADERS = ("sparse.hpp", "dense.hpp", "perceptron.hpp")
+SOURCES = tuple(_HERE / name for name in (*HEADERS, "sparse.cpp"))
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -49,43 +39,52 @@ FLAGS = (
     "-Wno-psabi",
 )
 
-_PTR, _INT, _I64, _F32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_SIGNATURES: dict[str, list[Any]] = {
-    "sparse_plan_create": [_PTR, _PTR, _I64, _INT, _I64, _I64, _I64, _INT, _PTR],
-    "sparse_plan_free": [_PTR],
-    "sparse_convolve": [_PTR, _PTR, _PTR, _PTR, _PTR, _I64, _INT],
-    "sparse_weight_gradient": [_PTR, _PTR, _PTR, _PTR, _I64, _INT],
-    "sparse_dense_gradient": [_PTR, _PTR, _PTR, _PTR, _I64, _INT],
-    "sparse_sgd": [_PTR] * 4 + [_I64] + [_F32] * 3 + [_INT] * 2,
-    "sparse_convert": [_INT, _PTR, _I64, _I64, _I64, _PTR, _I64, _I64, _I64, _INT],
-    "sparse_norm_forward": [_PTR] * 6 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
-    "sparse_norm_backward": [_PTR] * 9 + [ctypes.c_double, _INT, _INT] + [_I64] * 3 + [_INT],
-    "sparse_channel_sum": [_PTR, _PTR, _I64, _I64, _I64, _INT],
-    "sparse_max_pool": [_INT, _INT] + [_I64] * 5 + [_PTR, _PTR, _PTR, _INT],
-    "sparse_mean_pool": [_INT] + [_I64] * 5 + [_PTR, _PTR, _INT],
-    "perceptron_step": (
-        [_PTR, _I64, _PTR, _PTR, _I64, _PTR, _I64] + [_F32] * 3 + [_INT] * 3 + [_PTR]
-    ),
-    "perceptron_wrong": [_PTR, _I64, _PTR, _PTR, _I64, _INT, _PTR],
-    "mask_count": [_PTR, _I64],
-    "mask_as_floats": [_PTR, _I64, _PTR],
-    "mask_take_nonzeros": [_PTR, _I64, _PTR, _PTR, _PTR],
-    "mask_put_nonzeros": [_PTR, _I64, _PTR, _PTR],
-    "deepr_move": [_PTR, _PTR, _PTR, _F32, _PTR],
-    "deepr_wake": [_PTR, _I64, _PTR, _I64],
-}
-_FALLIBLE = (
-    "sparse_plan_create",
-    "sparse_convolve",
-    "sparse_weight_gradient",
-    "sparse_dense_gradient",
-    "perceptron_step",
-    "perceptron_wrong",
-    "mask_take_nonzeros",
-    "deepr_move",
-    "deepr_wake",
+
+class _Array:
+    """A tensor as an argument: the address of its first number; None is a null pointer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def from_param(self, tensor: Tensor | None) -> ctypes.c_void_p:
+        if tensor is None:
+            return ctypes.c_void_p()
+        if tensor.dtype != self.dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            raise TypeError(
+                f"kernels take contiguous {self.dtype} on the CPU, got {tensor.dtype} "
+                f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            )
+        return ctypes.c_void_p(tensor.data_ptr())
+
+
+_INT, _I64, _F32, _F64, _PTR = (
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_double,
+    ctypes.c_void_p,
 )
-_RESULTS = {"mask_count": _I64}
+_FLOATS, _PLACES = _Array(torch.float32), _Array(torch.int64)
+# What each function takes; those but `sparse_plan_free` return 0, or not if they failed.
+_SIGNATURES: dict[str, list[Any]] = {
+    "sparse_plan_create": (
+        [_PLACES, _Array(torch.int32), _I64, _INT, _I64, _I64, _I64, _INT, _PTR]
+    ),
+    "sparse_plan_free": [_PTR],
+    "sparse_convolve": [_PTR, *[_FLOATS] * 4, _I64, _INT],
+    "sparse_weight_gradient": [_PTR, *[_FLOATS] * 3, _I64, _INT],
+    "sparse_dense_gradient": [_PLACES, *[_FLOATS] * 3, _I64, _INT],
+    "sparse_sgd": [_FLOATS, _FLOATS, _PLACES, _FLOATS, _I64, *[_F32] * 3, _INT, _INT],
+    "sparse_norm_forward": [*[_FLOATS] * 6, _F64, _INT, _INT, *[_I64] * 3, _INT],
+    "sparse_norm_backward": [*[_FLOATS] * 9, _F64, _INT, _INT, *[_I64] * 3, _INT],
+    "sparse_channel_sum": [_FLOATS, _FLOATS, *[_I64] * 3, _INT],
+    "perceptron_step": (
+        [_PTR, _I64, _FLOATS, _PLACES, _I64, _PLACES, _I64, *[_F32] * 3, *[_INT] * 3, _PTR]
+    ),
+    "perceptron_wrong": [_PTR, _I64, _FLOATS, _PLACES, _I64, _INT, _PTR],
+    "deepr_move": [_PTR, _Array(torch.int8), _FLOATS, _F32, _PTR],
+    "deepr_wake": [_PTR, _I64, _PLACES, _I64],
+}
 
 
 class KernelsUnavailable(RuntimeError):
@@ -221,22 +220,19 @@ def _load() -> ctypes.CDLL | KernelsUnavailable:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with its signatures; KernelsUnavailable if its structures are not ours."""
-    sizes = (_I64 * len(MIRRORED))()
-    library.sparse_sizes.restype = None
-    library.sparse_sizes(sizes)
-    for mirror, size in zip(MIRRORED, sizes, strict=True):
-        if ctypes.sizeof(mirror) != size:
-            raise KernelsUnavailable(
-                f"{mirror.__name__} of lib/cpu/layouts.py has {ctypes.sizeof(mirror)} bytes, "
-                f"but the C++ structure has {size}; make the two alike"
-            )
     library.sparse_error.restype = ctypes.c_char_p
-    library.sparse_error.argtypes = []
+
+    def check(code: int, *_: Any) -> None:
+        if code:
+            raise RuntimeError(f"sparse kernel failed: {library.sparse_error().decode()}")
+
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = _INT if name in _FALLIBLE else _RESULTS.get(name)
+        if name == "sparse_plan_free":
+            function.restype = None
+        else:
+            function.errcheck = check
     return library
 
 
@@ -257,7 +253,7 @@ def available() -> bool:
 
 
 def require() -> ctypes.CDLL:
-    """The loaded library.
+    """The loaded library; its functions raise RuntimeError where a kernel fails.
 
     Raises:
         KernelsUnavailable: it cannot be built or loaded; the message says why.
@@ -266,9 +262,3 @@ def require() -> ctypes.CDLL:
     if isinstance(library, KernelsUnavailable):
         raise library
     return library
-
-
-def check(code: int) -> None:
-    """Raises RuntimeError with the library's message if `code`, a kernel's result, is not 0."""
-    if code:
-        raise RuntimeError(f"sparse kernel failed: {require().sparse_error().decode()}")

@@ -26,7 +26,7 @@ namespace sparse {
 // layers: not at all, m = a * m + g, or m = g (the first step of a window).
 enum Track : int32_t { kTrackNothing = 0, kTrackMore = 1, kTrackFirst = 2 };
 
-// One layer; mirrored by lib/cpu/layouts.py.  Pointers to floats are float32 in torch's memory.
+// One layer; mirrored by lib/cpu/perceptron.py.  Pointers to floats are float32 in torch's memory.
 struct PerceptronLayer {
   int64_t in, out;
   float *weight, *momentum;        // [out, in]
@@ -535,9 +535,9 @@ static void with_vectors(int64_t samples, F&& f) {
 // One step on the images `index` [samples] of x [images, in]; labels [images].  The mean loss from
 // before the step.  Throws std::exception for another number of samples, for a single one where there
 // is batch norm, and for an index or a label that is none.
-static inline double perceptron_step(const PerceptronLayer* layers, int64_t depth, const float* x,
-                                     const int64_t* labels, int64_t images, const int64_t* index,
-                                     int64_t samples, const Sgd& rule, int32_t track, int threads) {
+static inline double train_step(const PerceptronLayer* layers, int64_t depth, const float* x,
+                                const int64_t* labels, int64_t images, const int64_t* index,
+                                int64_t samples, const Sgd& rule, int32_t track, int threads) {
   double loss = 0;
   const auto normed = [](const PerceptronLayer& layer) { return layer.scale != nullptr; };
   if (samples == 1 && std::any_of(layers, layers + depth, normed))
@@ -557,8 +557,8 @@ static inline double perceptron_step(const PerceptronLayer* layers, int64_t dept
 
 // Number of wrong answers over `images` rows of x; the answer is the first largest logit, or the
 // first that is no number, as in torch.argmax.
-static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t depth, const float* x,
-                                       const int64_t* labels, int64_t images, int threads) {
+static inline int64_t count_wrong(const PerceptronLayer* layers, int64_t depth, const float* x,
+                                  const int64_t* labels, int64_t images, int threads) {
   detail::same_arithmetic(threads);
   int64_t wrong = 0;
   for (int64_t done = 0; done < images; done += 8 * L) {
@@ -581,12 +581,12 @@ static inline int64_t perceptron_wrong(const PerceptronLayer* layers, int64_t de
   return wrong;
 }
 
-// DeepR's step (deepr_step of lib/methods/deepr.py) on the non-zeros alone, in two calls: between them
+// DeepR's step (deepr_step of lib/methods/rules.py) on the non-zeros alone, in two calls: between them
 // the caller draws which dormant connections wake.  First each value moves by `shrinkage` against its
 // sign and by its noise (null: none); those that end on the wrong side of zero are dead: column -1
-// until deepr_wake.  sign: [out, in], -1 or 1.  How many died.
-static inline int64_t deepr_move(const PerceptronLayer& layer, const int8_t* sign,
-                                 const float* noise, float shrinkage) {
+// until wake().  sign: [out, in], -1 or 1.  How many died.
+static inline int64_t move_weights(const PerceptronLayer& layer, const int8_t* sign,
+                                   const float* noise, float shrinkage) {
   int64_t died = 0;
   for (int64_t r = 0; r < layer.out; ++r)
     for (int32_t k = layer.row_start[r]; k < layer.row_start[r + 1]; ++k) {
@@ -620,8 +620,8 @@ static inline void sort_by_column(const PerceptronLayer& layer) {
 // numbers among the dormant ones of those layers in row-major order; they start at zero, without
 // momentum.  The caller's memory has room for the new number of non-zeros.  Throws
 // std::invalid_argument for numbers that are not of this kind, before anything changes.
-static inline void deepr_wake(PerceptronLayer* layers, int64_t depth, const int64_t* chosen,
-                              int64_t count) {
+static inline void wake(PerceptronLayer* layers, int64_t depth, const int64_t* chosen,
+                        int64_t count) {
   int64_t dormant = 0, most = count;
   for (int64_t k = 0; k < depth; ++k) {
     const PerceptronLayer& f = layers[k];

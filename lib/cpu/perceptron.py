@@ -1,74 +1,390 @@
-"""Training a perceptron by one call of lib/cpu a mini-batch, on the CPU."""
+"""Training a perceptron by one call of perceptron.hpp a mini-batch, on the CPU.
+
+The model's parameters and the optimizer's momentum buffers stay where torch keeps them. What a
+sparse layer holds instead, the values of its non-zeros and their momentum, is written back by
+`write_back()`, after which Masking, checkpoints and measurements see what they always see.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import enum
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lib.cpu.trainer import SPARSE_BELOW, PerceptronTrainer, Track
-from lib.engine import Engine, Task
+from lib.cpu.library import require
+from lib.engine import Engine, Task, momentum_buffer
 from lib.masking import EVERY_STEP, LayerReport
+from lib.methods.parts import drawn
+from lib.methods.rules import deepr_rates, signs_of, some_of
+
+# Sparse layers cost their non-zeros, dense ones all weights at several times the speed. A fixed
+# density, near where the two met for LeNet-300-100 with AVX-512; not calibrated per machine.
+SPARSE_BELOW = 0.3
+MAX_SAMPLES = 128
+
+
+class Track(enum.IntEnum):
+    """Whether a step gathers the gradients of inactive weights in their momentum: not at all,
+    in addition to what is there, or from zero.
+    """
+
+    NOTHING = 0
+    MORE = 1
+    FIRST = 2
+
+
+_INT, _FLOAT, _ARRAY = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    """PerceptronLayer of perceptron.hpp; whoever changes one changes the other."""
+
+    _fields_ = [
+        ("inputs", _INT),
+        ("outputs", _INT),
+        ("weight", _ARRAY),
+        ("momentum", _ARRAY),
+        ("multiplier", _ARRAY),
+        ("gradient", _ARRAY),
+        ("bias", _ARRAY),
+        ("bias_momentum", _ARRAY),
+        ("nonzeros", _INT),
+        ("row_start", _ARRAY),
+        ("column", _ARRAY),
+        ("value", _ARRAY),
+        ("value_momentum", _ARRAY),
+        ("column_start", _ARRAY),
+        ("row", _ARRAY),
+        ("place", _ARRAY),
+        ("scale", _ARRAY),
+        ("scale_momentum", _ARRAY),
+        ("shift", _ARRAY),
+        ("shift_momentum", _ARRAY),
+        ("mean", _ARRAY),
+        ("variance", _ARRAY),
+        ("norm_momentum", _FLOAT),
+        ("eps", _FLOAT),
+    ]
+
+
+class _Nonzeros(NamedTuple):
+    """Those of a layer [rows, columns]: by row their columns, those of row r from row_start[r] to
+    row_start[r + 1], and what is held there; by column likewise their rows, and `place`, where each
+    stands in the order by row. Places are int32.
+    """
+
+    row_start: Tensor
+    column: Tensor
+    value: Tensor
+    value_momentum: Tensor
+    column_start: Tensor
+    row: Tensor
+    place: Tensor
+
+    @staticmethod
+    def under(mask: Tensor, weight: Tensor, momentum: Tensor, room: int) -> _Nonzeros:
+        """Of a weight with this mask; the arrays have room for so many."""
+        rows, columns = mask.shape
+        row, column = mask.nonzero().unbind(1)
+        place = column.argsort(stable=True)
+        lists = (column, weight.detach()[row, column], momentum[row, column], row[place], place)
+        starts = (
+            F.pad(index.bincount(minlength=size).cumsum(0), (1, 0)).int()
+            for index, size in ((row, rows), (column, columns))
+        )
+        more = (0, max(0, room - len(row)))
+        column, value, value_momentum, row, place = (F.pad(part, more) for part in lists)
+        row_start, column_start = starts
+        column, row, place = column.int(), row.int(), place.int()
+        return _Nonzeros(row_start, column, value, value_momentum, column_start, row, place)
+
+    def put(self, weight: Tensor, momentum: Tensor) -> Tensor:
+        """Write weights and momentum back; returns where, bool."""
+        count = int(self.row_start[-1])
+        row, column = torch.repeat_interleave(self.row_start.diff()), self.column[:count].long()
+        weight.detach()[row, column] = self.value[:count]
+        momentum[row, column] = self.value_momentum[:count]
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        mask[row, column] = True
+        return mask
+
+
+class PerceptronLayer(NamedTuple):
+    """A linear layer, by its name in the model, and the batch norm behind it."""
+
+    name: str
+    linear: nn.Linear
+    norm: nn.BatchNorm1d | None
+
+
+def perceptron_layers(model: nn.Module) -> list[PerceptronLayer] | None:
+    """The layers of a chain Linear, ReLU, Linear, ... in float32 on the CPU; None for any other
+    model. Linear layers may be without bias. Batch norm may come between one and its ReLU and
+    after the last, with scale, shift and running estimates that decay.
+    """
+    if not isinstance(model, nn.Sequential):
+        return None
+    found: list[PerceptronLayer] = []
+    last: nn.Module | None = None
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear) and (last is None or isinstance(last, nn.ReLU)):
+            found.append(PerceptronLayer(name, module, None))
+        elif isinstance(module, nn.BatchNorm1d) and isinstance(last, nn.Linear):
+            found[-1] = found[-1]._replace(norm=module)
+        elif not isinstance(module, nn.ReLU) or not isinstance(last, nn.Linear | nn.BatchNorm1d):
+            return None
+        last = module
+    if not isinstance(last, nn.Linear | nn.BatchNorm1d):
+        return None
+    if any(a.linear.out_features != b.linear.in_features for a, b in itertools.pairwise(found)):
+        return None
+    for _, linear, norm in found:
+        if norm is not None:
+            decays = norm.affine and norm.track_running_stats and norm.momentum is not None
+            if not decays or norm.num_features != linear.out_features:
+                return None
+    numbers = [n for n in (*model.parameters(), *model.buffers()) if n.is_floating_point()]
+    return found if all(n.dtype == torch.float32 and n.is_cpu for n in numbers) else None
 
 
 class PerceptronEngine(Engine):
-    """See `PerceptronTrainer`."""
+    """A model for which `perceptron_layers` finds layers. Below the density `sparse_below` a masked
+    layer is computed over its non-zeros; with DeepR all are, which it moves (`rewires`), or none
+    where it is dense.
+
+    Raises:
+        KernelsUnavailable: the kernels cannot be built here.
+    """
 
     name, windowed = "perceptron", True
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, sparse_below: float = SPARSE_BELOW) -> None:
         super().__init__(task)
-        run = task.run
-        rewires = run.method == "deepr" and run.density < SPARSE_BELOW
-        below = 0.0 if run.method in EVERY_STEP else None  # its masks are new after each step
-        self.trainer = PerceptronTrainer(
-            task.model, task.optimizer, task.masking, sparse_below=below, rewires=rewires
-        )
+        self._library = require()
+        self._named = perceptron_layers(task.model) or []
+        self.rewires = task.run.method == "deepr" and task.run.density < SPARSE_BELOW
+        every_step = task.run.method in EVERY_STEP  # its masks are new after each step
+        self._below = math.inf if self.rewires else 0.0 if every_step else sparse_below
+        self._layers = (_Layer * len(self._named))()
+        self._gradients = self._ahead = False
+        self._steps = 0  # not yet counted by batch norm
+        self.reload()
 
     def step(self, index: Tensor, left: float) -> Tensor:
         """See `Engine.step`."""
-        task, trainer, window = self.task, self.trainer, self.task.schedule.window
+        masking, window = self.task.masking, self.task.schedule.window
         track = Track.NOTHING
         # DeepR's connections wake without momentum: what they had before is never read.
-        if left <= window and not trainer.rewires:
+        if left <= window and not self.rewires:
             # A window that began before the last update goes on; a new one starts from zero.
-            whole = window >= task.schedule.period
+            whole = window >= self.task.schedule.period
             track = Track.FIRST if left == window and not whole else Track.MORE
-        loss = trainer.step(
-            task.data.train_x,
-            task.data.train_y,
-            index,
-            track=track,
-            gradients=left == 1 and task.masking.growth.needs == "gradient",
-        )
-        if trainer.rewires:
-            task.masking.advance()
-            trainer.deepr_step()
-        elif task.run.method in EVERY_STEP:
-            task.masking.step()
+        gradients = left == 1 and masking.growth.needs == "gradient"
+        loss = self.learn(index, track=track, gradients=gradients)
+        if self.rewires:
+            masking.advance()
+            self.deepr_step()
+        elif self.task.run.method in EVERY_STEP:
+            masking.step()
         else:
-            task.masking.advance()
+            masking.advance()
         return torch.tensor(loss, dtype=torch.float64)
 
     def wrong(self, images: Tensor, labels: Tensor) -> int:
-        """See `Engine.wrong`."""
-        return self.trainer.wrong(images.contiguous(), labels)
+        """See `Engine.wrong`. As torch.argmax: of equal logits the first counts."""
+        self._take_new_masks()
+        wrong = ctypes.c_int64()
+        self._library.perceptron_wrong(
+            self._layers,
+            len(self._layers),
+            *self._checked(images.contiguous(), labels),
+            torch.get_num_threads(),
+            ctypes.byref(wrong),
+        )
+        return wrong.value
 
     def write_back(self) -> None:
-        """See `Engine.write_back`."""
-        self.trainer.sync()
+        """See `Engine.write_back`. Also the masks that `deepr_step` moved, to the Masking, unless
+        others were assigned meanwhile.
+        """
+        if not self._ahead:
+            return
+        self._ahead = False
+        for _, _, norm in self._named:
+            if norm is not None:
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked += self._steps
+        self._steps = 0
+        masks = self.task.masking.masks
+        for path, held in self._sparse.items():
+            weight = self.task.masking.parameters[path]
+            momentum = momentum_buffer(self.task.optimizer, weight)
+            if self.rewires:
+                weight.detach().zero_()
+                momentum.zero_()  # of dormant connections it is never read
+            moved, (taken, version) = held.put(weight, momentum), self._masks[path]
+            if self.rewires and masks[path] is taken and taken._version == version:
+                masks[path] = moved
+                self._masks[path] = moved, moved._version
 
     def follow(self, report: Sequence[LayerReport]) -> None:
         """See `Engine.follow`."""
-        self.trainer.follow(report)
+        self.reload()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing, once all is written back."""
-        self.trainer.sync()
+        self.write_back()
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
-        self.trainer.reload()
+        self.reload()
+
+    def reload(self) -> None:
+        """Take masks, weights and momentum as they are in the model, the Masking, the optimizer.
+
+        Weights outside the masks become zero.
+        """
+        self._sparse: dict[str, _Nonzeros] = {}
+        self._multipliers: dict[str, Tensor] = {}
+        self._masks: dict[str, tuple[Tensor, int]] = {}  # with the versions that were taken
+        self._gradients = self._ahead = False
+        masking = self.task.masking
+        masking.apply()
+        active = sum(masking.active().values()) if self.rewires else 0
+        for layer, (name, module, norm) in zip(self._layers, self._named, strict=True):
+            path = f"{name}.weight"
+            mask = masking.masks.get(path)
+            layer.outputs, layer.inputs = module.weight.shape
+            layer.weight, layer.momentum = self._pointers(module.weight)
+            if module.bias is not None:
+                layer.bias, layer.bias_momentum = self._pointers(module.bias)
+            if norm is not None:
+                assert norm.running_mean is not None and norm.running_var is not None
+                layer.scale, layer.scale_momentum = self._pointers(norm.weight)
+                layer.shift, layer.shift_momentum = self._pointers(norm.bias)
+                layer.mean = norm.running_mean.data_ptr()
+                layer.variance = norm.running_var.data_ptr()
+                layer.norm_momentum, layer.eps = norm.momentum, norm.eps
+            layer.multiplier = layer.gradient = None
+            layer.nonzeros = -1
+            if mask is None or not self._below:
+                continue
+            self._masks[path] = mask, mask._version
+            nonzeros = int(mask.count_nonzero())
+            if nonzeros >= self._below * mask.numel():
+                self._multipliers[path] = multiplier = mask.float().contiguous()
+                layer.multiplier = multiplier.data_ptr()
+                continue
+            layer.nonzeros, room = nonzeros, min(active, mask.numel())  # DeepR may fill it up
+            momentum = momentum_buffer(self.task.optimizer, module.weight)
+            held = self._sparse[path] = _Nonzeros.under(mask, module.weight, momentum, room)
+            for array, tensor in held._asdict().items():
+                setattr(layer, array, tensor.data_ptr())
+
+    def learn(
+        self, index: Tensor, *, track: Track = Track.NOTHING, gradients: bool = False
+    ) -> float:
+        """One mini-batch: forward, loss, backward, SGD at the optimizer's settings.
+
+        Args:
+            index: int64 [B], contiguous, 1 to 128 of the training images.
+            track: what becomes of the momentum of inactive weights in sparse layers.
+            gradients: leave the dense gradient of the loss in `weight.grad` of masked layers.
+
+        Masks that were assigned since the last step are taken.
+
+        Returns:
+            The mini-batch's mean loss, before the step.
+
+        Raises:
+            TypeError, ValueError: tensors of another type, shape or memory layout.
+            RuntimeError: a mini-batch of another size, or of one image with batch norm, an index
+                or a label that is none; nothing has changed then.
+        """
+        data = self._checked(self.task.data.train_x, self.task.data.train_y)
+        self._take_new_masks()
+        if gradients or self._gradients:
+            self._provide_gradients(gradients)
+        (group,), loss = self.task.optimizer.param_groups, ctypes.c_double()
+        self._library.perceptron_step(
+            self._layers,
+            len(self._layers),
+            *data,
+            index,
+            len(index),
+            *(group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")),
+            track,
+            torch.get_num_threads(),
+            ctypes.byref(loss),
+        )
+        self._ahead = True
+        self._steps += 1
+        return loss.value
+
+    def deepr_step(self) -> None:
+        """DeepR's step after the gradient step, on the non-zeros alone.
+
+        The same draws as `lib.methods.rules.deepr_step`, and from the same numbers the same
+        weights and masks; these are the Masking's after `write_back()`.
+        """
+        masking = self.task.masking
+        self._take_new_masks()
+        if any(f"sign/{path}" not in masking.rule_state for path in self._sparse):
+            self.write_back()  # signs are those of the weights at the first look
+        shrinkage, noise = deepr_rates(masking)
+        count, dormant, died = 0, 0, ctypes.c_int64()
+        for layer, (name, module, _) in zip(self._layers, self._named, strict=True):
+            if layer.nonzeros < 0:
+                continue
+            weight = module.weight.detach()
+            sign = signs_of(masking.rule_state, f"{name}.weight", weight, masking.generator)
+            moved = None
+            if noise > 0:
+                by, device = masking.generator, weight.device
+                moved = drawn(torch.randn, layer.nonzeros, by=by, device=device).mul_(noise)
+            self._library.deepr_move(
+                ctypes.byref(layer), sign, moved, shrinkage, ctypes.byref(died)
+            )
+            count += died.value
+            dormant += sign.numel() - layer.nonzeros + died.value
+        if count:
+            chosen = some_of(dormant, count, masking.generator, torch.device("cpu"))
+            self._library.deepr_wake(self._layers, len(self._layers), chosen, len(chosen))
+        self._ahead = True
+
+    def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
+        inputs = self._layers[0].inputs
+        if images.shape[1:].numel() != inputs or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"images must be [N, {inputs} in all] and labels [N], "
+                f"got {list(images.shape)} and {list(labels.shape)}"
+            )
+        return images, labels, len(labels)
+
+    def _take_new_masks(self) -> None:
+        masks = self.task.masking.masks
+        if any(masks[k] is not mask or mask._version != v for k, (mask, v) in self._masks.items()):
+            self.write_back()
+            self.reload()
+
+    def _provide_gradients(self, wanted: bool) -> None:
+        for layer, (name, module, _) in zip(self._layers, self._named, strict=True):
+            layer.gradient = None
+            if wanted and f"{name}.weight" in self.task.masking.masks:
+                if module.weight.grad is None:
+                    module.weight.grad = torch.empty_like(module.weight)
+                layer.gradient = module.weight.grad.data_ptr()
+        self._gradients = wanted
+
+    def _pointers(self, parameter: Tensor) -> tuple[int, int]:
+        if not parameter.is_contiguous():
+            raise ValueError("the perceptron's kernels take contiguous parameters")
+        return parameter.data_ptr(), momentum_buffer(self.task.optimizer, parameter).data_ptr()

@@ -1,11 +1,10 @@
-// The kernels behind a C interface, called through ctypes (ops.py): no torch headers, so the library
-// builds in seconds and serves every torch version.  Sizes and types are checked by the caller.
-#include "blocked.hpp"
+// The kernels behind a C interface, called through ctypes (library.py): no torch headers, so the
+// library builds in seconds and serves every torch version.  Sizes and types are checked by the
+// caller.  What is not in a header is here: batch normalisation and sums over a channel.
+#include <string>
+
 #include "dense.hpp"
 #include "perceptron.hpp"
-#include "select.hpp"
-
-#include <string>
 
 namespace {
 
@@ -25,151 +24,203 @@ int guarded(F&& f) {
   return 1;
 }
 
+// out_channels, in_channels, kernel_h, kernel_w, stride, padding, height, width
+sparse::Shape shape_of(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]}; }
+
 }  // namespace
+
+namespace sparse {
+using detail::lane_sum;
+using detail::valid_lanes;
 
 extern "C" {
 
 const char* sparse_error() { return last_error.c_str(); }
 
-// shape: out_channels, in_channels, kernel_h, kernel_w, stride, padding, height, width;
 // coords: [count, 4] output channel, input channel, kernel row, kernel column.
 int sparse_plan_create(const int64_t* shape, const int32_t* coords, int64_t count, int transposed,
                        int64_t phase_y, int64_t phase_x, int64_t batch_blocks, int threads,
                        void** plan) {
   return guarded([&] {
-    const sparse::Shape s{shape[0], shape[1], shape[2], shape[3],
-                          shape[4], shape[5], shape[6], shape[7]};
-    *plan = new sparse::Plan(
-        sparse::make_plan(s, reinterpret_cast<const sparse::Coord*>(coords), count, transposed != 0,
-                          phase_y, phase_x, batch_blocks, threads));
+    *plan = new Plan(make_plan(shape_of(shape), reinterpret_cast<const Coord*>(coords), count,
+                               transposed, phase_y, phase_x, batch_blocks, threads));
   });
 }
 
-void sparse_plan_free(void* plan) { delete static_cast<sparse::Plan*>(plan); }
+void sparse_plan_free(void* plan) { delete static_cast<Plan*>(plan); }
 
 int sparse_convolve(void* plan, const float* values, const float* src, const float* bias, float* dst,
                     int64_t batch_blocks, int threads) {
   return guarded([&] {
-    sparse::Plan& p = *static_cast<sparse::Plan*>(plan);
-    sparse::set_values(p, values, threads);
-    sparse::convolve(p, src, bias, dst, batch_blocks, threads);
+    Plan& p = *static_cast<Plan*>(plan);
+    set_values(p, values, threads);
+    convolve(p, src, bias, dst, batch_blocks, threads);
   });
 }
 
 int sparse_weight_gradient(const void* plan, const float* x, const float* grad, float* out,
                            int64_t samples, int threads) {
-  return guarded([&] {
-    sparse::weight_gradient(*static_cast<const sparse::Plan*>(plan), x, grad, out, samples, threads);
-  });
+  return guarded(
+      [&] { weight_gradient(*static_cast<const Plan*>(plan), x, grad, out, samples, threads); });
 }
 
-// shape: see sparse_plan_create; out: the whole weight's gradient.
+// out: the whole weight's gradient.
 int sparse_dense_gradient(const int64_t* shape, const float* x, const float* grad, float* out,
                           int64_t samples, int threads) {
-  return guarded([&] {
-    const sparse::Shape s{shape[0], shape[1], shape[2], shape[3],
-                          shape[4], shape[5], shape[6], shape[7]};
-    sparse::dense_weight_gradient(s, x, grad, out, samples, threads);
-  });
+  return guarded(
+      [&] { dense_weight_gradient(shape_of(shape), x, grad, out, samples, threads); });
 }
 
-void sparse_sgd(float* weight, float* momentum, const int64_t* index, const float* gradient,
-                int64_t count, float lr, float a, float weight_decay, int nesterov, int threads) {
-  const sparse::Sgd rule{lr, a, weight_decay, nesterov};
-  sparse::sgd_at(weight, momentum, index, gradient, count, rule, threads);
+int sparse_sgd(float* weight, float* momentum, const int64_t* index, const float* gradient,
+               int64_t count, float lr, float a, float weight_decay, int nesterov, int threads) {
+  const Sgd rule{lr, a, weight_decay, nesterov};
+  return guarded([&] { sgd_at(weight, momentum, index, gradient, count, rule, threads); });
 }
 
-void sparse_convert(int to_blocked, float* plain, int64_t stride_n, int64_t stride_c,
-                    int64_t stride_p, float* blocked, int64_t samples, int64_t channels,
-                    int64_t pixels, int threads) {
-  const sparse::Strides s{stride_n, stride_c, stride_p};
-  if (to_blocked) sparse::convert<true>(plain, s, blocked, samples, channels, pixels, threads);
-  else sparse::convert<false>(plain, s, blocked, samples, channels, pixels, threads);
+// In the layout [N / 16, C, H, W, 16], whose lanes beyond the last sample hold finite numbers of no
+// meaning in activations; statistics ignore them, and gradients are zero there.
+//
+// y = (x - mean) / sqrt(var + eps) * weight + bias, then ReLU if asked; mean and biased variance of
+// each channel over the samples are computed first when `training`, and given otherwise.
+int sparse_norm_forward(const float* x, float* y, float* mean, float* var, const float* weight,
+                        const float* bias, double eps, int relu, int training, int64_t samples,
+                        int64_t channels, int64_t pixels, int threads) {
+  const int64_t blocks = ceil_div(samples, L), plane = pixels * L;
+  const double count = double(samples) * double(pixels);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t c = 0; c < channels; ++c) {
+    if (training) {
+      // Sums of differences from one value: deep layers have means far larger than deviations, and
+      // a channel without weights is constant to the last bit.
+      const float pivot = x[c * plane];
+      double sum = 0, squares = 0;
+      for (int64_t n = 0; n < blocks; ++n) {
+        const float* p = x + (n * channels + c) * plane;
+        V s{}, t{};
+        for (int64_t k = 0; k + 1 < pixels; k += 2)
+          s += load(p + k * L) - pivot, t += load(p + k * L + L) - pivot;
+        if (pixels % 2) s += load(p + (pixels - 1) * L) - pivot;
+        sum += lane_sum(valid_lanes(n, samples) ? s + t : V{});
+      }
+      mean[c] = float(pivot + sum / count);
+      for (int64_t n = 0; n < blocks; ++n) {
+        const float* p = x + (n * channels + c) * plane;
+        V s{};
+        for (int64_t k = 0; k < pixels; ++k) {
+          const V d = load(p + k * L) - mean[c];
+          s += d * d;
+        }
+        squares += lane_sum(valid_lanes(n, samples) ? s : V{});
+      }
+      var[c] = float(squares / count);
+    }
+    const float scale = float(weight[c] / std::sqrt(double(var[c]) + eps));
+    const float m = mean[c], shift = bias[c];
+    for (int64_t n = 0; n < blocks; ++n) {
+      const int64_t at = (n * channels + c) * plane;
+      for (int64_t k = at; k < at + plane; k += L) {
+        V v = (load(x + k) - m) * scale + shift;
+        if (relu) v = v < 0.0f ? V{} : v;  // in this order NaN stays NaN
+        store(y + k, v);
+      }
+    }
+  }
+  return 0;
 }
 
-void sparse_norm_forward(const float* x, float* y, float* mean, float* var, const float* weight,
-                         const float* bias, double eps, int relu, int training, int64_t samples,
+// Gradients of sparse_norm_forward; `frozen` (evaluation): mean and variance are constants.
+int sparse_norm_backward(const float* x, const float* grad, float* dx, float* dweight, float* dbias,
+                         const float* mean, const float* var, const float* weight,
+                         const float* bias, double eps, int relu, int frozen, int64_t samples,
                          int64_t channels, int64_t pixels, int threads) {
-  sparse::norm_forward(x, y, mean, var, weight, bias, eps, relu, training, samples, channels, pixels,
-                       threads);
+  const int64_t blocks = ceil_div(samples, L), plane = pixels * L;
+  const double count = double(samples) * double(pixels);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t c = 0; c < channels; ++c) {
+    const float inverse = float(1.0 / std::sqrt(double(var[c]) + eps)), m = mean[c];
+    const float scale = weight[c] * inverse, shift = bias[c];
+    double sum = 0, dot = 0;
+    for (int64_t n = 0; n < blocks; ++n) {
+      const int64_t at = (n * channels + c) * plane;
+      V s{}, d{};
+      for (int64_t k = at; k < at + plane; k += L) {
+        const V v = load(x + k);
+        V g = load(grad + k);
+        if (relu) g = (v - m) * scale + shift > 0.0f ? g : V{};
+        s += g;
+        d += g * (v - m);
+      }
+      const VI lanes = valid_lanes(n, samples);
+      sum += lane_sum(lanes ? s : V{});
+      dot += lane_sum(lanes ? d : V{});
+    }
+    dbias[c] = float(sum);
+    dweight[c] = float(dot * inverse);
+    if (!dx) continue;
+    // dx = scale * (g - mean(g) - xhat * mean(g * xhat))
+    const float a = frozen ? 0.0f : float(sum / count) * scale;
+    const float b = frozen ? 0.0f : float(dot / count) * inverse * inverse * scale;
+    for (int64_t n = 0; n < blocks; ++n) {
+      const int64_t at = (n * channels + c) * plane;
+      const VI lanes = valid_lanes(n, samples);
+      for (int64_t k = at; k < at + plane; k += L) {
+        const V v = load(x + k);
+        V g = load(grad + k);
+        if (relu) g = (v - m) * scale + shift > 0.0f ? g : V{};
+        const V r = g * scale - a - (v - m) * b;
+        store(dx + k, lanes ? r : V{});
+      }
+    }
+  }
+  return 0;
 }
 
-void sparse_norm_backward(const float* x, const float* grad, float* dx, float* dweight, float* dbias,
-                          const float* mean, const float* var, const float* weight,
-                          const float* bias, double eps, int relu, int frozen, int64_t samples,
-                          int64_t channels, int64_t pixels, int threads) {
-  sparse::norm_backward(x, grad, dx, dweight, dbias, mean, var, weight, bias, eps, relu, frozen,
-                        samples, channels, pixels, threads);
-}
-
-void sparse_channel_sum(const float* x, float* out, int64_t samples, int64_t channels,
-                        int64_t pixels, int threads) {
-  sparse::channel_sum(x, out, samples, channels, pixels, threads);
-}
-
-void sparse_max_pool(int backward, int relu, int64_t planes, int64_t height, int64_t width, int64_t size,
-                     int64_t stride, const float* from, float* to, uint8_t* which, int threads) {
-  const sparse::Pool p{planes, height, width, size, stride};
-  if (backward) sparse::max_pool_backward(p, from, which, to, threads);
-  else sparse::max_pool_forward(p, relu != 0, from, to, which, threads);
-}
-
-void sparse_mean_pool(int backward, int64_t planes, int64_t height, int64_t width, int64_t size,
-                      int64_t stride, const float* from, float* to, int threads) {
-  const sparse::Pool p{planes, height, width, size, stride};
-  if (backward) sparse::mean_pool_backward(p, from, to, threads);
-  else sparse::mean_pool_forward(p, from, to, threads);
+// out[c] = sum of x over the samples and pixels of channel c.
+int sparse_channel_sum(const float* x, float* out, int64_t samples, int64_t channels,
+                       int64_t pixels, int threads) {
+  const int64_t blocks = ceil_div(samples, L), plane = pixels * L;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t n = 0; n < blocks; ++n) {
+      const float* p = x + (n * channels + c) * plane;
+      V s{}, t{}, u{}, v{};  // independent chains: an addition takes four cycles
+      int64_t k = 0;
+      for (; k + 4 * L <= plane; k += 4 * L)
+        s += load(p + k), t += load(p + k + L), u += load(p + k + 2 * L), v += load(p + k + 3 * L);
+      for (; k < plane; k += L) s += load(p + k);
+      sum += lane_sum(valid_lanes(n, samples) ? (s + t) + (u + v) : V{});
+    }
+    out[c] = float(sum);
+  }
+  return 0;
 }
 
 // See perceptron.hpp.
-int perceptron_step(const sparse::PerceptronLayer* layers, int64_t depth, const float* x,
+int perceptron_step(const PerceptronLayer* layers, int64_t depth, const float* x,
                     const int64_t* labels, int64_t images, const int64_t* index, int64_t samples,
                     float lr, float momentum, float weight_decay, int nesterov, int track,
                     int threads, double* loss) {
+  const Sgd rule{lr, momentum, weight_decay, nesterov};
   return guarded([&] {
-    const sparse::Sgd rule{lr, momentum, weight_decay, nesterov};
-    *loss = sparse::perceptron_step(layers, depth, x, labels, images, index, samples, rule, track,
-                                    threads);
+    *loss = train_step(layers, depth, x, labels, images, index, samples, rule, track, threads);
   });
 }
 
-int perceptron_wrong(const sparse::PerceptronLayer* layers, int64_t depth, const float* x,
+int perceptron_wrong(const PerceptronLayer* layers, int64_t depth, const float* x,
                      const int64_t* labels, int64_t images, int threads, int64_t* wrong) {
-  return guarded(
-      [&] { *wrong = sparse::perceptron_wrong(layers, depth, x, labels, images, threads); });
+  return guarded([&] { *wrong = count_wrong(layers, depth, x, labels, images, threads); });
 }
 
-// See select.hpp; masks are bytes.
-int64_t mask_count(const uint8_t* mask, int64_t n) { return sparse::count_set(mask, n); }
-
-void mask_as_floats(const uint8_t* mask, int64_t n, float* out) {
-  std::copy(mask, mask + n, out);
-}
-
-int mask_take_nonzeros(const uint8_t* mask, int64_t count, const float* weight,
-                       const float* momentum, const sparse::Nonzeros* nonzeros) {
-  return guarded([&] { sparse::take_nonzeros(mask, count, weight, momentum, *nonzeros); });
-}
-
-void mask_put_nonzeros(const sparse::Nonzeros* nonzeros, int64_t count, float* weight,
-                       float* momentum) {
-  sparse::put_nonzeros(*nonzeros, count, weight, momentum);
-}
-
-int deepr_move(const sparse::PerceptronLayer* layer, const int8_t* sign, const float* noise,
+int deepr_move(const PerceptronLayer* layer, const int8_t* sign, const float* noise,
                float shrinkage, int64_t* died) {
-  return guarded([&] { *died = sparse::deepr_move(*layer, sign, noise, shrinkage); });
+  return guarded([&] { *died = move_weights(*layer, sign, noise, shrinkage); });
 }
 
-// Of the structures that lib/cpu/layouts.py mirrors, in its order.
-void sparse_sizes(int64_t* bytes) {
-  const size_t sizes[] = {sizeof(sparse::Nonzeros), sizeof(sparse::PerceptronLayer)};
-  std::copy(std::begin(sizes), std::end(sizes), bytes);
-}
-
-int deepr_wake(sparse::PerceptronLayer* layers, int64_t depth, const int64_t* chosen,
-               int64_t count) {
-  return guarded([&] { sparse::deepr_wake(layers, depth, chosen, count); });
+int deepr_wake(PerceptronLayer* layers, int64_t depth, const int64_t* chosen, int64_t count) {
+  return guarded([&] { wake(layers, depth, chosen, count); });
 }
 
 }  // extern "C"
+
+}  // namespace sparse

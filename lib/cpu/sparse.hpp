@@ -379,6 +379,31 @@ static inline V merged(V x, V y) {
   return merged<D, Far>(x, y, std::make_integer_sequence<int, L>());
 }
 
+// Transposes 16 x 16 floats in place.
+template <int D = 8>
+static inline void transpose16(V* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i)
+    if (!(i & D)) {
+      const V a = v[i], b = v[i | D];
+      v[i] = merged<D, false>(a, b);
+      v[i | D] = merged<D, true>(a, b);
+    }
+  if constexpr (D > 1) transpose16<D / 2>(v);
+}
+
+// Lanes of batch block n that hold a sample: all ones, else zero.
+static inline VI valid_lanes(int64_t n, int64_t samples) {
+  const VI lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane < int32_t(std::min<int64_t>(L, samples - n * L));
+}
+
+static inline double lane_sum(V v) {
+  double s = 0;
+  for (int l = 0; l < L; ++l) s += v[l];
+  return s;
+}
+
 // The sums of each of N vectors, in place of 16 / N lanes each: halves their number until one is left.
 template <int D>
 static inline V folded(const float* v) {

@@ -42,22 +42,3 @@ def test_without_the_folder_torch_trains(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-
-
-def test_only_libraries_that_nobody_else_can_write_are_loaded(tmp_path: Path) -> None:
-    """A folder in a library's place counts as none, too."""
-    tmp_path.chmod(0o755)
-    content = tmp_path / "x"
-    content.write_bytes(b"library")
-    path = tmp_path / f"kernels-{library._digest(content)}.so"
-    path.mkdir()
-    assert library._cached(tmp_path, "kernels") is None
-    path.rmdir()
-    path.write_bytes(b"library")
-    path.chmod(0o644)
-    assert library._cached(tmp_path, "kernels") == path
-    for mode, what in ((0o666, path), (0o777, tmp_path)):
-        before = what.stat().st_mode
-        what.chmod(mode)
-        assert library._cached(tmp_path, "kernels") is None
-        what.chmod(before)

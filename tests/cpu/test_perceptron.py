@@ -1,237 +1,449 @@
-"""Runs of perceptrons by the kernels: the same training as torch's, resumed to the same bits."""
+"""The perceptron's training step in one call, against torch in float64, and what its engine holds
+beside the model: masks, non-zeros, momentum, DeepR's connections.
+"""
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from lib import data as datasets
-from lib.config import Run
 from lib.cpu import library
-from lib.cpu.perceptron import PerceptronEngine
-from lib.engine import TorchEngine
-from lib.masking import DivergenceError
-from lib.train import Interrupted, TrainingLoop
+from lib.cpu.perceptron import perceptron_layers
+from lib.methods import rules
+from tests.support.perceptrons import (
+    CLOSE,
+    CLOSE_NORM,
+    FIRST,
+    MORE,
+    NOTHING,
+    Reference,
+    chain,
+    check_steps,
+    deepr_setup,
+    off_by,
+    setup,
+)
 
-pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def mnist() -> datasets.Dataset:
-    """The first 2,000 images, 500 for validation and 500 for the test."""
-    return shortened(datasets.load("mnist", train_subset=2000))
-
-
-def shortened(whole: datasets.Dataset) -> datasets.Dataset:
-    parts = {name: getattr(whole, name)[:500] for name in ("val_x", "val_y", "test_x", "test_y")}
-    return replace(whole, **parts)
-
-
-METHODS = ["sparse_momentum", "set", "rigl", "deepr", "dsr", "dense", "static", "snip"]
-
-
-def epoch_of(run: Run, mnist: datasets.Dataset) -> TrainingLoop:
-    """After the first epoch and the update of the masks that ends it."""
-    loop = TrainingLoop(run, mnist)
-    stop = iter([False] * (loop.schedule.steps_per_epoch - 1) + [True])
-    with pytest.raises(Interrupted):
-        loop.run_to_end(should_stop=lambda: next(stop))
-    assert loop.state.epoch == 1 and loop.state.step_in_epoch == 0
-    loop.use(TorchEngine)  # writes the weights back
-    return loop
+pytestmark = [
+    pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("one_thread"),
+]
+BELOW = [0.0, 0.3, 2.0]  # no sparse layers, those of few non-zeros, all masked ones
+EDGES = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100])
 
 
-def test_deepr_above_the_density_of_sparse_layers(mnist: datasets.Dataset) -> None:
-    """Dense layers there, re-wired by torch's operators; the same run, also if it is resumed."""
-    run = Run(method="deepr", train_samples=2000, epochs=2, density=0.5)
-    for density, rewires in ((0.5, False), (0.2, True)):
-        engine = TrainingLoop(replace(run, density=density), mnist).engine
-        assert isinstance(engine, PerceptronEngine) and engine.trainer.rewires == rewires
-    ours, torchs = (epoch_of(replace(run, kernels=k), mnist) for k in ("auto", "torch"))
-    for a, b in zip(ours.model.parameters(), torchs.model.parameters(), strict=True):
-        assert (a - b).norm() <= 1e-3 * b.norm()
-
-
-@pytest.mark.parametrize("model", ["mlpbn-60x3", "lenet300-100-bn"])
-@pytest.mark.parametrize("method", ["sparse_momentum", "rigl", "deepr", "dense"])
-def test_an_epoch_with_batch_norm_is_that_of_torch(
-    method: str, model: str, mnist: datasets.Dataset
-) -> None:
-    # Dense enough for every feature to have non-zeros: rounding decides what one without does.
-    run = Run(model=model, method=method, density=0.2, train_samples=2000, epochs=2)
-    ours, torchs = (epoch_of(replace(run, kernels=k), mnist) for k in ("auto", "torch"))
-    assert TrainingLoop(run, mnist).engine.name == "perceptron"
-    masks = zip(ours.masking.masks.values(), torchs.masking.masks.values(), strict=True)
-    active = sum(torchs.masking.active().values())
-    assert sum(int((a != b).sum()) for a, b in masks) <= active // 1000
-    for (name, a), b in zip(ours.model.named_parameters(), torchs.model.parameters(), strict=True):
-        assert (a - b).norm() <= 1e-2 * b.norm(), name
-    for a, b in zip(ours.model.buffers(), torchs.model.buffers(), strict=True):
-        assert (a - b).double().norm() <= 1e-2 * b.double().norm()
-    for what, margin in (("train_loss", 1e-3), ("val_error_pct", 0.61)):
-        a, b = (loop.state.curves[0][what] for loop in (ours, torchs))
-        assert a == pytest.approx(b, abs=margin), what
-
-
-@pytest.mark.parametrize("every", [0, 7])
-@pytest.mark.parametrize("method", METHODS)
-def test_an_epoch_is_that_of_torch(method: str, every: int, mnist: datasets.Dataset) -> None:
-    run = Run(method=method, train_samples=2000, epochs=2, update_every_steps=every)
-    ours, torchs = (epoch_of(replace(run, kernels=k), mnist) for k in ("auto", "torch"))
-    assert TrainingLoop(run, mnist).engine.name == "perceptron"
-    assert TrainingLoop(replace(run, kernels="torch"), mnist).engine.name == "torch"
-    active = sum(torchs.masking.active().values())
-    moved = sum(
-        int((a != b).sum())
-        for a, b in zip(ours.masking.masks.values(), torchs.masking.masks.values(), strict=True)
-    )
-    assert moved <= active // 1000, f"{moved} of {active} active weights"
-    for (name, a), b in zip(ours.model.named_parameters(), torchs.model.parameters(), strict=True):
-        assert (a - b).norm() <= 1e-3 * b.norm()
-        first, second = (
-            loop.optimizer.state[p]["momentum_buffer"] for loop, p in ((ours, a), (torchs, b))
+def a_perceptron(draw: Any, norm: bool) -> dict[str, Any]:
+    """What `setup` takes."""
+    # With batch norm not narrower: where few numbers enter one, or what it normalised goes straight
+    # into another one, gradients are next to nothing, and all of them rounding.
+    narrow = 15 if norm else 1
+    width = st.one_of(EDGES.filter(lambda n: n >= narrow), st.integers(narrow, 120))
+    hidden, classes = draw(st.lists(width, min_size=1, max_size=6 - norm)), draw(st.integers(1, 30))
+    inputs = draw(st.integers(60, 900) if norm else st.one_of(EDGES, st.integers(1, 900)))
+    density = [0.1, 0.2, 0.31, 1.0, "rows", None] + ([] if norm else [0.01, 0.05, 0.7, "one"])
+    norms = [
+        nn.BatchNorm1d(
+            width,
+            eps=draw(st.sampled_from([1e-5, 1e-2])),
+            momentum=draw(st.sampled_from([0.1, 0.5, 1.0])),
         )
-        if method == "deepr" and name in torchs.masking.masks:  # a connection wakes without any
-            second = second * torchs.masking.masks[name]
-        assert first.shape == second.shape and second.any()
-        if moved == 0 and method not in ("static", "snip"):  # those never ask for inactive weights'
-            assert (first - second).norm() <= 1e-2 * second.norm()
-    assert ours.state.curves[0]["train_loss"] == pytest.approx(
-        torchs.state.curves[0]["train_loss"], rel=1e-4
+        if draw(st.integers(0, 3))
+        else None
+        for width in (*hidden, classes)
+    ]
+    return {
+        "widths": [inputs, *hidden, classes],
+        "densities": [draw(st.sampled_from(density)) for _ in range(len(hidden) + 1)],
+        "momentum": draw(st.sampled_from([0.5, 0.9] if norm else [0.5, 0.9, 0.99])),
+        "nesterov": draw(st.booleans()),
+        "weight_decay": draw(st.sampled_from([0.0, 5e-4, 0.1])),
+        "seed": draw(st.integers(0, 2**20)),
+        "norms": norms if norm else [],
+        "bias": draw(st.booleans()),
+    }
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_steps_match_torch(norm: bool, data: st.DataObject) -> None:
+    draw = data.draw
+    own = setup(**a_perceptron(draw, norm))
+    least = 15 if norm else 1
+    sizes = st.one_of(st.sampled_from([15, 16, 17, 100, 127, 128]), st.integers(least, 128))
+    steps = draw(st.integers(1, 4 - norm))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    batches = [torch.randperm(150, generator=generator)[: draw(sizes)] for _ in range(steps)]
+    tracks = [draw(st.sampled_from([NOTHING, MORE, FIRST])) for _ in range(steps)]
+    below, gradients = draw(st.sampled_from(BELOW)), norm or draw(st.booleans())
+    close = CLOSE_NORM if norm else CLOSE
+    assume(check_steps(own, batches, tracks, below, gradients=gradients, close=close))
+
+
+@pytest.mark.parametrize("batch", range(1, 129))
+def test_any_size_of_the_mini_batch(batch: int) -> None:
+    for seed in range(batch, batch + 20):  # the first draw in which rounding decides nothing
+        own = setup([37, 21, 5], [0.2, "rows"], seed=seed)
+        if check_steps(own, [torch.randperm(150)[:batch]], [FIRST], 0.3):
+            return
+    raise AssertionError("no draw is clear of rounding")
+
+
+@pytest.mark.parametrize("below", BELOW)
+@pytest.mark.parametrize("logits", [False, True])
+def test_batch_norm_answers_by_the_running_estimates(below: float, logits: bool) -> None:
+    norms = [nn.BatchNorm1d(21, eps=0.1), None, nn.BatchNorm1d(17)]
+    norms += [nn.BatchNorm1d(5)] if logits else []
+    densities = [0.2, None, 0.5, "rows"]
+    own = setup([37, 21, 18, 17, 5], densities, images=300, norms=norms, bias=not logits)
+    engine = own.engine(below)
+    for k in range(5):
+        engine.learn(torch.arange(50 * k, 50 * k + 50))
+    before = [buffer.clone() for buffer in own.model.buffers()]
+    wrong = engine.wrong(own.images, own.labels)
+    assert all(torch.equal(a, b) for a, b in zip(before, own.model.buffers(), strict=True))
+    engine.write_back()
+    counts = [int(b) for n, b in own.model.named_buffers() if n.endswith("num_batches_tracked")]
+    assert counts == [5] * (2 + logits)
+
+    def wrong_of(training: bool) -> int:
+        model = copy.deepcopy(own.model).double().train(training)
+        with torch.no_grad():
+            logits = model(own.images.double().flatten(1))
+        top = logits.topk(2).values
+        assert (top[:, 0] - top[:, 1] > 1e-4).all()  # rounding decides nothing
+        return int((logits.argmax(1) != own.labels).sum())
+
+    assert wrong_of(training=False) == wrong != wrong_of(training=True)
+
+
+def test_features_without_non_zeros_are_open_as_often_as_with_torch() -> None:
+    """With a shift of zero only rounding opens their ReLUs; closed ones would never learn."""
+    opened = []
+    for computed_by in ("torch", "kernels"):
+        own = setup([30, 400, 5], [1.0, None], norms=[nn.BatchNorm1d(400)])
+        own.masking.masks["0.weight"] = torch.zeros(400, 30, dtype=torch.bool)
+        own.masking.apply()
+        shift, index = own.model.get_parameter("norm0.bias"), torch.arange(100)
+        with torch.no_grad():
+            shift.zero_()
+        if computed_by == "torch":
+            F.cross_entropy(own.model(own.images[index].flatten(1)), own.labels[index]).backward()
+            own.optimizer.step()
+        else:
+            own.engine().learn(index)
+        opened.append(float((shift != 0).float().mean()))
+    assert opened[0] == pytest.approx(0.5, abs=0.15)
+    assert opened[1] == pytest.approx(opened[0], abs=0.15)
+
+
+def with_threads(
+    threads: int, below: float, scale: float = 1.0, norm: bool = False
+) -> list[Tensor]:
+    """Weights, momentum, running estimates, losses and wrong answers of a few steps."""
+    norms = [nn.BatchNorm1d(250), nn.BatchNorm1d(90), nn.BatchNorm1d(10)] if norm else []
+    densities = [0.05, 0.5, None]
+    own = setup([300, 250, 90, 10], densities, weight_decay=1e-3, norms=norms, bias=not norm)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            parameter *= scale
+    torch.set_num_threads(threads)
+    try:
+        engine = own.engine(below)
+        losses = [
+            engine.learn(torch.arange(k, k + 70), track=track, gradients=True)
+            for k, track in enumerate([NOTHING, FIRST, MORE, MORE, NOTHING])
+        ]
+        wrong = engine.wrong(own.images, own.labels)
+    finally:
+        torch.set_num_threads(1)
+    engine.write_back()
+    grads = [p.grad for p in own.model.parameters() if p.grad is not None]
+    assert len(grads) == 2
+    numbers = torch.tensor([*losses, wrong], dtype=torch.float64)
+    return [numbers, *own.bits(), *own.model.buffers(), *grads]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("below", BELOW)
+def test_bits_do_not_depend_on_the_threads(below: float, norm: bool) -> None:
+    one = with_threads(1, below, norm=norm)
+    for threads in (2, 3):
+        more = with_threads(threads, below, norm=norm)
+        assert all(torch.equal(a, b) for a, b in zip(one, more, strict=True))
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_all_threads_treat_denormals_alike(flush: bool) -> None:
+    torch.set_num_threads(2)  # a pool of threads whose mode is not flushing
+    torch.rand(10**6).exp().sum()
+    torch.set_num_threads(1)
+    with_threads(2, 0.3)
+    torch.set_flush_denormal(flush)
+    try:
+        one, two = (with_threads(threads, 0.3, scale=1e-20) for threads in (1, 2))
+    finally:
+        torch.set_flush_denormal(False)
+    tiny = torch.finfo(torch.float32).tiny
+    denormal = sum(int(((t != 0) & (t.abs() < tiny)).sum()) for t in one[1:])
+    assert (denormal == 0) == flush  # otherwise the test would show nothing
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("images", [1, 16, 100, 128, 129, 300])
+@pytest.mark.parametrize("below", BELOW)
+def test_wrong_answers_are_counted_as_argmax_does(images: int, below: float) -> None:
+    """Whole numbers: exact in float32 whatever the order, and with many ties; NaN is the answer."""
+    own = setup([23, 18, 6], [0.2, 0.5], images=images)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            parameter.copy_((2 * parameter).round())
+        own.masking.apply()
+        x = own.images.round()
+        logits = own.model(x.flatten(1))
+    if images >= 100:
+        assert ((logits == logits.max(1, keepdim=True).values).sum(1) > 1).any()  # a tie
+    engine = own.engine(below)
+    assert engine.wrong(x, own.labels) == int((logits.argmax(1) != own.labels).sum())
+    with torch.no_grad():
+        own.model.get_parameter("2.bias")[4:] = math.nan
+    assert engine.wrong(x, own.labels) == int((own.labels != 4).sum())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["image", "0.weight", "2.weight", "2.bias", "4.bias"])
+@pytest.mark.parametrize("density", [0.2, 0.6, None])
+def test_what_is_not_finite_is_seen(density: float | None, where: str, value: float) -> None:
+    own = setup([30, 25, 20, 5], [density] * 3)
+    index = torch.arange(40)
+    with torch.no_grad():
+        if where == "image":
+            own.images[3] = value
+        else:
+            place = own.model.get_parameter(where)
+            mask = own.masking.masks.get(where, torch.ones_like(place, dtype=torch.bool))
+            place.view(-1)[mask.view(-1).nonzero()[:7]] = value
+        logits = own.model(own.images[index].flatten(1))
+        finite = F.cross_entropy(logits, own.labels[index]).isfinite()
+    engine = own.engine()
+    loss = engine.learn(index, track=FIRST)
+    engine.write_back()
+    weights = torch.stack([p.sum() for p in own.model.parameters()])
+    assert not math.isfinite(loss) or not weights.isfinite().all()
+    assert math.isfinite(loss) == bool(finite)
+
+
+def test_mini_batches_that_the_kernels_refuse_change_nothing() -> None:
+    own = setup([30, 20, 5], [0.2, None], norms=[nn.BatchNorm1d(20)], images=50)
+    engine, y, index = own.engine(), own.labels, torch.arange(20)
+    before = [t.clone() for t in [*own.bits(), *own.model.buffers()]]
+    data = engine.task.data
+    beyond, negative = y.clone(), y.clone()
+    beyond[7], negative[7] = 5, -1
+    for changed, places, message in (
+        ({}, torch.zeros(129, dtype=torch.int64), "1 to 128 samples"),
+        ({}, index[:0], "1 to 128 samples"),
+        ({}, index[:1], "more than one sample"),
+        ({}, torch.tensor([3, 50]), "no image 50 among 50"),
+        ({}, torch.tensor([3, -1]), "no image -1 among 50"),
+        ({"train_y": beyond}, index, "label 5 is none of the 5 classes"),
+        ({"train_y": negative}, index, "label -1 is none of the 5 classes"),
+        ({"train_x": own.images.double()}, index, "contiguous torch.float32"),
+        ({"train_x": own.images.repeat(1, 1, 2)[..., ::2]}, index, "contiguous torch.float32"),
+        ({"train_x": own.images[:, :, :29]}, index, r"\[N, 30 in all\]"),
+        ({"train_y": y[:49]}, index, r"\[50, 1, 30\] and \[49\]"),
+        ({"train_y": y.int()}, index, "contiguous torch.int64"),
+        ({}, torch.arange(40)[::2], "contiguous torch.int64"),
+    ):
+        engine.task.data = replace(data, **changed)
+        with pytest.raises((RuntimeError, ValueError, ctypes.ArgumentError), match=message):
+            engine.learn(places)
+    engine.write_back()
+    after = [*own.bits(), *own.model.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_which_models_are_perceptrons() -> None:
+    for model in (
+        chain([8, 6, 4]).double(),
+        nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU()),
+        nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(5, 4)),
+        nn.Sequential(nn.Conv2d(1, 1, 1)),
+        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)),
+        nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6)),
+        nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)),
+        chain([8, 6, 4], [nn.BatchNorm1d(5)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6, momentum=None)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6, affine=False)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6, track_running_stats=False)]),
+        chain([8, 6, 4], [nn.BatchNorm1d(6).double()]),
+        nn.Sequential(),
+        nn.Linear(8, 4),
+    ):
+        assert perceptron_layers(model) is None
+    norm = nn.BatchNorm1d(6)
+    for model, norms in (
+        (chain([8, 6, 4]), [None, None]),
+        (chain([8, 7, 6, 4], [None, norm]), [None, norm, None]),
+        (chain([8, 7, 6], [None, norm], bias=False), [None, norm]),
+    ):
+        found = perceptron_layers(model)
+        assert found is not None and [layer.norm for layer in found] == norms
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_writing_back_and_reloading_change_nothing(norm: bool) -> None:
+    norms = [nn.BatchNorm1d(40), nn.BatchNorm1d(7)] if norm else []
+    plain, own = (
+        setup([60, 40, 7], [0.1, 0.9], norms=copy.deepcopy(norms), bias=not norm) for _ in range(2)
     )
-    assert ours.state.curves[0]["val_error_pct"] == pytest.approx(
-        torchs.state.curves[0]["val_error_pct"], abs=0.21
-    )
+    a, b = plain.engine(), own.engine()
+    for k in range(6):
+        index, track = torch.arange(k, k + 50), (NOTHING, FIRST, MORE)[k % 3]
+        assert a.learn(index, track=track) == b.learn(index, track=track)
+        b.write_back()
+        if k % 2:
+            b.reload()
+        else:
+            b = own.engine()
+    a.write_back(), b.write_back()
+    for x, y in zip(
+        [*plain.bits(), *plain.model.buffers()], [*own.bits(), *own.model.buffers()], strict=True
+    ):
+        assert torch.equal(x, y)
 
 
-def test_the_window_gives_the_masks_of_full_tracking() -> None:
-    """Gradients of inactive weights in the last 153 of 180 steps, in all of them, in the last 5."""
-    data = shortened(datasets.load("mnist", train_subset=9000))
-    run = Run(train_samples=9000, batch_size=50, epochs=4)
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_masks_and_weights_from_outside_are_taken(density: float) -> None:
+    """New masks, masks written to and, after `reload`, new weights."""
+    own = setup([60, 40, 7], [density, density])
+    engine, index = own.engine(), torch.arange(50)
+    engine.learn(index, track=FIRST)
+    engine.write_back()
+    own.masking.masks = {n: torch.rand(m.shape) < 0.2 for n, m in own.masking.masks.items()}
+    with torch.no_grad():
+        own.model.get_parameter("0.weight").normal_()
+    engine.reload()
+    reference = Reference(own)
+    for name, parameter in reference.model.named_parameters():
+        reference.optimizer.state[parameter]["momentum_buffer"] = own.buffer(name).double()
+    want = reference.step(own.images[index], own.labels[index], NOTHING)
+    assert engine.learn(index) == pytest.approx(want, rel=CLOSE)
+    engine.write_back()
+    for name, parameter in own.model.named_parameters():
+        assert off_by(parameter, reference.model.get_parameter(name)) < CLOSE
+    own.masking.masks = {n: torch.rand(m.shape) < 0.2 for n, m in own.masking.masks.items()}
+    engine.learn(index)
+    own.masking.masks["0.weight"][0] = False
+    engine.learn(index)
+    engine.write_back()
+    for name, mask in own.masking.masks.items():
+        assert not own.model.get_parameter(name)[~mask].any()
+        assert own.model.get_parameter(name)[mask].any()
 
-    def masks(window: int) -> list[Tensor]:
-        loop = TrainingLoop(replace(run, dense_window_steps=window), data)
-        assert loop.engine.name == "perceptron" and loop.schedule.steps_per_epoch == 180
-        assert loop.schedule.window == (window or 153)
-        before = list(loop.masking.masks.values())
-        loop.run_to_end()
-        after = list(loop.masking.masks.values())
-        assert sum(int((a != b).sum()) for a, b in zip(before, after, strict=True)) > 4000
-        return after
 
-    def differences(window: int) -> int:
-        return sum(int((a != b).sum()) for a, b in zip(full, masks(window), strict=True))
-
-    full = masks(180)
-    assert differences(181) == 0  # the same, bit by bit
-    assert differences(0) <= 6  # of 13,310 active weights, after three updates
-    assert differences(5) > 200
+def test_gradients_survive_their_removal() -> None:
+    """Whoever sets gradients to None between steps finds new ones, not freed memory."""
+    own = setup([60, 40, 7], [0.1, None])
+    engine, index = own.engine(), torch.arange(50)
+    weight = own.model.get_parameter("0.weight")
+    for _ in range(2):
+        engine.learn(index, gradients=True)
+        assert weight.grad is not None and weight.grad.any()
+        own.optimizer.zero_grad(set_to_none=True)
+    engine.learn(index)
+    assert weight.grad is None
 
 
+@pytest.mark.parametrize("keep_dense", [(), ("2.weight",), ("0.weight",)])
 @pytest.mark.parametrize(
-    ("method", "computed_by", "model"),
+    ("densities", "options"),
     [
-        *((m, "auto", "lenet300-100") for m in METHODS),
-        ("rigl", "torch", "lenet300-100"),
-        ("sparse_momentum", "auto", "mlpbn-40x2"),
-        ("deepr", "auto", "mlpbn-40x2"),
-        ("sparse_momentum", "auto", "lenet300-100-bn"),
-        ("deepr", "auto", "lenet300-100-bn"),
+        ((0.05, 0.1, 0.2), {}),
+        ((0.05, 0.1, 0.2), {"l1": 0.5, "temperature": 0.01}),  # many die in each step
+        ((0.05, 0.1, 0.2), {"l1": 0.5, "temperature": 0.0}),  # no noise
+        ((0.05, 0.1, 0.2), {"l1": 0.0, "temperature": 0.0}),  # gradients alone
+        ((0.9, 0.9, 0.9), {"l1": 1.0}),  # more than a twentieth of the dormant ones wakes
+        ((0.95, 0.02, 1.0), {"l1": 1.0}),
+        ((1.0, 1.0, 1.0), {"l1": 1.0}),  # only the dead are dormant
     ],
 )
-@pytest.mark.parametrize("every", [13, 20])
-def test_resumed_runs_have_the_same_bits(
-    method: str,
-    computed_by: str,
-    model: str,
-    every: int,
-    mnist: datasets.Dataset,
-    tmp_path: Path,
+def test_deepr_on_the_non_zeros_is_that_of_torch(
+    densities: Sequence[float], options: dict[str, float], keep_dense: Sequence[str]
 ) -> None:
-    """Stopped within an epoch, in the window (K = 14) or before it, and after its last step."""
-    run = Run(
-        model=model,
-        method=method,
-        train_samples=2000,
-        epochs=3,
-        lr_decay_every_steps=9,
-        dense_window_steps=14,
-        kernels=computed_by,
-    )
-    whole = TrainingLoop(run, mnist)
-    whole.run_to_end()
-    file = tmp_path / "a.pt"
-    while True:
-        part = TrainingLoop(run, mnist)
-        if file.exists():
-            part.load(file)
-        calls = iter(range(1, 100))
-        try:
-            part.run_to_end(file, should_stop=lambda calls=calls: next(calls) == every)
-            break
-        except Interrupted:
-            continue
-    assert file.exists()
-    for loop in (whole, part):
-        loop.use(TorchEngine)
-    for a, b in zip(whole.model.parameters(), part.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-        one, two = (
-            loop.optimizer.state[p]["momentum_buffer"] for loop, p in ((whole, a), (part, b))
-        )
-        assert torch.equal(one, two)
-    for a, b in zip(whole.model.buffers(), part.model.buffers(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(whole.masking.masks.values(), part.masking.masks.values(), strict=True):
-        assert torch.equal(a, b)
-    assert whole.state.curves == part.state.curves
+    """From the same numbers: the same draws, masks, weights and momentum, bit by bit."""
+    own = deepr_setup(densities, keep_dense, **options)
+    engine = own.engine()
+    masks, died = own.masking.masks, 0
+    for k in range(12):
+        engine.learn(torch.arange(10 * k, 10 * k + 30))
+        engine.write_back()
+        twin = copy.deepcopy(own)
+        assert twin.masking.generator is not None and own.masking.generator is not None
+        active = sum(own.masking.active().values())
+        rules.deepr_step(twin.masking)
+        engine.deepr_step()
+        engine.write_back()
+        for name, mask in masks.items():
+            a, b = own.model.get_parameter(name), twin.model.get_parameter(name)
+            assert torch.equal(mask, twin.masking.masks[name])
+            assert torch.equal(a, b) and not a[~mask].any()
+            assert torch.equal(own.buffer(name), twin.buffer(name) * mask)
+            assert torch.equal(
+                own.masking.rule_state[f"sign/{name}"], twin.masking.rule_state[f"sign/{name}"]
+            )
+            died += int((a[mask] == 0).sum())  # as many as woke, at zero
+        assert sum(own.masking.active().values()) == active
+        assert torch.equal(own.masking.generator.get_state(), twin.masking.generator.get_state())
+    assert died > 12
 
 
-def test_the_optimizers_learning_rate_counts_after_a_load(
-    mnist: datasets.Dataset, tmp_path: Path
-) -> None:
-    run = Run(train_samples=2000, epochs=2, lr_decay_every_steps=3)
-    loop = TrainingLoop(run, mnist)
-    order = loop.order()
-    for k in range(3):
-        loop.step(order[100 * k : 100 * k + 100])
-    loop.save(tmp_path / "a.pt")
-    other = TrainingLoop(run, mnist)
-    other.load(tmp_path / "a.pt")
-    assert other.optimizer.param_groups[0]["lr"] == 0.1
-    losses = [one.step(order[300:400]).item() for one in (loop, other)]
-    assert losses[0] == losses[1]
-    for one in (loop, other):
-        one.use(TorchEngine)
-        assert one.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
-    for a, b in zip(loop.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+def test_deepr_without_writing_back_between_the_steps() -> None:
+    """Masks, values by row and values by column that only the kernels know for a while."""
+    bits = []
+    for every in (1, 5, 40):
+        own = deepr_setup((0.05, 0.1, 0.2), (), l1=0.01)
+        engine, losses = own.engine(), []
+        for k in range(40):
+            losses.append(engine.learn(torch.arange(k, k + 50)))
+            engine.deepr_step()
+            if (k + 1) % every == 0:
+                engine.write_back(), engine.reload()
+        bits.append([torch.tensor(losses), *own.bits(), *own.masking.masks.values()])
+    for other in bits[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True))
 
 
-def test_what_the_kernels_do_not_know_goes_to_torch(mnist: datasets.Dataset) -> None:
-    def computed_by(**fields: object) -> str:
-        return TrainingLoop(Run(train_samples=2000, **fields), mnist).outcome("diverged").kernels
-
-    assert computed_by() == computed_by(batch_size=128) == "perceptron"
-    for fields in (
-        {"batch_size": 129},
-        {"momentum": 0.0, "method": "set"},
-        {"label_smoothing": 0.1},
-        {"precision": "bf16"},
-        {"kernels": "torch"},
-        {"model": "lenet5", "density": 0.6},
-    ):
-        assert computed_by(**fields) == "torch", fields
-
-
-def test_a_run_with_an_infinite_weight_diverges(mnist: datasets.Dataset) -> None:
-    loop = TrainingLoop(Run(train_samples=2000, epochs=2), mnist)
-    assert loop.engine.name == "perceptron"
-    loop.model.get_parameter("fc2.bias").data[0] = math.inf
-    with pytest.raises(DivergenceError, match=r"loss is|weight isn't finite"):
-        loop.run_to_end()
+def test_masks_assigned_between_two_steps_of_deepr() -> None:
+    """They count, and what was re-wired in the other layers stays."""
+    own = deepr_setup((0.05, 0.1, 0.2), (), l1=0.05)
+    engine, masks, index = own.engine(), own.masking.masks, torch.arange(50)
+    for k in range(5):
+        engine.learn(index)
+        engine.deepr_step()
+        if k == 0:  # it has written back to read the signs
+            start = masks["2.weight"]
+    assert masks["2.weight"] is start
+    generator = torch.Generator().manual_seed(5)
+    masks["0.weight"] = given = torch.rand(masks["0.weight"].shape, generator=generator) < 0.1
+    engine.learn(index)
+    engine.write_back()
+    assert torch.equal(masks["0.weight"], given)
+    assert not torch.equal(masks["2.weight"], start)
+    for name, mask in masks.items():
+        assert not own.model.get_parameter(name)[~mask].any()
+        assert own.model.get_parameter(name)[mask].any()

@@ -4,9 +4,7 @@
 #include <cstdio>
 #include <random>
 
-#include "blocked.hpp"
-#include "dense.hpp"
-#include "perceptron.hpp"
+#include "sparse.cpp"
 
 using namespace sparse;
 
@@ -76,56 +74,18 @@ static bool convolution(const Shape& s, int64_t samples, const std::vector<Coord
          close("weight gradient", dw, dw0);
 }
 
-static bool surroundings(int64_t samples, int64_t channels, int64_t h, int64_t w, bool last) {
-  const int64_t pixels = h * w, blocks = ceil_div(samples, L);
-  std::vector<float> plain = noise(samples * channels * pixels), back(plain.size(), NAN);
-  std::vector<float> x(blocks * channels * pixels * L, NAN), y(x), dx(x);
-  const Strides s = last ? Strides{channels * pixels, 1, channels}
-                         : Strides{channels * pixels, pixels, 1};
-  convert<true>(plain.data(), s, x.data(), samples, channels, pixels, 2);
-  convert<false>(back.data(), s, x.data(), samples, channels, pixels, 2);
-  if (plain != back) return std::printf("conversion there and back changes the values\n"), false;
+static bool norm(int64_t samples, int64_t channels, int64_t pixels) {
+  std::vector<float> x = noise(ceil_div(samples, L) * channels * pixels * L), y(x), dx(x);
   std::vector<float> mean(channels), var(channels), a = noise(channels), b = noise(channels);
   std::vector<float> da(channels), db(channels), sums(channels);
-  norm_forward(x.data(), y.data(), mean.data(), var.data(), a.data(), b.data(), 1e-5, true, true,
-               samples, channels, pixels, 2);
-  norm_backward(x.data(), y.data(), dx.data(), da.data(), db.data(), mean.data(), var.data(),
-                a.data(), b.data(), 1e-5, true, false, samples, channels, pixels, 2);
-  channel_sum(x.data(), sums.data(), samples, channels, pixels, 2);
+  sparse_norm_forward(x.data(), y.data(), mean.data(), var.data(), a.data(), b.data(), 1e-5, 1, 1,
+                      samples, channels, pixels, 2);
+  sparse_norm_backward(x.data(), y.data(), dx.data(), da.data(), db.data(), mean.data(), var.data(),
+                       a.data(), b.data(), 1e-5, 1, 0, samples, channels, pixels, 2);
+  sparse_channel_sum(x.data(), sums.data(), samples, channels, pixels, 2);
   std::vector<double> want(channels);
   for (int64_t c = 0; c < channels; ++c) want[c] = double(mean[c]) * samples * pixels;
-  if (!close("channel sum", sums, want)) return false;
-  for (int64_t size : {2, 3}) {
-    if (h < size || w < size) continue;
-    const Pool p{blocks * channels, h, w, size, 2};
-    const int64_t outputs = p.planes * p.out_height() * p.out_width() * L;
-    std::vector<float> pooled(outputs);
-    std::vector<uint8_t> which(outputs);
-    for (bool relu : {false, true}) {
-      max_pool_forward(p, relu, x.data(), pooled.data(), which.data(), 2);
-      std::fill(dx.begin(), dx.end(), NAN);
-      max_pool_backward(p, pooled.data(), which.data(), dx.data(), 2);
-      std::vector<double> want(dx.size());
-      for (int64_t k = 0; k < outputs; ++k) {
-        const int64_t l = k % L, pixel = k / L % (p.out_height() * p.out_width());
-        const int64_t plane = k / L / (p.out_height() * p.out_width());
-        const int64_t i = pixel / p.out_width() * 2, j = pixel % p.out_width() * 2;
-        int64_t best = ((plane * h + i) * w + j) * L + l;
-        for (int64_t a = 0; a < size; ++a)
-          for (int64_t b = 0; b < size; ++b) {
-            const int64_t at = ((plane * h + i + a) * w + j + b) * L + l;
-            if (x[at] > x[best]) best = at;
-          }
-        const float top = relu && x[best] < 0 ? 0.0f : x[best];
-        if (pooled[k] != top) return std::printf("max pooling\n"), false;
-        want[best] += top;
-      }
-      if (!close("gradient of max pooling", dx, want)) return false;
-    }
-    mean_pool_forward(p, x.data(), pooled.data(), 2);
-    mean_pool_backward(p, pooled.data(), dx.data(), 2);
-  }
-  return true;
+  return close("channel sum", sums, want);
 }
 
 // One layer's memory, every part of exactly its size, and the same in double for the plain loops.
@@ -287,7 +247,7 @@ static bool perceptron(std::vector<Memory>& net, int64_t images, int64_t samples
   auto spoil = [] { std::fill_n(workspace(400000), 400000, NAN); };
   spoil();
   const int64_t counted =
-      perceptron_wrong(layers.data(), depth, x.data(), labels.data(), images, threads);
+      count_wrong(layers.data(), depth, x.data(), labels.data(), images, threads);
   if (counted != wrong)
     return std::printf("%ld wrong answers, expected %ld\n", long(counted), long(wrong)), false;
   plain_forward(net, batch, true, act, normal, deviation);
@@ -323,8 +283,8 @@ static bool perceptron(std::vector<Memory>& net, int64_t images, int64_t samples
     d = before;
   }
   spoil();
-  const double loss = perceptron_step(layers.data(), depth, x.data(), labels.data(), images,
-                                      index.data(), samples, rule, track, threads);
+  const double loss = train_step(layers.data(), depth, x.data(), labels.data(), images, index.data(),
+                                 samples, rule, track, threads);
   if (!(std::fabs(loss - want) <= 1e-4 * (1 + want)))
     return std::printf("loss %g, expected %g\n", loss, want), false;
   for (int64_t k = 0; k < depth; ++k) {
@@ -357,8 +317,8 @@ static bool refuses(int64_t samples, int64_t place, int64_t label, bool normed =
   const std::vector<float> x = noise(7 * 3), before = net[0].value;
   std::vector<int64_t> labels(7, label), index(samples, place);
   try {
-    perceptron_step(&net[0].layer, 1, x.data(), labels.data(), 7, index.data(), samples,
-                    Sgd{0.1f, 0.9f, 0, 0}, kTrackNothing, 1);
+    train_step(&net[0].layer, 1, x.data(), labels.data(), 7, index.data(), samples,
+               Sgd{0.1f, 0.9f, 0, 0}, kTrackNothing, 1);
   } catch (const std::exception&) {
     return net[0].value == before;
   }
@@ -403,7 +363,7 @@ static bool deepr(std::vector<Memory>& net) {
       Memory& f = net[k];
       if (!f.sparse) continue;
       const std::vector<float> shift = noise(layers[k].nonzeros);
-      died += deepr_move(layers[k], sign[k].data(), step ? shift.data() : nullptr, shrinkage);
+      died += move_weights(layers[k], sign[k].data(), step ? shift.data() : nullptr, shrinkage);
       for (int64_t p = 0, n = 0; p < f.in * f.out; ++p) {
         if (f.mask[p]) {
           f.w[p] += (step ? shift[n] : 0) - double(shrinkage) * sign[k][p];
@@ -426,12 +386,12 @@ static bool deepr(std::vector<Memory>& net) {
       if (wrong == 2 && bad.empty()) continue;
       if (wrong == 2) bad.push_back(bad.back());
       try {
-        deepr_wake(layers.data(), int64_t(layers.size()), bad.data(), int64_t(bad.size()));
+        wake(layers.data(), int64_t(layers.size()), bad.data(), int64_t(bad.size()));
         return std::printf("connections that cannot wake were taken\n"), false;
       } catch (const std::invalid_argument&) {
       }
     }
-    deepr_wake(layers.data(), int64_t(layers.size()), chosen.data(), died);
+    wake(layers.data(), int64_t(layers.size()), chosen.data(), died);
     for (size_t k = 0; k < net.size(); ++k) {
       const Memory& f = net[k];
       const PerceptronLayer& got = layers[k];
@@ -574,7 +534,7 @@ int main() {
                   long(samples), coords.size());
       return 1;
     }
-    if (!surroundings(pick(1, 40), pick(1, 40), pick(1, 9), pick(1, 9), round % 2)) return 1;
+    if (!norm(pick(1, 40), pick(1, 40), pick(1, 81))) return 1;
   }
   std::printf("ok\n");
   return 0;

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.cpu.chain import perceptron_layers
-from lib.cpu.trainer import PerceptronTrainer, Track
+from lib.config import Run
+from lib.cpu.perceptron import SPARSE_BELOW, PerceptronEngine, Track, perceptron_layers
+from lib.data import Dataset
+from lib.engine import Task
 from lib.masking import Masking
+from lib.schedule import Schedule
 
 NOTHING, MORE, FIRST = Track.NOTHING, Track.MORE, Track.FIRST
 # Of the largest entry of a tensor: sums of up to 900 products in float32, through up to 7 layers.
@@ -33,10 +36,22 @@ class Setup:
     images: Tensor
     labels: Tensor
 
-    def trainer(self, sparse_below: float | None = None) -> PerceptronTrainer:
-        return PerceptronTrainer(
-            self.model, self.optimizer, self.masking, sparse_below=sparse_below
+    def engine(self, sparse_below: float = SPARSE_BELOW) -> PerceptronEngine:
+        part = self.images, self.labels
+        data = Dataset("mnist", *part, *part, *part, num_classes=10, sha256="0" * 64)
+        rewires = self.masking.method == "deepr"
+        run = Run(method="deepr", density=0.2) if rewires else Run(method="dense")
+        task = Task(
+            run,
+            Schedule(run, 10),
+            data,
+            torch.device("cpu"),
+            self.model,
+            self.optimizer,
+            self.masking,
+            batch=lambda index: (self.images[index], self.labels[index]),
         )
+        return PerceptronEngine(task, sparse_below)
 
     def buffer(self, name: str) -> Tensor:
         state = self.optimizer.state[self.model.get_parameter(name)]
@@ -184,17 +199,16 @@ def check_steps(
     own: Setup,
     batches: Sequence[Tensor],
     tracks: Sequence[Track],
-    sparse_below: float | None,
+    below: float,
     *,
     gradients: bool = False,
     close: float = CLOSE,
 ) -> bool:
     """Steps of the kernels against float64; False where a ReLU may take the other side."""
     reference = Reference(own)
-    trainer = own.trainer(sparse_below)
+    engine = own.engine(below)
     found = perceptron_layers(own.model) or []
     before_norm = [f"{layer.name}.bias" for layer in found if layer.norm is not None]
-    below = 0.3 if sparse_below is None else sparse_below
     losses = [
         reference.step(own.images[index], own.labels[index], track)
         for index, track in zip(batches, tracks, strict=True)
@@ -202,10 +216,10 @@ def check_steps(
     if not reference.clear:
         return False
     for index, track, want in zip(batches, tracks, losses, strict=True):
-        loss = trainer.step(own.images, own.labels, index, track=track, gradients=gradients)
-        own.masking.step() if sparse_below == 0 else own.masking.advance()
+        loss = engine.learn(index, track=track, gradients=gradients)
+        own.masking.step() if below == 0 else own.masking.advance()
         assert loss == pytest.approx(want, rel=close, abs=close)
-    trainer.sync()
+    engine.write_back()
     for name, buffer in own.model.named_buffers():
         want = reference.model.get_buffer(name)
         assert off_by(buffer, want) < close, name

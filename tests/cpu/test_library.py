@@ -1,0 +1,176 @@
+"""Compiling the kernels and loading them: broken compilers, caches that others can write, and the
+kernels under sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lib.cpu import library
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
+
+
+def test_without_a_compiler_one_line_and_no_crash(tmp_path: Path) -> None:
+    code = (
+        "from lib.cpu import library\n"
+        "assert not library.available() and not library.available()\n"
+        "try:\n"
+        "    library.require()\n"
+        "except RuntimeError as error:\n"
+        "    print('refused:', error)\n"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path), "SPARSE_CACHE": str(tmp_path)}
+    environment.pop("CXX", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "refused: no C++ compiler" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "no C++ compiler was found" in line and "masked dense layers" in line
+
+
+@pytest.fixture
+def unloaded() -> Iterator[None]:
+    """As in a process that has not asked for the kernels yet."""
+    library._load.cache_clear()
+    library._warn.cache_clear()
+    yield
+    library._load.cache_clear()
+    library._warn.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("failing", r"failed: g\+\+: error: it is broken"),
+        ("silent", "failed: exit code 1, no message"),
+        ("no program", "can't be started"),
+        ("nonsense", "file too short"),
+        ("no cache", r"can't be written \(Not a directory\); set SPARSE_CACHE"),
+    ],
+)
+def test_a_broken_compiler_or_cache_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None, case: str, reason: str
+) -> None:
+    script = {
+        "failing": "echo 'g++: error: it is broken' >&2; exit 1",
+        "silent": "exit 1",
+        "no program": "",
+        "nonsense": 'for f; do :; done; echo "no library" > "$f"',
+        "no cache": "exit 1",
+    }[case]
+    shell = "#!/bin/sh\n[ $1 = --version ] && exit 0\n" if script else "#!/no/such/shell\n"
+    broken = tmp_path / "g++"
+    broken.write_text(shell + script)
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv(
+        "SPARSE_CACHE", str(broken / "below" if case == "no cache" else tmp_path / "cache")
+    )
+    with pytest.warns(RuntimeWarning, match=reason) as told:
+        assert not library.available() and not library.available()
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    with pytest.raises(library.KernelsUnavailable, match=reason):
+        library.require()
+
+
+@needs_compiler
+def test_failing_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "--no-such-flag"))
+    with pytest.raises(library.KernelsUnavailable, match="no-such-flag"):
+        library.build()
+    assert not list(tmp_path.glob("*.so"))
+
+
+@needs_compiler
+def test_compiled_once_by_whoever_is_first_and_again_when_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several at an empty cache: one compiles, all have the same whole library."""
+    source = tmp_path / "sparse.cpp"
+    source.write_text("int nothing;")
+    monkeypatch.setattr(library, "_HERE", tmp_path)
+    monkeypatch.setattr(library, "SOURCES", (source,))
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path / "cache"))
+
+    def build(count: int) -> tuple[set[Path], int]:
+        with ThreadPoolExecutor(count) as pool:
+            found = {
+                future.result() for future in [pool.submit(library.build) for _ in range(count)]
+            }
+        return found, capsys.readouterr().err.count("compiling")
+
+    paths, compiled = build(3)
+    assert len(paths) == 1 and compiled == 1
+    built = paths.pop()
+    whole = built.read_bytes()
+    assert list(built.parent.glob("*.so")) == [built]
+    built.write_bytes(whole[: len(whole) // 2])
+    assert build(1) == ({built}, 1) and built.read_bytes() == whole
+    assert build(1) == ({built}, 0)
+    source.write_text("int something;")
+    assert build(1)[1] == 1
+
+
+def test_only_libraries_that_nobody_else_can_write_are_loaded(tmp_path: Path) -> None:
+    """A folder in a library's place counts as none, too."""
+    tmp_path.chmod(0o755)
+    content = tmp_path / "x"
+    content.write_bytes(b"library")
+    path = tmp_path / f"kernels-{library._digest(content)}.so"
+    path.mkdir()
+    assert library._cached(tmp_path, "kernels") is None
+    path.rmdir()
+    path.write_bytes(b"library")
+    path.chmod(0o644)
+    assert library._cached(tmp_path, "kernels") == path
+    for mode, what in ((0o666, path), (0o777, tmp_path)):
+        before = what.stat().st_mode
+        what.chmod(mode)
+        assert library._cached(tmp_path, "kernels") is None
+        what.chmod(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(tmp_path: Path, sanitizer: str) -> None:
+    """Kernels against plain loops on exactly sized buffers: memory, undefined behaviour, races."""
+    native, compiled, binary = ROOT / "tests" / "native", tmp_path / "test.o", tmp_path / "test"
+    command = [str(library.compiler()), "-std=c++17", f"-fsanitize={sanitizer}"]
+    flags = ["-march=native", "-O0", "-fno-sanitize-recover=all", "-fopenmp", "-Wno-psabi"]
+    flags += ["-I", str(ROOT / "lib" / "cpu"), "-c", str(native / "selftest.cpp")]
+    threads = (
+        [str(native / "openmp_on_threads.cpp"), "-pthread"]
+        if sanitizer == "thread"
+        else ["-fopenmp"]
+    )
+    for step in ([*flags, "-o", str(compiled)], [str(compiled), *threads, "-o", str(binary)]):
+        built = subprocess.run([*command, *step], check=False, capture_output=True, text=True)
+        if built.returncode and "cannot find" in built.stderr:
+            pytest.skip(f"the compiler has no sanitizer runtime: {built.stderr.splitlines()[-1]}")
+        assert built.returncode == 0, built.stderr
+    # The OpenMP runtime keeps its threads' memory until exit, which is no leak of ours.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [str(binary)], env=environment, check=False, capture_output=True, text=True
+    )
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer can't run with this kernel's address layout")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == "ok"
