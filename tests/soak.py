@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import functools
 import multiprocessing
@@ -30,7 +29,6 @@ import torch
 
 from lib import paths
 from lib.config import Run
-from lib.cpu import library
 from lib.results import store
 from lib.runs import pool
 from lib.runs.machine import versions
@@ -41,7 +39,6 @@ from tests.support.made_up_runs import assert_whole, make_curves, make_layers, m
 METHODS = ("sparse_momentum", "set", "dsr", "deepr", "rigl", "snip", "static", "dense")
 KINDS = ("run", "worker", "parent")
 WRITERS = 8
-COLUMNS = ("part", "kills", "same_bits", "rows_lost", "left_over", "seconds", "found")
 Figures = dict[str, Any]
 
 
@@ -92,9 +89,6 @@ def torn(folder: Path) -> list[Path]:
     return [p for p in files if p.suffix != ".csv" and not p.name.endswith(".csv.lock")]
 
 
-# ------------------------------------------------------------------------------------ trainings
-
-
 def run_of(method: str, seed: int) -> Run:
     return Run(
         method=method,
@@ -106,13 +100,6 @@ def run_of(method: str, seed: int) -> Run:
         update_every_steps=0 if method == "set" else 7,
         seed=seed,
     )
-
-
-def load() -> None:
-    """All that each forked child would else compile, import and load anew."""
-    torch.set_num_threads(1)  # and no backward pass in this process: it can be forked
-    library.available()
-    TrainingLoop(run_of("set", 0))
 
 
 def train(runs: list[Run], folder: Path) -> None:
@@ -149,43 +136,35 @@ def tables(folder: Path) -> list[pd.DataFrame]:
 
 def trainings(kills: int, folder: Path, chance: random.Random) -> Figures:
     """Kill `run`, one of its workers or the parent alone at random moments, and start it again."""
-    done: Figures = dict.fromkeys(COLUMNS[1:5], 0)
-    runs_done, by_kind = 0, dict.fromkeys(KINDS, 0)
-    for seed in range(10**6):
+    done, runs_done, seed = dict.fromkeys((*KINDS, "same_bits", "rows_lost", "left_over"), 0), 0, 0
+    while sum(done[kind] for kind in KINDS) < kills:
         runs = [run_of(METHODS[(3 * seed + k) % len(METHODS)], seed) for k in range(3)]
         whole, killed = folder / f"{seed} whole", folder / f"{seed} getötet"
-        started = time.monotonic()
-        assert end_of(fork(lambda runs=runs, whole=whole: train(runs, whole))) == 0
+        started, code = time.monotonic(), -1
+        assert end_of(fork(functools.partial(train, runs, whole))) == 0
         seconds = time.monotonic() - started
-        code = -1
         while code != 0:
-            pid = fork(lambda runs=runs, killed=killed: train(runs, killed))
-            kind = KINDS[done["kills"] % len(KINDS)]
-            if done["kills"] < kills:
+            pid = fork(functools.partial(train, runs, killed))
+            kind = KINDS[sum(done[kind] for kind in KINDS) % len(KINDS)]
+            if sum(done[kind] for kind in KINDS) < kills:
                 time.sleep(chance.random() * seconds)
-                victims = [one for one in members(pid) if one != pid] if kind == "worker" else [pid]
+                workers = [one for one in members(pid) if one != pid]
                 with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    for victim in victims[:1]:
+                    for victim in [pid] if kind != "worker" else workers[:1]:
                         (os.killpg if kind == "run" else os.kill)(victim, signal.SIGKILL)
-                        by_kind[kind] += 1
-                        done["kills"] += 1
             code = end_of(pid)
             assert code in (-signal.SIGKILL, 0, 3), code
+            done[kind] += code != 0
             done["left_over"] += left_after(pid, 10.0)
-        runs_done += len(runs)
-        one, other = tables(whole), tables(killed)
-        done["rows_lost"] += len(runs) - len(other[0])
-        same = all(a.equals(b) for a, b in zip(one, other, strict=True))
+        same = all(a.equals(b) for a, b in zip(tables(whole), tables(killed), strict=True))
         done["same_bits"] += len(runs) if same else 0
+        done["rows_lost"] += len(runs) - len(tables(killed)[0])
         done["left_over"] += len(torn(killed))
-        if done["kills"] >= kills:
-            break
-    said = ", ".join(f"{kind} {n}" for kind, n in by_kind.items())
+        runs_done, seed = runs_done + len(runs), seed + 1
+    said = ", ".join(f"{kind} {done[kind]}" for kind in KINDS)
     good = done["same_bits"] == runs_done and not done["rows_lost"] + done["left_over"]
-    return done | {"found": f"{'ok' if good else 'BAD'}: of {runs_done} runs; killed: {said}"}
-
-
-# --------------------------------------------------------------------------------------- writers
+    found = f"{'ok' if good else 'BAD'}: of {runs_done} runs; killed: {said}"
+    return {**done, "kills": sum(done[kind] for kind in KINDS), "found": found}
 
 
 def writers(kills: int, folder: Path, chance: random.Random) -> Figures:
@@ -222,32 +201,25 @@ def writers(kills: int, folder: Path, chance: random.Random) -> Figures:
     return {"kills": done, "rows_lost": lost, "left_over": left, "found": said}
 
 
-# ------------------------------------------------------------------------------------ odd places
-
-
-def command(folder: Path, seed: int, epochs: int = 1, **named: Any) -> subprocess.Popen[str]:
-    """`python -m lib run` of one small run, as anybody calls it."""
-    environment = {"PATH": os.environ["PATH"], "CHECKPOINT_ROOT": str(folder / "checkpoints")}
-    environment |= {"DATA_ROOT": str(paths.data_root()), "OMP_NUM_THREADS": "1"}
-    changes = (f"seed={seed}", f"epochs={epochs}", "train_samples=1000", "kernels=torch")
+def command(folder: Path, epochs: int, **changed: str) -> subprocess.Popen[str]:
+    """`python -m lib run` of one small run, as anybody calls it; `changed`: its environment."""
     words = ["run", "main_results", "--profile", "smoke", "--device", "cpu", "--jobs", "1"]
-    words += ["--only", "method=set", "--only", "density=0.05"]
-    words += ["--results", str(folder), *(word for one in changes for word in ("--set", one))]
+    words += ["--only", "method=set", "--only", "density=0.05", "--set", "seed=1"]
+    words += ["--set", f"epochs={epochs}", "--set", "train_samples=1000", "--set", "kernels=torch"]
     return subprocess.Popen(
-        [sys.executable, "-m", "lib", *words],
+        [sys.executable, "-m", "lib", *words, "--results", str(folder)],
         cwd=paths.REPO,
-        env=environment | named.pop("env", {}),
+        env=os.environ | {"CHECKPOINT_ROOT": str(folder / "checkpoints")} | changed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        **named,
     )
 
 
 def without_git(kills: int, folder: Path, chance: random.Random) -> Figures:
     """A run where no git program is on PATH."""
-    process = command(folder, 1, env={"PATH": str(folder)})
+    process = command(folder, 1, PATH=str(folder))
     said = process.communicate(timeout=600)[0]
     commits = store.read_runs(folder / "own" / "smoke")["commit"].tolist()
     lost, left = 1 - len(commits), len(torn(folder))
@@ -286,7 +258,7 @@ def second_user(kills: int, folder: Path, chance: random.Random) -> Figures:
 
 def orphans(kills: int, folder: Path, chance: random.Random) -> Figures:
     """The parent of real processes is killed -9: no worker is left after 10 s, but a checkpoint."""
-    process = command(folder, 1, epochs=99_999)
+    process = command(folder, 99_999)
     while not list(folder.rglob("*.pt")) and process.poll() is None:
         time.sleep(0.05)
     process.kill()
@@ -304,21 +276,21 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="of trainings, and of writers")
     parser.add_argument("--write", action="store_true", help="the table to results/bench/soak.csv")
     options = parser.parse_args()
-    load()
-    about = versions()
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    lines = []
+    torch.set_num_threads(1)  # and no backward pass in this process: it can be forked
+    TrainingLoop(run_of("set", 0))  # what each forked child would compile, import and load anew
+    rows = []
     for part in PARTS:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             figures = part(options.kills, Path(name), random.Random(part.__name__))
-        figures |= {"part": part.__name__, "seconds": round(time.monotonic() - started)}
-        lines.append([*(figures.get(column, "") for column in COLUMNS), date, about["commit"]])
-        print(*lines[-1], sep="\t", flush=True)
+        about = {"date": f"{datetime.date.today()}", "commit": versions()["commit"]}
+        seconds = round(time.monotonic() - started)
+        rows.append({"part": part.__name__, **figures, "seconds": seconds, **about})
+        print(rows[-1], flush=True)
     if options.write:
-        with open(paths.REPO / "results/bench/soak.csv", "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([(*COLUMNS, "date", "commit"), *lines])
-    return 1 if any("BAD" in line[len(COLUMNS) - 1] for line in lines) else 0
+        table = pd.DataFrame(rows, dtype=object).drop(columns=list(KINDS))
+        table.to_csv(paths.REPO / "results/bench/soak.csv", index=False)
+    return 1 if any("BAD" in row["found"] for row in rows) else 0
 
 
 if __name__ == "__main__":
