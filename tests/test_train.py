@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from lib import data as datasets
 from lib.config import Run
-from lib.cpu import bf16, library
-from lib.cpu.network import SparseEngine
+from lib.cpu import bf16
 from lib.masking import Masking
 from lib.models import build_model
 from lib.results import store as results
@@ -22,6 +21,7 @@ from lib.runs import single
 from lib.schedule import Schedule, dense_window
 from lib.start import stream
 from lib.train import Interrupted, TrainingLoop, train
+from tests.support.made_up_data import cifar
 from tests.support.masked import SPARSE
 
 SMALL = Run(epochs=2, train_samples=2000, lr_decay_every_steps=30)
@@ -33,17 +33,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def mnist() -> datasets.Dataset:
     """The first 2,000 training images, 500 for validation and 500 for the test."""
-    return short(datasets.load("mnist", train_subset=2000), 500)
+    whole = datasets.load("mnist", train_subset=2000)
+    parts = {name: getattr(whole, name)[:500] for name in ("val_x", "val_y", "test_x", "test_y")}
+    return replace(whole, **parts)
 
 
 @pytest.fixture(scope="module")
-def cifar() -> datasets.Dataset:
-    return short(datasets.load("cifar10", train_subset=256), 100)
-
-
-def short(whole: datasets.Dataset, n: int) -> datasets.Dataset:
-    parts = {name: getattr(whole, name)[:n] for name in ("val_x", "val_y", "test_x", "test_y")}
-    return replace(whole, **parts)
+def images() -> dict[str, datasets.Dataset]:
+    return {"cifar10": cifar(128), "mnist": datasets.load("mnist", train_subset=600)}
 
 
 def bits(loop: TrainingLoop) -> list[torch.Tensor]:
@@ -137,43 +134,44 @@ def interrupted(run: Run, data: datasets.Dataset, checkpoint: Path, every: int) 
     raise AssertionError("never ended")
 
 
-def test_dropout_and_augmentation_resume_identically(cifar, tmp_path):
-    run = Run(
-        dataset="cifar10",
-        model="wrn-10-1",
-        epochs=2,
-        batch_size=32,
-        train_samples=256,
-        dropout=0.3,
-        density=0.2,
-        lr_decay_every_steps=10,
-        update_every_steps=3,
-    )
-    whole = trained(run, cifar)
-    parts = interrupted(run, cifar, tmp_path / "a.pt", every=3)
+MNIST_SET = Run(method="set", epochs=2, train_samples=600)  # 6 steps an epoch
+WRN = Run(dataset="cifar10", model="wrn-10-1", epochs=2, batch_size=32, train_samples=128)  # 4
+RESUMED = {
+    "every step": (MNIST_SET, 1),
+    "within epochs": (MNIST_SET, 4),
+    "at their ends": (MNIST_SET, 6),
+    "one step later": (MNIST_SET, 7),
+    "gradients that grow": (replace(MNIST_SET, method="rigl", growth="", method_version=0), 6),
+    "dropout": (replace(WRN, dropout=0.3, density=0.2, update_every_steps=3), 3),
+    # also where the momentum of inactive weights lags behind when the checkpoint is written
+    "dense windows": (
+        replace(WRN, update_every_steps=3, dense_window_steps=1, kernels="sparse"),
+        1,
+    ),
+    "longer": (replace(WRN, update_every_steps=3, dense_window_steps=2, kernels="sparse"), 3),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_interrupted_runs_resume_identically(case, images, tmp_path):
+    run, every = RESUMED[case]
+    whole = trained(run, images[run.dataset])
+    parts = interrupted(run, images[run.dataset], tmp_path / "a.pt", every)
     assert same(whole, parts)
     assert whole.state.curves == parts.state.curves
     assert whole.outcome().test_error_pct == parts.outcome().test_error_pct
-    assert not same(whole, trained(replace(run, dropout=0.0), cifar))
-    assert not same(whole, trained(replace(run, augment=False), cifar))
+    if run.dropout > 0:
+        for other in ({"dropout": 0.0}, {"augment": False}):
+            assert not same(whole, trained(replace(run, **other), images["cifar10"]))
 
 
-def test_convolutions_go_through_the_sparse_kernels_where_that_pays(cifar, tmp_path):
-    """The masks are torch's as long as only rounding differs; a resumed run has the same bits."""
-    run = Run(
-        dataset="cifar10",
-        model="wrn-10-1",
-        epochs=2,
-        batch_size=32,
-        train_samples=256,
-        dropout=0.0,
-        update_every_steps=4,
-        dense_window_steps=3,
-        prune_rate=0.5,
-    )
+def test_convolutions_go_through_the_sparse_kernels_where_that_pays(images):
+    """The masks are torch's as long as only rounding differs."""
+    data = images["cifar10"]
+    run = replace(WRN, dropout=0.0, prune_rate=0.5, update_every_steps=2, dense_window_steps=2)
 
     def computed_by(**changes: object) -> str:
-        return TrainingLoop(run.overridden(**changes), cifar).engine.name
+        return TrainingLoop(run.overridden(**changes), data).engine.name
 
     assert computed_by() == "torch"
     large = {"model": "alexnet-s", "batch_size": 128}
@@ -185,56 +183,24 @@ def test_convolutions_go_through_the_sparse_kernels_where_that_pays(cifar, tmp_p
     assert computed_by(precision="bf16") == "torch"
     assert computed_by(kernels="sparse", method="dense") == "torch"
 
-    run = replace(run, kernels="sparse")
-    whole = trained(run, cifar)
-    assert whole.outcome().kernels == "sparse"
-    assert same(whole, interrupted(run, cifar, tmp_path / "a.pt", every=3))
-    tracked = replace(run, epochs=1, dense_window_steps=4)
-    plain, short = trained(replace(tracked, kernels="torch"), cifar), trained(tracked, cifar)
+    sparse, plain = (trained(replace(run, epochs=1, kernels=k), data) for k in ("sparse", "torch"))
+    assert (sparse.outcome().kernels, plain.outcome().kernels) == ("sparse", "torch")
     loss = plain.state.curves[0]["train_loss"]
-    assert short.state.curves[0]["train_loss"] == pytest.approx(loss, rel=1e-3)
-    moved = [(a ^ b).sum() for a, b in zip(bits(plain)[-9:], bits(short)[-9:], strict=True)]
+    assert sparse.state.curves[0]["train_loss"] == pytest.approx(loss, rel=1e-3)
+    moved = [(a ^ b).sum() for a, b in zip(bits(plain)[-9:], bits(sparse)[-9:], strict=True)]
     assert sum(map(int, moved)) <= 0.01 * sum(plain.masking.active().values())
-    assert (
-        whole.outcome().train_flops_rel
-        < trained(replace(run, kernels="torch"), cifar).outcome().train_flops_rel
-    )
+    short = replace(run, dense_window_steps=1, epochs=1, kernels="sparse")
+    assert trained(short, data).outcome().train_flops_rel < plain.outcome().train_flops_rel
 
 
-@pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("every", [1, 3, 7])
-def test_sparse_runs_resume_identically_between_dense_windows(every, cifar, tmp_path):
-    """Also where the momentum of inactive weights lags behind when the checkpoint is written."""
-    run = Run(
-        dataset="cifar10",
-        model="wrn-10-1",
-        epochs=2,
-        batch_size=32,
-        train_samples=256,
-        update_every_steps=6,
-        dense_window_steps=1,
-        kernels="sparse",
-    )
-    whole = trained(run, cifar)
-    assert isinstance(whole.engine, SparseEngine)
-    assert same(whole, interrupted(run, cifar, tmp_path / "a.pt", every))
-
-
-@pytest.mark.parametrize("every", [1, 7, 20, 21])
-def test_interrupted_runs_resume_identically(every, mnist, tmp_path):
-    run = replace(SMALL, method="set", growth="", redistribution="", prune="")
-    assert same(trained(run, mnist), interrupted(run, mnist, tmp_path / "a.pt", every))
-
-
-def test_snip_masks_depend_on_the_seed_alone(cifar):
-    run = Run(dataset="cifar10", model="wrn-10-1", method="snip", train_samples=256, batch_size=32)
+def test_snip_masks_depend_on_the_seed_alone(images):
+    run = replace(WRN, method="snip", method_version=0)
     torch.manual_seed(1)
-    one = TrainingLoop(run, cifar)
+    one = TrainingLoop(run, images["cifar10"])
     torch.manual_seed(2)
-    two = TrainingLoop(run, cifar)
-    assert same(one, two)
+    assert same(one, TrainingLoop(run, images["cifar10"]))
     assert one.masking.density == pytest.approx(0.05, abs=1e-4)
-    dense = TrainingLoop(run.overridden(method="dense", density=1.0), cifar)
+    dense = TrainingLoop(run.overridden(method="dense", density=1.0), images["cifar10"])
     for name, buffer in dense.model.named_buffers():
         assert torch.equal(buffer, one.model.get_buffer(name))
 
@@ -389,19 +355,15 @@ def test_flops_relations(mnist):
     assert loop.outcome().inference_flops_rel == pytest.approx(ours[1])
 
 
-def test_kept_dense_layers_count(mnist):
+def test_kept_dense_layers_and_small_dense_networks_count(mnist):
     last = list(TrainingLoop(SMALL, mnist).masking.masks)[-1]
     outcome = trained(replace(SMALL, keep_dense=(last,)), mnist).outcome()
     assert outcome.weights_total == 266_200
     assert outcome.weights_active == 1_000 + round(0.05 * 265_200)
     assert outcome.density_final == round(0.05 * 265_200) / 265_200
-
-
-def test_small_dense_has_the_budget_in_fewer_channels(mnist):
-    outcome = trained(Run(method="small_dense", epochs=1, train_samples=2000), mnist).outcome()
-    assert outcome.weights_total == outcome.weights_active
-    assert outcome.weights_total == pytest.approx(0.05 * 266_200, rel=0.05)
-    assert outcome.density_final == 1.0
+    small = trained(Run(method="small_dense", epochs=1, train_samples=2000), mnist).outcome()
+    assert small.weights_total == small.weights_active and small.density_final == 1.0
+    assert small.weights_total == pytest.approx(0.05 * 266_200, rel=0.05)
 
 
 def test_progress_is_told_after_each_epoch(mnist):
