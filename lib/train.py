@@ -175,17 +175,9 @@ class TrainingLoop:
         )
         self._explore()
         self.layer_flops = layer_flops(self.model, self.data.train_x.shape[1:])
-        self.task = Task(
-            run,
-            self.schedule,
-            self.data,
-            self.device,
-            self.model,
-            self.optimizer,
-            self.masking,
-            self.batch,
-            [self.augment_stream],
-        )
+        moved = (self.model, self.optimizer, self.masking)
+        fixed = (run, self.schedule, self.data, self.device)
+        self.task = Task(*fixed, *moved, self.batch, [self.augment_stream])
         self.engine: Engine = engine(self.task)
 
     # ---- the loop ----

@@ -28,7 +28,7 @@ def test_local_jobs_train_each_run_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_shard_put_back_into_the_queue_is_the_same_shard() -> None:
-    shard = Shard("main_results", "smoke", only=["seed=0"], shard=(1, 2))
+    shard = Shard("main_results", "smoke", {"only": ["seed=0"], "shard": (1, 2)})
     again = shard.checkpoint()
     assert again.function is shard and not again.args
 

@@ -50,26 +50,6 @@ def step(self, index):
 imagenet.ImageNetLoop.step = step
 imagenet.main(sys.argv[1:])
 """
-# Each rank's weights and momentum after a step on its own images.
-STEP = """
-import hashlib, sys, torch, torch.distributed as dist
-from lib.config import Run
-from lib.runs.imagenet import ImageNetLoop
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-run = Run(dataset="imagenet", model="resnet50", density=0.2, epochs=1, batch_size=4)
-loop = ImageNetLoop(run, workers=0)
-loop.model.train()
-loop.step(loop.order()[:4])
-own, all_parts = next(loop.model.parameters()).detach(), [None, None]
-dist.all_gather_object(all_parts, own)
-assert torch.equal(*all_parts), "weights differ"
-momentum = loop.optimizer.state[next(loop.model.parameters())]["momentum_buffer"]
-dist.all_gather_object(all_parts, momentum)
-assert torch.equal(*all_parts), "momentum differs"
-dist.destroy_process_group()
-print("equal", flush=True)
-"""
 
 
 @pytest.fixture
@@ -109,6 +89,7 @@ def two_processes(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
 
 
 def test_two_processes_train_and_store_one_row(images: Path) -> None:
+    """With masks that stay alike, which needs alike momentum; also when told to end."""
     only = ["--only", "seed=0", "--only", "density=0.2", "--only", "prune_rate=0.2"]
     changes = ["epochs=2", "batch_size=4", "train_samples=9", "lr=0.01"]
     words = [word for change in changes for word in ("--set", change)]
@@ -138,13 +119,6 @@ def test_two_processes_train_and_store_one_row(images: Path) -> None:
     assert other[same].equals(runs[same])
 
 
-def test_processes_have_equal_weights_and_momentum(images: Path) -> None:
-    script = images / "step.py"
-    script.write_text(STEP)
-    done = two_processes(images, str(script))
-    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
-
-
 def test_masks_that_drift_apart_are_noticed(images: Path) -> None:
     script = images / "drift.py"
     script.write_text(DRIFT)
@@ -156,7 +130,7 @@ def test_masks_that_drift_apart_are_noticed(images: Path) -> None:
 def test_a_part_of_the_files_has_all_classes_and_a_bad_file_is_named(images: Path) -> None:
     run = Run(dataset="imagenet", model="resnet50", batch_size=3, train_samples=9)
     loop = imagenet.ImageNetLoop(run, workers=0)
-    assert sorted(set(loop.data.train_y.tolist())) == [0, 1, 2]
+    assert sorted(loop.data.train_y.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # as many of each
     assert [loop.train_files[i][1] for i in range(9)] == loop.data.train_y.tolist()
     bad = images / "imagenet" / "train" / "ant" / "0.png"
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(bad)

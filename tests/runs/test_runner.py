@@ -22,6 +22,7 @@ from lib.results import rows as reading
 from lib.results import store
 from lib.runs import machine, runner, single
 from lib.train import TrainingLoop
+from tests.soak import members
 
 TINY = {"epochs": 1, "train_samples": 1000}
 # Importing torch and torchvision costs seconds in every process, so most calls have one worker.
@@ -88,15 +89,6 @@ def locks(folder: Path) -> list[Path]:
     return list((folder / "checkpoints").rglob("*.lock"))
 
 
-def members(group: int) -> list[str]:
-    """What still runs in a process group (zombies don't)."""
-    listed = subprocess.run(
-        ["ps", "-eo", "pgid,stat,args"], capture_output=True, text=True, check=True
-    )
-    found = [line.split(None, 2) for line in listed.stdout.splitlines()[1:]]
-    return [args for pgid, stat, args in found if int(pgid) == group and stat[0] != "Z"]
-
-
 def test_two_calls_wait_for_each_other_and_nothing_is_left(folder: Path) -> None:
     only = ["--only", "method=dense", "--only", "method=set", "--only", "density=0.05"]
     only += ["--only", "density=1.0", *words(TINY)]
@@ -130,27 +122,21 @@ def test_a_run_that_another_process_holds_is_taken_over_when_that_one_dies(folde
 
 
 @pytest.mark.parametrize(
-    ("how", "group", "code"),
-    [
-        (signal.SIGINT, True, 130),  # Ctrl-C, which goes to every process of the terminal
-        (signal.SIGTERM, False, 143),
-        (signal.SIGKILL, False, -9),  # nobody tells the workers
-    ],
+    ("how", "to", "code"),  # Ctrl-C goes to every process of the terminal
+    [(signal.SIGINT, os.killpg, 130), (signal.SIGTERM, os.kill, 143)],
 )
 def test_who_stops_the_command_finds_a_checkpoint_and_no_worker(
-    folder: Path, how: signal.Signals, group: bool, code: int
+    folder: Path, how: signal.Signals, to: Callable[[int, int], None], code: int
 ) -> None:
-    long = {"epochs": 15 if group else 500, "train_samples": 1000}
-    process = start(folder, *SET, "--only", "seed=1", *words(long))
+    run = [*SET, "--only", "seed=1", *words({"epochs": 15, "train_samples": 1000})]
+    process = start(folder, *run)
     wait_for(lambda: locks(folder))
-    time.sleep(1.5)
-    (os.killpg if group else os.kill)(process.pid, how)
+    to(process.pid, how)
     end(process, code)
     wait_for(lambda: not members(process.pid), 30)
     assert len(list((folder / "checkpoints").rglob("*.pt"))) == 1 and done(folder) == []
-    if group:
-        end(start(folder, *SET, "--only", "seed=1", *words(long)))
-        assert store.read_runs(folder / "own" / "smoke")["steps"].tolist() == [150]
+    end(start(folder, *run))
+    assert store.read_runs(folder / "own" / "smoke")["steps"].tolist() == [150]
 
 
 def test_ctrl_c_tells_the_truth_where_no_checkpoint_can_be_written(folder: Path) -> None:
@@ -169,14 +155,9 @@ def test_a_killed_worker_costs_its_run_alone(folder: Path) -> None:
     wait_for(lambda: locks(folder))
     (lock,) = locks(folder)
     time.sleep(0.5)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    spawned = {c: Path(f"/proc/{c}/cmdline").read_bytes() for c in children}
-    (worker,) = [
-        c
-        for c, line in spawned.items()
-        if b"spawn_main" in line and b"resource_tracker" not in line
-    ]
-    os.kill(int(worker), signal.SIGKILL)
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members(process.pid)}
+    (worker,) = [pid for pid, line in lines.items() if b"spawn_main(" in line]
+    os.kill(worker, signal.SIGKILL)
     out, err = end(process, 1)
     assert lock.stem in out and lock.stem in err and err.startswith("error: 1 of 2 runs")
     assert len(done(folder)) == 1 and lock.stem not in done(folder)
