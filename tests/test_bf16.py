@@ -97,6 +97,18 @@ def test_layers_are_right(
         assert error(ours.whole, right.weight.grad) < 1e-5
 
 
+class TwoReaders(nn.Module):
+    """A batch norm whose result is read as it is beside its ReLU, which an identity hides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.same = nn.BatchNorm2d(3), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return torch.flatten(F.relu(self.same(y)) + y, 1)
+
+
 def test_what_is_between_the_layers_is_right() -> None:
     """Batch norm with and without ReLU, poolings with what they cut off, and flattening; 41
     samples, so that most lanes of the last block hold none.
@@ -106,9 +118,12 @@ def test_what_is_between_the_layers_is_right() -> None:
         nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(3), nn.ReLU(), nn.Flatten()),
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.Flatten()),
         nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.ReLU()),
+        TwoReaders(),
     ):
         x = (torch.randn(41, 3, 7, 7) + 3).bfloat16().float()
-        torch.nn.init.normal_(next(m for m in model if isinstance(m, nn.BatchNorm2d)).weight)
+        torch.nn.init.normal_(
+            next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight
+        )
         right, net = copy.deepcopy(model).double(), Bf16Network(model, {})
         ours, theirs = net.forward(x, True), right(x.double())
         assert error(ours, theirs.detach()) < BOUND

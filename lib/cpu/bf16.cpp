@@ -333,6 +333,17 @@ void each_row(int64_t blocks, const View& v, int threads, F f) {
   }
 }
 
+// f of every line of two tensors, where to put what comes of them, and the line's number.
+template <class F>
+void each_line(int64_t samples, const View& a, const View& b, const View& y, int64_t threads, F f) {
+  each_row((samples + 31) / 32, a, int(threads), [&](int64_t n, int64_t c, int64_t i) {
+    const char *p = a.line(n, c, i), *q = b.line(n, c, i);
+    char* to = y.line(n, c, i);
+    const int64_t first = ((n * a.channels + c) * a.height + i) * a.width;
+    for (int64_t j = 0; j < a.width; j++) f(p + j * LINE, q + j * LINE, to + j * LINE, first + j);
+  });
+}
+
 INLINE Pair keep(__mmask16 even, __mmask16 odd, Pair v) {
   return {_mm512_maskz_mov_ps(even, v.even), _mm512_maskz_mov_ps(odd, v.odd)};
 }
@@ -754,37 +765,24 @@ void bf16_norm_backward(const View* x, const View* g, const View* dx, const floa
 }
 
 void bf16_relu(const View* x, const View* y, int64_t samples, int64_t threads) {
-  each_row((samples + 31) / 32, *x, threads, [&](int64_t n, int64_t c, int64_t i) {
-    const char* p = x->line(n, c, i);
-    char* to = y->line(n, c, i);
-    for (int64_t j = 0; j < x->width; j++) {
-      const Pair v = load(p + j * LINE);
-      const __m512 zero = _mm512_setzero_ps();  // first: what isn't a number stays
-      store(to + j * LINE, {_mm512_max_ps(zero, v.even), _mm512_max_ps(zero, v.odd)});
-    }
+  each_line(samples, *x, *x, *y, threads, [](const char* p, const char*, char* to, int64_t) {
+    const Pair v = load(p);
+    const __m512 zero = _mm512_setzero_ps();  // first: what isn't a number stays
+    store(to, {_mm512_max_ps(zero, v.even), _mm512_max_ps(zero, v.odd)});
   });
 }
 
 void bf16_relu_backward(const View* y, const View* g, const View* dx, int64_t samples,
                         int64_t threads) {
-  each_row((samples + 31) / 32, *y, threads, [&](int64_t n, int64_t c, int64_t i) {
-    const char *p = y->line(n, c, i), *q = g->line(n, c, i);
-    char* to = dx->line(n, c, i);
-    for (int64_t j = 0; j < y->width; j++) {
-      const __mmask32 on = _mm512_cmpneq_epi16_mask(_mm512_loadu_si512(p + j * LINE),
-                                                    _mm512_setzero_si512());
-      _mm512_storeu_si512(to + j * LINE, _mm512_maskz_loadu_epi16(on, q + j * LINE));
-    }
+  each_line(samples, *y, *g, *dx, threads, [](const char* p, const char* q, char* to, int64_t) {
+    const __mmask32 on = _mm512_cmpneq_epi16_mask(_mm512_loadu_si512(p), _mm512_setzero_si512());
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(on, q));
   });
 }
 
 void bf16_add(const View* a, const View* b, const View* y, int64_t samples, int64_t threads) {
-  each_row((samples + 31) / 32, *a, threads, [&](int64_t n, int64_t c, int64_t i) {
-    const char *p = a->line(n, c, i), *q = b->line(n, c, i);
-    char* to = y->line(n, c, i);
-    for (int64_t j = 0; j < a->width; j++) {
-      store(to + j * LINE, add(load(p + j * LINE), load(q + j * LINE)));
-    }
+  each_line(samples, *a, *b, *y, threads, [](const char* p, const char* q, char* to, int64_t) {
+    store(to, add(load(p), load(q)));
   });
 }
 
@@ -812,15 +810,10 @@ void bf16_dropout(const View* x, const View* y, double rate, uint64_t seed, int6
   const int cut = int(rate * 65536 + 0.5);
   const __m512i threshold = _mm512_set1_epi16(short(cut));
   const __m512 scale = _mm512_set1_ps(float(65536.0 / (65536 - cut)));
-  each_row((samples + 31) / 32, *x, threads, [&](int64_t n, int64_t c, int64_t i) {
-    const char* p = x->line(n, c, i);
-    char* to = y->line(n, c, i);
-    uint64_t at = uint64_t(((n * x->channels + c) * x->height + i) * x->width);
-    for (int64_t j = 0; j < x->width; j++, at++) {
-      const __mmask32 kept = _mm512_cmpge_epu16_mask(random_line(seed, at), threshold);
-      const Pair v = widen(_mm512_maskz_loadu_epi16(kept, p + j * LINE));
-      store(to + j * LINE, {_mm512_mul_ps(v.even, scale), _mm512_mul_ps(v.odd, scale)});
-    }
+  each_line(samples, *x, *x, *y, threads, [=](const char* p, const char*, char* to, int64_t at) {
+    const __mmask32 kept = _mm512_cmpge_epu16_mask(random_line(seed, uint64_t(at)), threshold);
+    const Pair v = widen(_mm512_maskz_loadu_epi16(kept, p));
+    store(to, {_mm512_mul_ps(v.even, scale), _mm512_mul_ps(v.odd, scale)});
   });
 }
 
