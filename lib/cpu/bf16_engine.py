@@ -18,17 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.cpu.bf16 import Layer, Lines, Norm, Op, Shape, available, call
-from lib.engine import Engine, Task
+from lib.cpu.network import single
+from lib.engine import Engine, Task, momentum_buffer
 from lib.masking import LayerReport, Masking, clear_outside
 
 SUMS = (operator.add, operator.iadd, torch.add)
-
-
-def _single(value: Any) -> int | None:
-    """The number in 3 or (3, 3); None for anything else."""
-    if isinstance(value, tuple) and len(set(value)) == 1:
-        return value[0]
-    return value if isinstance(value, int) else None
 
 
 class _Relu(Op):
@@ -111,9 +105,9 @@ def _operation(node: fx.Node, module: nn.Module | None) -> Op:
     if isinstance(module, nn.Linear):
         return Layer(name, module, 1, 0)
     if isinstance(module, nn.Conv2d):
-        stride, padding = _single(module.stride), _single(module.padding)
+        stride, padding = single(module.stride), single(module.padding)
         plain = module.groups == 1 and module.padding_mode == "zeros"
-        plain = plain and _single(module.dilation) == 1 and _single(module.kernel_size) is not None
+        plain = plain and single(module.dilation) == 1 and single(module.kernel_size) is not None
         if plain and stride in (1, 2) and padding is not None:
             return Layer(name, module, stride, padding)
     if isinstance(module, _BatchNorm):
@@ -123,10 +117,10 @@ def _operation(node: fx.Node, module: nn.Module | None) -> Op:
     if isinstance(module, nn.Dropout):
         return _Dropout(module)
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
-        size, mean = _single(module.kernel_size), isinstance(module, nn.AvgPool2d)
-        usual = size and size == _single(module.stride) and _single(module.padding) == 0
+        size, mean = single(module.kernel_size), isinstance(module, nn.AvgPool2d)
+        usual = size and size == single(module.stride) and single(module.padding) == 0
         usual = usual and not module.ceil_mode and getattr(module, "divisor_override", None) is None
-        if usual and _single(getattr(module, "dilation", 1)) == 1:
+        if usual and single(getattr(module, "dilation", 1)) == 1:
             return _Pool(size, mean)
     if target in SUMS:
         return _Add()
@@ -134,7 +128,7 @@ def _operation(node: fx.Node, module: nn.Module | None) -> Op:
     if flat or (target in ("flatten", torch.flatten) and node.args[1:] == (1,)):
         return _Flatten()
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    whole = isinstance(module, nn.AdaptiveAvgPool2d) and _single(module.output_size) == 1
+    whole = isinstance(module, nn.AdaptiveAvgPool2d) and single(module.output_size) == 1
     if whole or (target in ("mean", torch.mean) and dims in ((2, 3), [2, 3])):
         return _Pool(None, True)
     raise unknown
@@ -238,7 +232,7 @@ class Bf16Network:
         for layer in self.layers.values():
             layer.dense_gradients = self.dense_gradients
         for op in reversed(self.ops):
-            if op not in self._given or not op.inputs:
+            if op not in self._given:
                 continue
             g = self._given[op]
             if isinstance(op, _Add):  # both have the same, until somebody adds to it
@@ -367,12 +361,7 @@ class Accelerated:
         self.momentum = {n: self._buffer(n)[x.index] for n, x in self.net.sparse().items()}
 
     def _buffer(self, name: str) -> Tensor:
-        """The momentum of all weights, as torch keeps it; its first one is 0.9 * 0 + g too."""
-        weight = self.net.layers[name].weight
-        state = self.optimizer.state[weight]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        return state["momentum_buffer"].view(-1)
+        return momentum_buffer(self.optimizer, self.net.layers[name].weight).view(-1)
 
 
 accelerate = Accelerated  # of lib.cpu, as README has it

@@ -47,7 +47,7 @@ def _blocked(plain: Tensor) -> _Blocked:
     return _Blocked(data, len(plain), flat)
 
 
-def _single(value: int | tuple[int, ...] | str) -> int | None:
+def single(value: Any) -> int | None:
     """The number in 3 or (3, 3); None for anything else."""
     if isinstance(value, tuple) and len(set(value)) == 1:
         return value[0]
@@ -58,8 +58,8 @@ def _geometry(module: nn.Conv2d | nn.Linear, x: _Blocked) -> tuple[int, int] | N
     """Stride and padding where the kernels know the layer, None where only torch does."""
     if isinstance(module, nn.Linear):
         return (1, 0) if x.flat else None
-    stride, padding = _single(module.stride), _single(module.padding)
-    known = module.groups == 1 and _single(module.dilation) == 1 and module.padding_mode == "zeros"
+    stride, padding = single(module.stride), single(module.padding)
+    known = module.groups == 1 and single(module.dilation) == 1 and module.padding_mode == "zeros"
     return (stride, padding) if known and stride is not None and padding is not None else None
 
 
