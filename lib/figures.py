@@ -139,6 +139,7 @@ def figure(
         if FOLDER:
             (FOLDER / profile).mkdir(parents=True, exist_ok=True)
             (FOLDER / profile / f"{name}.png").write_bytes(png.getvalue())
+            plot.set_layout_engine("none")  # keep what the layout of the PNG has found
             unset = dict.fromkeys(("CreationDate", "Creator", "Producer"))
             plot.savefig(FOLDER / profile / f"{name}.pdf", metadata=unset)
     about = {"figure": f"{profile}/{name}", "caption": caption, "image/png": {"width": 640}}

@@ -96,9 +96,10 @@ def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFr
 
 def select(rows: pd.DataFrame, **where: Any) -> pd.DataFrame:
     """The rows with these values; a list means any of them.  KeyError for an unknown column."""
+    chosen = np.ones(len(rows), bool)
     for name, wanted in where.items():
-        rows = rows[rows[name].isin(wanted if isinstance(wanted, list) else [wanted])]
-    return rows
+        chosen &= rows[name].isin(wanted if isinstance(wanted, list) else [wanted]).to_numpy()
+    return rows[chosen]
 
 
 def by_seed(rows: pd.DataFrame, over: str = "", log: bool = False) -> pd.Series:
