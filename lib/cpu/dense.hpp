@@ -15,7 +15,7 @@ namespace sparse {
 
 namespace detail {
 
-constexpr int kOutputs = 4;            // output channels at a time
+constexpr int kOutputs = 4, kTaps = 6;   // output channels and taps at a time
 constexpr int64_t kGradientPixels = 96;  // vectors of each of them that wait in the first-level cache
 
 // A copy of x [planes, height, width, 16] with a border of zeros.
@@ -49,10 +49,9 @@ struct Span {
 };
 
 // sums[r * Q + q] = sum over the span of grad of channel r times x at tap q.
-template <int Q>
 static inline void correlate_tile(const Span& s, const float* grad, const float* x,
                                   const int64_t* taps, float* sums) {
-  constexpr int R = kOutputs;
+  constexpr int R = kOutputs, Q = kTaps;
   V acc[R * Q];
   const float* at[Q];
   unroll<R * Q>([&](auto k) SPARSE_INLINE { acc[k] = V{}; });
@@ -81,10 +80,14 @@ static inline void correlate_tile(const Span& s, const float* grad, const float*
   store(sums + L, sum16(lines + L * L));
 }
 
-template <int Q>
-static void whole_gradient(const Shape& s, const float* x, const float* grad, float* out,
-                           int64_t samples, int threads) {
-  constexpr int R = kOutputs;
+}  // namespace detail
+
+// out [out_channels, in_channels, kernel_h, kernel_w] = gradient of the weight of a convolution with
+// input x and output gradient grad, both batch-blocked, of `samples` samples.
+static inline void dense_weight_gradient(const Shape& s, const float* x, const float* grad,
+                                         float* out, int64_t samples, int threads) {
+  using namespace detail;
+  constexpr int R = kOutputs, Q = kTaps;
   const int64_t oh = s.out_height(), ow = s.out_width(), blocks = ceil_div(samples, L);
   const int64_t h = s.height + 2 * s.padding, w = s.width + 2 * s.padding;
   const int64_t count = s.in_channels * s.kernel_h * s.kernel_w;
@@ -115,12 +118,13 @@ static void whole_gradient(const Shape& s, const float* x, const float* grad, fl
       const int64_t some = n < full ? std::min(together, full - n) : 1;
       for (int64_t i = 0; i < oh; i += rows) {
         const Span span{some, std::min(rows, oh - i), ow, s.out_channels * grad_plane,
-                        {0, plane(1), plane(2), plane(3)}, x_block, s.stride * w * L, s.stride * L, valid_lanes(n, samples)};
+                        {0, plane(1), plane(2), plane(3)}, x_block, s.stride * w * L,
+                        s.stride * L, valid_lanes(n, samples)};
         const float* const g = grad + (n * s.out_channels + first) * grad_plane + i * ow * L;
         const float* const from = x + n * x_block + i * s.stride * w * L;
         for (int64_t t = 0; t < count; t += Q) {
           alignas(64) float sums[2 * L];
-          correlate_tile<Q>(span, g, from, taps.data() + t, sums);
+          correlate_tile(span, g, from, taps.data() + t, sums);
           const int64_t some_taps = std::min<int64_t>(Q, count - t);
           for (int64_t r = 0; r < outputs; ++r)
             for (int64_t q = 0; q < some_taps; ++q)
@@ -130,23 +134,6 @@ static void whole_gradient(const Shape& s, const float* x, const float* grad, fl
       n += some;
     }
   }
-}
-
-}  // namespace detail
-
-// out [out_channels, in_channels, kernel_h, kernel_w] = gradient of the weight of a convolution with
-// input x and output gradient grad, both batch-blocked, of `samples` samples.
-static inline void dense_weight_gradient(const Shape& s, const float* x, const float* grad,
-                                         float* out, int64_t samples, int threads) {
-  const int64_t taps = s.in_channels * s.kernel_h * s.kernel_w;
-  // Of 4, 5 and 6 taps at a time those that leave the least over; more use the loads better.
-  const auto wasted = [&](int64_t q) { return ceil_div(taps, q) * q - taps; };
-  if (wasted(6) * 8 <= taps || (wasted(6) <= wasted(5) && wasted(6) <= wasted(4)))
-    detail::whole_gradient<6>(s, x, grad, out, samples, threads);
-  else if (wasted(5) <= wasted(4))
-    detail::whole_gradient<5>(s, x, grad, out, samples, threads);
-  else
-    detail::whole_gradient<4>(s, x, grad, out, samples, threads);
 }
 
 // A step of SGD for the weights at the places `index` [count] of a layer, and their momentum;

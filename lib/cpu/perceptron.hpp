@@ -50,16 +50,12 @@ struct Sgd {
 
 namespace detail {
 
-#define SPARSE_INLINE __attribute__((always_inline))
-
-template <class F, int... I>
-static inline SPARSE_INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
-  (f(std::integral_constant<int, I>()), ...);
-}
-// f(0), ..., f(N - 1) with constants, so that an array of vectors stays in registers.
+// f of the constant n, which is 1 to N.
 template <int N, class F>
-static inline SPARSE_INLINE void unroll(F&& f) {
-  unroll(std::make_integer_sequence<int, N>(), f);
+static inline void with_constant(int64_t n, F&& f) {
+  if constexpr (N > 1)
+    if (n < N) return with_constant<N - 1>(n, f);
+  f(std::integral_constant<int, N>());
 }
 
 // y[r] = bias[r] + sum over c of weight(r, c) x[c] for R rows and Q vectors of samples; the weight of
@@ -108,19 +104,16 @@ static void product_strip(const float* w, int64_t row_step, int64_t column_step,
   }
 }
 
+// All rows of NV vectors of samples.
 template <int NV>
 static void product(const float* w, int64_t row_step, int64_t column_step, int64_t rows,
                     int64_t columns, const float* x, const float* bias, bool relu,
                     const float* gate, float* y, int threads) {
-  constexpr int64_t P = NV * L;
-  for (int v = 0; v + 4 <= NV; v += 4)
-    product_strip<4>(w, row_step, column_step, rows, columns, x + v * L, P, bias, relu,
-                     gate ? gate + v * L : nullptr, y + v * L, threads);
-  if constexpr (NV % 4 != 0) {
-    constexpr int v = NV / 4 * 4;
-    product_strip<NV % 4>(w, row_step, column_step, rows, columns, x + v * L, P, bias, relu,
-                          gate ? gate + v * L : nullptr, y + v * L, threads);
-  }
+  for (int64_t v = 0; v < NV; v += 4)
+    with_constant<4>(std::min<int64_t>(4, NV - v), [&](auto q) {
+      product_strip<q.value>(w, row_step, column_step, rows, columns, x + v * L, NV * L, bias, relu,
+                             gate ? gate + v * L : nullptr, y + v * L, threads);
+    });
 }
 
 // The same over the non-zeros of each row: those from start[r] to start[r + 1], in columns `column`,
@@ -156,37 +149,30 @@ static inline SPARSE_INLINE void sgd(const Sgd& s, T& w, T& m, T g) {
   w -= s.lr * (s.nesterov ? g + s.momentum * m : m);
 }
 
-// What happens to each vector of a dense weight gradient: `n` floats (16 or fewer) at place `at`.
+// What happens to each vector of a dense weight gradient: its first `n` floats are those at `at`.
 struct Update {
   const PerceptronLayer& layer;
   const Sgd& rule;
   int32_t track;
   bool learn;  // a dense layer: its weights move; otherwise only momentum is gathered
 
-  SPARSE_INLINE void whole(int64_t at, V g) const {
-    if (layer.gradient) store(layer.gradient + at, g);
+  SPARSE_INLINE void operator()(int64_t at, V g, int64_t n) const {
+    const auto get = [=](const float* from) SPARSE_INLINE {
+      V v{};
+      std::memcpy(&v, from + at, n * sizeof(float));
+      return v;
+    };
+    const auto put = [=](float* to, V v) SPARSE_INLINE {
+      std::memcpy(to + at, &v, n * sizeof(float));
+    };
+    if (layer.gradient) put(layer.gradient, g);
     if (learn) {
-      V w = load(layer.weight + at), m = load(layer.momentum + at);
+      V w = get(layer.weight), m = get(layer.momentum);
       sgd(rule, w, m, g);
-      if (layer.multiplier) w *= load(layer.multiplier + at);
-      store(layer.weight + at, w);
-      store(layer.momentum + at, m);
+      put(layer.weight, layer.multiplier ? w * get(layer.multiplier) : w);
+      put(layer.momentum, m);
     } else if (track != kTrackNothing) {
-      store(layer.momentum + at,
-            track == kTrackFirst ? g : rule.momentum * load(layer.momentum + at) + g);
-    }
-  }
-
-  void part(int64_t at, const float* g, int64_t n) const {
-    for (int64_t k = 0; k < n; ++k) {
-      if (layer.gradient) layer.gradient[at + k] = g[k];
-      float &w = layer.weight[at + k], &m = layer.momentum[at + k];
-      if (learn) {
-        sgd(rule, w, m, g[k]);
-        if (layer.multiplier) w *= layer.multiplier[at + k];
-      } else if (track != kTrackNothing) {
-        m = track == kTrackFirst ? g[k] : rule.momentum * m + g[k];
-      }
+      put(layer.momentum, track == kTrackFirst ? g : rule.momentum * get(layer.momentum) + g);
     }
   }
 };
@@ -213,13 +199,8 @@ static inline void gradient_tile(const float* delta, int64_t pitch, const float*
   unroll<R * Q>([&](auto k) SPARSE_INLINE {
     const int64_t c = c0 + (k % Q) * L, at = (r0 + k / Q) * columns + c;
     const int64_t left = columns - c;
-    if (left >= L) {
-      update.whole(at, sum[k]);
-    } else if (left > 0) {
-      float g[L];
-      store(g, sum[k]);
-      update.part(at, g, left);
-    }
+    if (left >= L) update(at, sum[k], L);
+    else if (left > 0) update(at, sum[k], left);
   });
 }
 
@@ -249,12 +230,9 @@ static inline void dense_gradient(const float* delta, int64_t pitch, const float
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t c0 = s * Q * L;
-    switch (std::min<int64_t>(Q, (width - c0) / L)) {
-      case 4: gradient_columns<4>(delta, pitch, x, width, samples, rows, columns, c0, update); break;
-      case 3: gradient_columns<3>(delta, pitch, x, width, samples, rows, columns, c0, update); break;
-      case 2: gradient_columns<2>(delta, pitch, x, width, samples, rows, columns, c0, update); break;
-      default: gradient_columns<1>(delta, pitch, x, width, samples, rows, columns, c0, update);
-    }
+    with_constant<Q>(std::min<int64_t>(Q, (width - c0) / L), [&](auto q) {
+      gradient_columns<q.value>(delta, pitch, x, width, samples, rows, columns, c0, update);
+    });
   }
 }
 
@@ -515,21 +493,6 @@ static inline void read_labels(const int64_t* labels, int64_t images, const int6
   }
 }
 
-template <class F>
-static void with_vectors(int64_t samples, F&& f) {
-  switch (ceil_div(samples, L)) {
-    case 1: f(std::integral_constant<int, 1>()); break;
-    case 2: f(std::integral_constant<int, 2>()); break;
-    case 3: f(std::integral_constant<int, 3>()); break;
-    case 4: f(std::integral_constant<int, 4>()); break;
-    case 5: f(std::integral_constant<int, 5>()); break;
-    case 6: f(std::integral_constant<int, 6>()); break;
-    case 7: f(std::integral_constant<int, 7>()); break;
-    case 8: f(std::integral_constant<int, 8>()); break;
-    default: throw std::invalid_argument("a mini-batch has 1 to 128 samples");
-  }
-}
-
 }  // namespace detail
 
 // One step on the images `index` [samples] of x [images, in]; labels [images].  The mean loss from
@@ -542,11 +505,13 @@ static inline double train_step(const PerceptronLayer* layers, int64_t depth, co
   const auto normed = [](const PerceptronLayer& layer) { return layer.scale != nullptr; };
   if (samples == 1 && std::any_of(layers, layers + depth, normed))
     throw std::invalid_argument("batch norm takes the statistics of more than one sample");
-  detail::with_vectors(samples, [&](auto vectors) {
+  if (samples < 1 || samples > 8 * L)
+    throw std::invalid_argument("a mini-batch has 1 to 128 samples");
+  detail::with_constant<8>(ceil_div(samples, L), [&](auto vectors) {
     int64_t own[8 * L];
     detail::read_labels(labels, images, index, samples, layers[depth - 1].out, own);
     detail::same_arithmetic(threads);
-    detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
+    detail::Perceptron<vectors.value> net(layers, depth, samples, threads);
     net.read(x, index);
     net.forward(true);
     loss = detail::cross_entropy(net.act[depth], net.P, layers[depth - 1].out, samples, own);
@@ -563,8 +528,8 @@ static inline int64_t count_wrong(const PerceptronLayer* layers, int64_t depth, 
   int64_t wrong = 0;
   for (int64_t done = 0; done < images; done += 8 * L) {
     const int64_t samples = std::min<int64_t>(8 * L, images - done);
-    detail::with_vectors(samples, [&](auto vectors) {
-      detail::Perceptron<decltype(vectors)::value> net(layers, depth, samples, threads);
+    detail::with_constant<8>(ceil_div(samples, L), [&](auto vectors) {
+      detail::Perceptron<vectors.value> net(layers, depth, samples, threads);
       net.read(x + done * layers[0].in, nullptr);
       net.forward(false);
       for (int64_t n = 0; n < samples; ++n) {
@@ -618,21 +583,11 @@ static inline void sort_by_column(const PerceptronLayer& layer) {
 
 // Drops the dead of all sparse layers and wakes the dormant connections `chosen` [count], ascending
 // numbers among the dormant ones of those layers in row-major order; they start at zero, without
-// momentum.  The caller's memory has room for the new number of non-zeros.  Throws
-// std::invalid_argument for numbers that are not of this kind, before anything changes.
+// momentum.  The caller's memory has room for the new number of non-zeros.
 static inline void wake(PerceptronLayer* layers, int64_t depth, const int64_t* chosen,
                         int64_t count) {
-  int64_t dormant = 0, most = count;
-  for (int64_t k = 0; k < depth; ++k) {
-    const PerceptronLayer& f = layers[k];
-    if (f.nonzeros < 0) continue;
-    dormant += f.out * f.in - f.nonzeros + std::count(f.column, f.column + f.nonzeros, -1);
-    most = std::max(most, f.nonzeros + count);
-  }
-  for (int64_t n = 0; n < count; ++n)
-    if (chosen[n] < 0 || chosen[n] >= dormant || (n > 0 && chosen[n] <= chosen[n - 1]))
-      throw std::invalid_argument("the connections to wake are not ascending numbers below " +
-                                  std::to_string(dormant));
+  int64_t most = 0;
+  for (int64_t k = 0; k < depth; ++k) most = std::max(most, layers[k].nonzeros + count);
   std::vector<int32_t> column(most);
   std::vector<float> value(most), momentum(most);
   const int64_t* const end = chosen + count;

@@ -15,7 +15,10 @@
 // The input gradient is the same loop on the transposed pattern, once per phase of the stride.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -24,10 +27,6 @@
 #include <stdexcept>
 #include <utility>
 #include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace sparse {
 
@@ -61,22 +60,6 @@ static inline float* workspace(int64_t floats) {
     held.size = floats;
   }
   return held.data;
-}
-
-static inline int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-static inline int thread_count() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
 }
 
 struct Entry {
@@ -127,13 +110,10 @@ struct Plan {
   }
 };
 
-// Sizes that decide the blocking; bytes of first- and second-level cache to fill.
-struct Tuning {
-  int64_t l1 = 36 * 1024;
-  int64_t l2 = 1024 * 1024;
-  int64_t chunk_bytes = 256 * 1024;  // scratch of partial sums
-  double min_entries = 5;            // fewer non-zeros per block than this: larger blocks
-};
+// Sizes that decide the blocking: bytes of first- and second-level cache to fill, of the scratch of
+// partial sums, and the non-zeros below which a block of input channels is too small.
+constexpr int64_t kL1 = 36 * 1024, kL2 = 1024 * 1024, kChunkBytes = 256 * 1024;
+constexpr double kMinEntries = 5;
 
 namespace detail {
 
@@ -172,8 +152,8 @@ static inline void choose_tile(Plan& p, int64_t batch_blocks) {
 // Plan of the forward pass (`transposed` false; also used for the weight gradient) or of one phase
 // (y, x) of the input gradient.  `coords` lists the non-zeros, any order.
 static inline Plan make_plan(const Shape& s, const Coord* coords, int64_t count, bool transposed,
-                             int64_t phase_y, int64_t phase_x, int64_t batch_blocks, int threads,
-                             const Tuning& tuning = Tuning()) {
+                             int64_t phase_y, int64_t phase_x, int64_t batch_blocks,
+                             int threads) {
   using detail::Tap;
   Plan p;
   std::vector<Tap> taps;
@@ -183,9 +163,6 @@ static inline Plan make_plan(const Shape& s, const Coord* coords, int64_t count,
   int64_t lo_y = 0, hi_y = 0, lo_x = 0, hi_x = 0;
   for (int64_t k = 0; k < count; ++k) {
     const Coord& q = coords[k];
-    if (q.o < 0 || q.o >= s.out_channels || q.c < 0 || q.c >= s.in_channels || q.kh < 0 ||
-        q.kh >= s.kernel_h || q.kw < 0 || q.kw >= s.kernel_w)
-      throw std::invalid_argument("a non-zero lies outside the weight's shape");
     Tap t;
     if (!transposed) {
       const int64_t y = q.kh - s.padding, x = q.kw - s.padding;
@@ -228,7 +205,7 @@ static inline Plan make_plan(const Shape& s, const Coord* coords, int64_t count,
   const int64_t halo_w = hi_x - lo_x;
   const int64_t full_w = ceil_div(std::max<int64_t>(p.grid_w, 1), p.tile_w) * p.tile_w;
   const int64_t column = p.src_channels * phases * p.pack_h * p.pixel() * int64_t(sizeof(float));
-  p.strip_w = std::max<int64_t>((tuning.l2 / column - halo_w) / p.tile_w * p.tile_w, p.tile_w);
+  p.strip_w = std::max<int64_t>((kL2 / column - halo_w) / p.tile_w * p.tile_w, p.tile_w);
   p.strip_w = std::min(p.strip_w, full_w);
   // Strips of equal width: the last one is padded otherwise.
   p.strip_w = ceil_div(ceil_div(full_w, ceil_div(full_w, p.strip_w)), p.tile_w) * p.tile_w;
@@ -239,16 +216,16 @@ static inline Plan make_plan(const Shape& s, const Coord* coords, int64_t count,
   const double per_channel = double(taps.size()) / double(p.src_channels * p.dst_channels);
   const int64_t tile_bytes =
       phases * p.pack_h * (p.tile_w + halo_w) * p.pixel() * int64_t(sizeof(float));
-  int64_t block = std::max<int64_t>(tuning.l1 / tile_bytes, 1);
-  if (per_channel * double(block) < tuning.min_entries)
-    block = per_channel > 0 ? int64_t(tuning.min_entries / per_channel) + 1 : p.src_channels;
+  int64_t block = std::max<int64_t>(kL1 / tile_bytes, 1);
+  if (per_channel * double(block) < kMinEntries)
+    block = per_channel > 0 ? int64_t(kMinEntries / per_channel) + 1 : p.src_channels;
   const int64_t count_blocks = std::max<int64_t>(
       1, (p.src_channels + block / 2) / std::max<int64_t>(block, 1));
   p.block = ceil_div(p.src_channels, count_blocks);
   const int64_t strips = ceil_div(std::max<int64_t>(p.grid_h, 1), p.tile_h) *
                          ceil_div(full_w, p.strip_w) * ceil_div(batch_blocks, p.tile_n);
   int64_t chunk = std::max<int64_t>(
-      1, tuning.chunk_bytes / (p.vectors() * L * int64_t(sizeof(float))));
+      1, kChunkBytes / (p.vectors() * L * int64_t(sizeof(float))));
   if (strips < threads)  // too few strips for the threads: share out the output channels too
     chunk = std::min(chunk, ceil_div(p.dst_channels, ceil_div(threads, strips)));
   p.chunk = ceil_div(p.dst_channels, ceil_div(p.dst_channels, chunk));
@@ -328,44 +305,35 @@ static inline void pack_strip(const Plan& p, const float* src, int64_t n0, int64
         }
 }
 
-#define SPARSE_EACH(DO)                                                              \
-  DO(0, 0) DO(0, 1) DO(0, 2) DO(0, 3) DO(1, 0) DO(1, 1) DO(1, 2) DO(1, 3) DO(2, 0)   \
-  DO(2, 1) DO(2, 2) DO(2, 3) DO(3, 0) DO(3, 1) DO(3, 2) DO(3, 3)
+#define SPARSE_INLINE __attribute__((always_inline))
+
+template <class F, int... I>
+static inline SPARSE_INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+// f(0), ..., f(N - 1) with constants, so that an array of vectors stays in registers.
+template <int N, class F>
+static inline SPARSE_INLINE void unroll(F&& f) {
+  unroll(std::make_integer_sequence<int, N>(), f);
+}
 
 // R x Q vectors of one output channel: from `in` (or the bias when null), plus value * input for
-// every entry, to `out`.  Named locals, because GCC leaves an array of vectors on the stack.
+// every entry, to `out`.  Row r of the tile lies at base + rows[r].
 template <int R, int Q>
-static inline void accumulate(const float* b0, const float* b1, const float* b2, const float* b3,
-                              const Entry* e, const Entry* end, const float* in, float bias,
-                              float* out, int64_t out_pitch) {
-#define DO(r, q) V a##r##q{};
-  SPARSE_EACH(DO)
-#undef DO
-  if (in) {
-#define DO(r, q) \
-  if constexpr (r < R && q < Q) a##r##q = load(in + (r * Q + q) * L);
-    SPARSE_EACH(DO)
-#undef DO
-  } else {
-    const V s = broadcast(bias);
-#define DO(r, q) \
-  if constexpr (r < R && q < Q) a##r##q = s;
-    SPARSE_EACH(DO)
-#undef DO
-  }
+static inline void accumulate(const float* base, const int64_t* rows, const Entry* e,
+                              const Entry* end, const float* in, float bias, float* out,
+                              int64_t out_pitch) {
+  V sum[R * Q];
+  const float* row[R];
+  unroll<R>([&](auto r) SPARSE_INLINE { row[r] = base + rows[r]; });
+  unroll<R * Q>([&](auto k) SPARSE_INLINE { sum[k] = in ? load(in + k * L) : broadcast(bias); });
   for (; e != end; ++e) {
     const int64_t at = e->offset;
     const V w = broadcast(e->value);
-#define DO(r, q) \
-  if constexpr (r < R && q < Q) a##r##q += w * load(b##r + at + q * L);
-    SPARSE_EACH(DO)
-#undef DO
+    unroll<R * Q>([&](auto k) SPARSE_INLINE { sum[k] += w * load(row[k / Q] + at + k % Q * L); });
   }
-#define DO(r, q) \
-  if constexpr (r < R && q < Q) store(out + r * out_pitch + q * L, a##r##q);
-  SPARSE_EACH(DO)
-#undef DO
-  (void)b0, (void)b1, (void)b2, (void)b3;
+  unroll<R * Q>(
+      [&](auto k) SPARSE_INLINE { store(out + k / Q * out_pitch + k % Q * L, sum[k]); });
 }
 
 // Lanes of x and y merged: where the bit D of lane l is clear x[l], else y[l - D]; each D further on
@@ -421,25 +389,20 @@ static inline V sum16(const float* v) { return folded<8>(v); }
 // For every entry the products of its input with the tile `g` of the output gradient, summed over
 // the tile: one vector per entry at `out`.
 template <int R, int Q>
-static inline void correlate(const float* b0, const float* b1, const float* b2, const float* b3,
-                             const Entry* e, const Entry* end, const float* g, float* out) {
-#define DO(r, q) \
-  V g##r##q{};   \
-  if constexpr (r < R && q < Q) g##r##q = load(g + (r * Q + q) * L);
-  SPARSE_EACH(DO)
-#undef DO
+static inline void correlate(const float* base, const int64_t* rows, const Entry* e,
+                             const Entry* end, const float* g, float* out) {
+  V grad[R * Q];
+  const float* row[R];
+  unroll<R>([&](auto r) SPARSE_INLINE { row[r] = base + rows[r]; });
+  unroll<R * Q>([&](auto k) SPARSE_INLINE { grad[k] = load(g + k * L); });
   for (; e != end; ++e, out += L) {
     const int64_t at = e->offset;
-    V s0{}, s1{}, s2{}, s3{};  // independent chains: a multiply-add takes four cycles
-#define DO(r, q) \
-  if constexpr (r < R && q < Q) s##q += g##r##q * load(b##r + at + q * L);
-    SPARSE_EACH(DO)
-#undef DO
-    store(out, (s0 + s1) + (s2 + s3));
+    V s[4]{};  // independent chains: a multiply-add takes four cycles
+    unroll<R * Q>(
+        [&](auto k) SPARSE_INLINE { s[k % Q] += grad[k] * load(row[k / Q] + at + k % Q * L); });
+    store(out, (s[0] + s[1]) + (s[2] + s[3]));
   }
-  (void)b0, (void)b1, (void)b2, (void)b3;
 }
-#undef SPARSE_EACH
 
 constexpr int64_t kLines = 128;  // products of the weight gradient that wait for their sum
 
@@ -462,11 +425,14 @@ static inline std::vector<Item> work(const Plan& p, int64_t batch_blocks, int th
   return items;
 }
 
-// Floats from a tile's first vector to the first of row r.
-static inline int64_t row_offset(const Plan& p, int r) {
-  if (p.tile_h == 4) return r * p.pack_w * L;
-  if (p.tile_h == 2) return ((r / 2) * p.pack_w + r % 2) * p.pixel();
-  return int64_t(r) * p.cols * L;
+// Floats from a tile's first vector to the first of each of its rows.
+static inline std::array<int64_t, 4> row_offsets(const Plan& p) {
+  std::array<int64_t, 4> at;
+  for (int64_t r = 0; r < 4; ++r)
+    at[r] = p.tile_h == 4   ? r * p.pack_w * L
+            : p.tile_h == 2 ? ((r / 2) * p.pack_w + r % 2) * p.pixel()
+                            : r * p.cols * L;
+  return at;
 }
 
 // Copies between a tile [tile_h, tile_w, tile_n, 16] and the pixels of a tensor that exist.
@@ -495,7 +461,7 @@ static void convolve_item(const Plan& p, const Item& it, const float* src, const
                           float* dst, int64_t batch_blocks, float* packed, float* scratch) {
   const int64_t T = int64_t(R) * Q * L;
   const int64_t nblocks = p.blocks();
-  const int64_t d1 = row_offset(p, 1), d2 = row_offset(p, 2), d3 = row_offset(p, 3);
+  const std::array<int64_t, 4> rows = row_offsets(p);
   pack_strip(p, src, it.n0, batch_blocks, it.i0, it.j0, packed);
   const int64_t j_end = std::min(it.j0 + p.strip_w, p.grid_w);
   const int64_t dst_plane = p.dst_h * p.dst_w * L;
@@ -516,12 +482,12 @@ static void convolve_item(const Plan& p, const Item& it, const float* src, const
           const float s = bias ? bias[o0 + o] : 0.0f;
           if (b + 1 < nblocks) {
             if (b && e == end) continue;
-            accumulate<R, Q>(base, base + d1, base + d2, base + d3, e, end, in, s, partial, Q * L);
+            accumulate<R, Q>(base, rows.data(), e, end, in, s, partial, Q * L);
           } else if (direct) {
-            accumulate<R, Q>(base, base + d1, base + d2, base + d3, e, end, in, s,
-                             corner + (o0 + o) * dst_plane, p.dst_w * L);
+            accumulate<R, Q>(base, rows.data(), e, end, in, s, corner + (o0 + o) * dst_plane,
+                             p.dst_w * L);
           } else {
-            accumulate<R, Q>(base, base + d1, base + d2, base + d3, e, end, in, s, partial, Q * L);
+            accumulate<R, Q>(base, rows.data(), e, end, in, s, partial, Q * L);
             move_tile<true>(p, partial, dst, o0 + o, it.n0, batch_blocks, it.i0, j);
           }
         }
@@ -536,7 +502,7 @@ static void weight_gradient_item(const Plan& p, const Item& it, const float* x, 
                                  float* scratch, float* lines) {
   const int64_t T = int64_t(R) * Q * L;
   const int64_t nblocks = p.blocks();
-  const int64_t d1 = row_offset(p, 1), d2 = row_offset(p, 2), d3 = row_offset(p, 3);
+  const std::array<int64_t, 4> rows = row_offsets(p);
   pack_strip(p, x, it.n0, batch_blocks, it.i0, it.j0, packed);
   const int64_t j_end = std::min(it.j0 + p.strip_w, p.grid_w);
   // Lanes beyond the last sample count for nothing, whatever the gradient holds there.
@@ -563,8 +529,8 @@ static void weight_gradient_item(const Plan& p, const Item& it, const float* x, 
           int64_t stop = start[o + 1];
           while (at < stop) {
             const int64_t upto = std::min(stop, done + kLines);
-            correlate<R, Q>(base, base + d1, base + d2, base + d3, p.entries.data() + at,
-                            p.entries.data() + upto, scratch + o * T, lines + (at - done) * L);
+            correlate<R, Q>(base, rows.data(), p.entries.data() + at, p.entries.data() + upto,
+                            scratch + o * T, lines + (at - done) * L);
             at = upto;
             if (at - done == kLines || at == end) {
               int64_t q = done;
@@ -609,7 +575,7 @@ static inline void convolve(const Plan& p, const float* src, const float* bias, 
   float* const space = workspace(threads * (packed + scratch));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t k = 0; k < n; ++k) {
-    float* const own = space + thread_index() * (packed + scratch);
+    float* const own = space + omp_get_thread_num() * (packed + scratch);
     detail::dispatch(p, [&](auto r, auto q) {
       detail::convolve_item<decltype(r)::value, decltype(q)::value>(
           p, items[k], src, bias, dst, batch_blocks, own, own + packed);
@@ -630,7 +596,7 @@ static inline void weight_gradient(const Plan& p, const float* x, const float* g
   float* const space = workspace(threads * size);
 #pragma omp parallel num_threads(threads)
   {
-    float* const own = space + thread_index() * size;
+    float* const own = space + omp_get_thread_num() * size;
     float* const total = own + packed + scratch + lines;
     std::fill(total, total + entries, 0.0f);
 #pragma omp for schedule(static)  // a total of its own per thread: the same items each time
@@ -640,7 +606,7 @@ static inline void weight_gradient(const Plan& p, const float* x, const float* g
             p, items[k], x, grad, total, samples, batch_blocks, own, own + packed,
             own + packed + scratch);
       });
-    const int team = thread_count();
+    const int team = omp_get_num_threads();
 #pragma omp for
     for (int64_t k = 0; k < entries; ++k) {
       float s = 0.0f;

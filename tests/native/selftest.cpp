@@ -379,18 +379,6 @@ static bool deepr(std::vector<Memory>& net) {
     chosen.resize(size_t(died)), chosen.shrink_to_fit();
     std::sort(chosen.begin(), chosen.end());
     for (int64_t n : chosen) net[dormant[n].first].mask[dormant[n].second] = 1;
-    for (int wrong = 0; wrong < 3; ++wrong) {
-      std::vector<int64_t> bad = chosen;
-      if (wrong == 0) bad.push_back(int64_t(dormant.size()));
-      if (wrong == 1) bad.insert(bad.begin(), -1);
-      if (wrong == 2 && bad.empty()) continue;
-      if (wrong == 2) bad.push_back(bad.back());
-      try {
-        wake(layers.data(), int64_t(layers.size()), bad.data(), int64_t(bad.size()));
-        return std::printf("connections that cannot wake were taken\n"), false;
-      } catch (const std::invalid_argument&) {
-      }
-    }
     wake(layers.data(), int64_t(layers.size()), chosen.data(), died);
     for (size_t k = 0; k < net.size(); ++k) {
       const Memory& f = net[k];
