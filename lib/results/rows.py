@@ -191,15 +191,14 @@ def missing(grid: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 
 def scale(rows: pd.DataFrame) -> str:
-    """Profile, epochs, seeds in a cell, runs and hardware of these rows, in one line."""
+    """Profile, epochs, seeds in a cell and runs of these rows, in one line."""
     if rows.empty:
         return "No runs yet."
     cells = rows.groupby(CELL).seed.nunique()
     span = lambda v: f"{min(v)}" if min(v) == max(v) else f"{min(v)} to {max(v)}"  # noqa: E731
     profile = rows.profile.iloc[0] + ("" if rows.profile.iloc[0] == "paper" else " (reduced scale)")
-    devices = " and ".join(sorted(set(rows.device)))
     size = f"{span(rows.epochs)} epochs, {span(cells)} seeds, {len(rows)} runs"
-    return f"Profile {profile}: {size}, {devices}."
+    return f"Profile {profile}: {size}."
 
 
 def compare(profile: str, folder: str | Path) -> pd.DataFrame:
