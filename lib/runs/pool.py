@@ -82,9 +82,11 @@ class _Pool:
         pipes: dict[Any, _Worker] = {worker.pipe: worker for worker in self.workers}
         for pipe in connection.wait(list(pipes), timeout):
             try:
-                self._take(pipes[pipe], *pipes[pipe].pipe.recv())
+                message = pipes[pipe].pipe.recv()
             except (EOFError, OSError):
                 self._died(pipes[pipe])
+            else:
+                self._take(pipes[pipe], *message)
 
     def _start(self, threads: int, device: str) -> _Worker:
         context = get_context("spawn")
@@ -256,6 +258,7 @@ def _serve(pipe: connection.Connection, threads: int, device: str, parent: int) 
             message = _train_one(task, device=device, progress=tell, should_stop=should_stop)
             pipe.send((*message, time.monotonic() - started))
             told_to_stop.clear()
+    os._exit(0)  # taking torch down would take seconds on a busy machine
 
 
 def _train_one(task: Task, **how: Any) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def planned(folder: Path, *only: str, **changes: Any) -> list[str]:
     return sorted(task.run.run_id for task in tasks)
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 90.0) -> None:
+def wait_for(what: Callable[[], Any], seconds: float = 240.0) -> None:
     stop = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < stop, "nothing happened"
@@ -148,6 +148,15 @@ def test_ctrl_c_tells_the_truth_where_no_checkpoint_can_be_written(folder: Path)
     os.killpg(process.pid, signal.SIGINT)
     out, _ = end(process, 130)
     assert "no checkpoint yet" in out
+
+
+def test_a_reader_that_leaves_ends_the_command(folder: Path) -> None:
+    """As `head` does; the worker has not died."""
+    process = start(folder, *SET, "--only", "seed=1", *words(TINY))
+    wait_for(lambda: locks(folder))
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(240) == 1 and len(done(folder)) == 1
 
 
 def test_a_killed_worker_costs_its_run_alone(folder: Path) -> None:
