@@ -194,8 +194,9 @@ def write(text: str, folder: Path) -> list[Path]:
 
 def into_readme(readme: Path, findings: Iterable[str]) -> None:
     """Write the findings between their markers; ValueError without the two comments."""
+    lines = [f"\n{one}" if one.startswith("|") else one for one in findings]  # a table stands alone
     text, found = FINDINGS.subn(
-        lambda at: "\n".join([at[1].rstrip(), *findings, at[2]]), readme.read_text("utf-8")
+        lambda at: "\n".join([at[1].rstrip(), *lines, at[2]]), readme.read_text("utf-8")
     )
     if found != 1:
         raise ValueError(f"{readme} must have one pair of comments around its findings, see git")
