@@ -157,7 +157,7 @@ def _put(rows: pd.DataFrame, file: Path) -> None:
     if file.exists():
         numbers = dict.fromkeys(("mean", "low", "high", "p", "p_holm"), "")
         old = pd.read_csv(file, keep_default_na=False, na_values=numbers)
-        rows = pd.concat([old[~old.id.isin(rows.id)], rows])
+        rows = pd.concat([old[old.id.isin(set(claims().index) - set(rows.id))], rows])
     order = {ident: i for i, ident in enumerate(claims().index)}
     rows = rows.sort_values("id", key=lambda ids: ids.map(order), kind="stable")
     file.parent.mkdir(parents=True, exist_ok=True)
