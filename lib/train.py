@@ -46,8 +46,9 @@ class Outcome:
     relative to the dense network's: inference with the final densities; training as the mean over
     all steps of forward, input-gradient and weight-gradient products, the weight gradient counted
     densely in the steps whose growth rule reads it (RigL, appendix H). `explored` is the share of
-    the maskable weights that was active at any time (Liu et al. 2021). `kernels` is the name of
-    the engine that computed the run.
+    the maskable weights that was active at any time (Liu et al. 2021), None where masks move in
+    every step (DeepR), which a fast engine keeps to itself. `kernels` is the name of the engine
+    that computed the run.
     """
 
     status: str = "ok"
@@ -227,8 +228,6 @@ class TrainingLoop:
         self.optimizer.param_groups[0]["lr"] = schedule.lr(state.step)
         loss = self.engine.step(index, schedule.until_update(state.step))
         state.step += 1
-        if run.method in EVERY_STEP:
-            self._explore()
         every = run.update_every_steps  # 0: at the end of the epoch, after validation
         if every and state.step % every == 0 and state.step < schedule.total_steps:
             self.update_masks()
@@ -387,7 +386,7 @@ class TrainingLoop:
             done.weights_active = sum(masking.active().values()) + kept_dense
             done.train_flops_rel = state.flops_sum / state.step
             done.inference_flops_rel = self.inference_flops_rel(masking.active())
-            if ever := state.explored.values():
+            if (ever := state.explored.values()) and self.run.method not in EVERY_STEP:
                 done.explored = sum(int(m.sum()) for m in ever) / masking.weights_total
         return done
 
