@@ -69,11 +69,8 @@ def measures(run: Run, name: str, profile: str) -> tuple[str, ...]:
     """The measures to take of a run of experiment `name`: its own, and those of all experiments
     at the profile that have the same run, so that it is never trained a second time for them.
     """
-    wanted = set(experiment(name).measures)
-    for other, this in EXPERIMENTS.items():
-        if this.measures and run in runs(other, profile):
-            wanted |= set(this.measures)
-    return tuple(sorted(wanted))
+    others = [one for one in EXPERIMENTS if EXPERIMENTS[one].measures and run in runs(one, profile)]
+    return tuple(sorted({m for one in (name, *others) for m in experiment(one).measures}))
 
 
 def select(found: Sequence[Run], only: str | Sequence[str]) -> list[Run]:

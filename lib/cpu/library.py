@@ -29,15 +29,8 @@ from torch import Tensor
 _HERE, _START = Path(__file__).resolve().parent, Path.cwd()
 HEADERS = ("sparse.hpp", "dense.hpp", "perceptron.hpp")
 SOURCES = tuple(_HERE / name for name in (*HEADERS, "sparse.cpp"))
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-ffp-contract=fast",
-    "-fopenmp",
-    "-fPIC",
-    "-Wno-psabi",
-)
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"]
+FLAGS += ["-fopenmp", "-fPIC", "-Wno-psabi"]
 
 
 class _Array:

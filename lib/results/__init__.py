@@ -1,3 +1,1 @@
-"""The numbers: CSVs of our runs, of the literature and of the clock, and how they are read.
-Imports no torch.
-"""
+"""The numbers: CSVs of runs, of the literature and of the clock. Imports no torch."""

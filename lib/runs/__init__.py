@@ -1,3 +1,1 @@
-"""Gets the runs done: what is missing is trained here, on a cluster or on ImageNet, and the
-notebooks are executed.
-"""
+"""Trains what is missing, here, on a cluster or on ImageNet; executes the notebooks."""
