@@ -3,7 +3,7 @@
 // The gradient of a whole weight, zeros of the pattern included, in the batch-blocked layout.
 //
 // For each output channel and each tap (input channel, row and column of the kernel) it is a sum of
-// products over samples and pixels.  Four output channels times a few taps stay in registers, so
+// products over samples and pixels.  A few output channels times a few taps stay in registers, so
 // that a multiply-add costs less than half a load: per weight several times faster than the loop
 // over single non-zeros, and without conversion to torch's layout.  Every sum is taken by one thread
 // in a fixed order: the bits do not depend on the number of threads.  Free of torch.
@@ -15,7 +15,8 @@ namespace sparse {
 
 namespace detail {
 
-constexpr int kOutputs = 4, kTaps = 6;   // output channels and taps at a time
+constexpr int kOutputs = kTile > 6 ? 4 : 2, kTaps = kTile / kOutputs;  // channels, taps at a time
+constexpr int kLineSums = (kTile + L - 1) / L;  // vectors that hold a tile's sums
 constexpr int64_t kGradientPixels = 96;  // vectors of each of them that wait in the first-level cache
 
 // A copy of x [planes, height, width, 16] with a border of zeros.
@@ -42,8 +43,8 @@ static inline void pad_planes(const float* x, int64_t planes, const Shape& s, fl
 // What a tile runs over: `blocks` batch blocks, `rows` rows of `cols` output pixels.
 struct Span {
   int64_t blocks, rows, cols;
-  int64_t grad_block;               // floats between batch blocks
-  int64_t grad_at[kOutputs];        // floats from the first output channel to each
+  int64_t grad_block, grad_plane;   // floats between batch blocks, output channels
+  int64_t last;                     // output channel counted from the first: it stands for all beyond
   int64_t x_block, x_row, x_pixel;  // floats between batch blocks, output rows, output pixels
   VI lanes;                         // those that hold a sample
 };
@@ -53,31 +54,27 @@ static inline void correlate_tile(const Span& s, const float* grad, const float*
                                   const int64_t* taps, float* sums) {
   constexpr int R = kOutputs, Q = kTaps;
   V acc[R * Q];
-  const float* at[Q];
   unroll<R * Q>([&](auto k) SPARSE_INLINE { acc[k] = V{}; });
   for (int64_t n = 0; n < s.blocks; ++n)
     for (int64_t i = 0; i < s.rows; ++i) {
-      const float* const g0 = grad + n * s.grad_block + i * s.cols * L;
-      const float *const g1 = g0 + s.grad_at[1], *const g2 = g0 + s.grad_at[2];
-      const float* const g3 = g0 + s.grad_at[3];
+      const float* const from = grad + n * s.grad_block + i * s.cols * L;
+      const float *g[R], *at[Q];
+      unroll<R>([&](auto r) SPARSE_INLINE { g[r] = from + std::min<int64_t>(r, s.last) * s.grad_plane; });
       unroll<Q>([&](auto q) SPARSE_INLINE { at[q] = x + n * s.x_block + i * s.x_row + taps[q]; });
       for (int64_t j = 0; j < s.cols; ++j) {
         V in[Q];
         unroll<Q>([&](auto q) SPARSE_INLINE { in[q] = load(at[q] + j * s.x_pixel); });
-        const V a = load(g0 + j * L), b = load(g1 + j * L);
-        unroll<Q>([&](auto q) SPARSE_INLINE { acc[q] += a * in[q], acc[Q + q] += b * in[q]; });
-        const V c = load(g2 + j * L), d = load(g3 + j * L);
-        unroll<Q>([&](auto q) SPARSE_INLINE {
-          acc[2 * Q + q] += c * in[q], acc[3 * Q + q] += d * in[q];
+        unroll<R>([&](auto r) SPARSE_INLINE {
+          const V out = load(g[r] + j * L);
+          unroll<Q>([&](auto q) SPARSE_INLINE { acc[r * Q + q] += out * in[q]; });
         });
       }
     }
-  alignas(64) float lines[2 * L * L];
+  alignas(64) float lines[kLineSums * L * L];
   // Lanes beyond the last sample count for nothing, whatever the tensors hold there.
-  unroll<R * Q>([&](auto k) SPARSE_INLINE { store(lines + k * L, s.lanes ? acc[k] : V{}); });
-  for (int k = R * Q; k < 2 * L; ++k) store(lines + k * L, V{});
-  store(sums, sum16(lines));
-  store(sums + L, sum16(lines + L * L));
+  unroll<R * Q>([&](auto k) SPARSE_INLINE { store(lines + k * L, select(s.lanes, acc[k], V{})); });
+  for (int k = R * Q; k < kLineSums * L; ++k) store(lines + k * L, V{});
+  for (int k = 0; k < kLineSums * L; k += L) store(sums + k, sum16(lines + k * L));
 }
 
 }  // namespace detail
@@ -108,22 +105,21 @@ static inline void dense_weight_gradient(const Shape& s, const float* x, const f
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t o = 0; o < s.out_channels; o += R) {
     const int64_t outputs = std::min<int64_t>(R, s.out_channels - o);
-    // Fewer than four channels are left: the last four, of which the first are done elsewhere.
+    // Fewer than R channels are left: the last R, of which the first are done elsewhere.
     const int64_t first = std::max<int64_t>(0, o + outputs - R);
-    const auto plane = [&](int64_t r) { return std::min(r, s.out_channels - 1) * grad_plane; };
     std::fill(out + o * count, out + (o + outputs) * count, 0.0f);
     for (int64_t n = 0; n < blocks;) {
       // The last block is alone where not all its lanes count.
       const int64_t full = samples / L;
       const int64_t some = n < full ? std::min(together, full - n) : 1;
       for (int64_t i = 0; i < oh; i += rows) {
-        const Span span{some, std::min(rows, oh - i), ow, s.out_channels * grad_plane,
-                        {0, plane(1), plane(2), plane(3)}, x_block, s.stride * w * L,
-                        s.stride * L, valid_lanes(n, samples)};
+        const Span span{some, std::min(rows, oh - i), ow, s.out_channels * grad_plane, grad_plane,
+                        s.out_channels - 1, x_block, s.stride * w * L, s.stride * L,
+                        valid_lanes(n, samples)};
         const float* const g = grad + (n * s.out_channels + first) * grad_plane + i * ow * L;
         const float* const from = x + n * x_block + i * s.stride * w * L;
         for (int64_t t = 0; t < count; t += Q) {
-          alignas(64) float sums[2 * L];
+          alignas(64) float sums[kLineSums * L];
           correlate_tile(span, g, from, taps.data() + t, sums);
           const int64_t some_taps = std::min<int64_t>(Q, count - t);
           for (int64_t r = 0; r < outputs; ++r)

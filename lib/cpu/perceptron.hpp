@@ -78,8 +78,8 @@ static inline void product_tile(const float* w, int64_t row_step, int64_t column
   unroll<R * Q>([&](auto k) SPARSE_INLINE {
     const int64_t at = (k / Q) * pitch + (k % Q) * L;
     V s = sum[k];
-    if (relu) s = s < 0.0f ? V{} : s;  // in this order NaN stays NaN
-    if (gate) s = load(gate + at) > 0.0f ? s : V{};
+    if (relu) s = select(s < 0.0f, V{}, s);  // in this order NaN stays NaN
+    if (gate) s = select(load(gate + at) > 0.0f, s, V{});
     store(y + at, s);
   });
 }
@@ -89,7 +89,7 @@ template <int Q>
 static void product_strip(const float* w, int64_t row_step, int64_t column_step, int64_t rows,
                           int64_t columns, const float* x, int64_t pitch, const float* bias,
                           bool relu, const float* gate, float* y, int threads) {
-  constexpr int R = 24 / Q;
+  constexpr int R = kTile / Q;
   const int64_t whole = rows / R, tiles = whole + rows % R;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t t = 0; t < tiles; ++t) {
@@ -109,8 +109,8 @@ template <int NV>
 static void product(const float* w, int64_t row_step, int64_t column_step, int64_t rows,
                     int64_t columns, const float* x, const float* bias, bool relu,
                     const float* gate, float* y, int threads) {
-  for (int64_t v = 0; v < NV; v += 4)
-    with_constant<4>(std::min<int64_t>(4, NV - v), [&](auto q) {
+  for (int64_t v = 0; v < NV; v += kWide)
+    with_constant<kWide>(std::min<int64_t>(kWide, NV - v), [&](auto q) {
       product_strip<q.value>(w, row_step, column_step, rows, columns, x + v * L, NV * L, bias, relu,
                              gate ? gate + v * L : nullptr, y + v * L, threads);
     });
@@ -134,8 +134,8 @@ static void sparse_product(const int32_t* start, const int32_t* column, const in
     }
     unroll<NV>([&](auto v) SPARSE_INLINE {
       V s = sum[v];
-      if (relu) s = s < 0.0f ? V{} : s;
-      if (gate) s = load(gate + r * P + v * L) > 0.0f ? s : V{};
+      if (relu) s = select(s < 0.0f, V{}, s);
+      if (gate) s = select(load(gate + r * P + v * L) > 0.0f, s, V{});
       store(y + r * P + v * L, s);
     });
   }
@@ -158,12 +158,16 @@ struct Update {
 
   SPARSE_INLINE void operator()(int64_t at, V g, int64_t n) const {
     const auto get = [=](const float* from) SPARSE_INLINE {
-      V v{};
-      std::memcpy(&v, from + at, n * sizeof(float));
-      return v;
+      if (n == L) return load(from + at);
+      float v[L]{};
+      std::memcpy(v, from + at, n * sizeof(float));
+      return load(v);
     };
     const auto put = [=](float* to, V v) SPARSE_INLINE {
-      std::memcpy(to + at, &v, n * sizeof(float));
+      if (n == L) return store(to + at, v);
+      float part[L];
+      store(part, v);
+      std::memcpy(to + at, part, n * sizeof(float));
     };
     if (layer.gradient) put(layer.gradient, g);
     if (learn) {
@@ -209,7 +213,7 @@ template <int Q>
 static inline void gradient_columns(const float* delta, int64_t pitch, const float* x, int64_t width,
                                     int64_t samples, int64_t rows, int64_t columns, int64_t c0,
                                     const Update& update) {
-  constexpr int R = 24 / Q;
+  constexpr int R = kTile / Q;
   alignas(64) float strip[8 * L * Q * L];  // in a few pages instead of one a sample
   for (int64_t n = 0; n < samples; ++n)
     unroll<Q>([&](auto q) SPARSE_INLINE {
@@ -225,7 +229,7 @@ static inline void gradient_columns(const float* delta, int64_t pitch, const flo
 static inline void dense_gradient(const float* delta, int64_t pitch, const float* x, int64_t width,
                                   int64_t samples, int64_t rows, int64_t columns,
                                   const Update& update, int threads) {
-  constexpr int Q = 4;  // 64 columns of all samples stay in the first-level cache
+  constexpr int Q = kWide;  // so many vectors of all samples stay in the first-level cache
   const int64_t strips = ceil_div(width, Q * L);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t s = 0; s < strips; ++s) {
@@ -305,7 +309,7 @@ static void batch_norm(const PerceptronLayer& f, const float* valid, int64_t sam
       const V x = load(row + v * L);
       store(row + v * L, (x - mean) * inverse[r] * load(valid + v * L));
       V s = slope * x + offset;
-      if (relu) s = s < 0.0f ? V{} : s;  // in this order NaN stays NaN
+      if (relu) s = select(s < 0.0f, V{}, s);  // in this order NaN stays NaN
       store(y + r * P + v * L, s);
     });
   }

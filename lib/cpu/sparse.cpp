@@ -100,7 +100,7 @@ int sparse_norm_forward(const float* x, float* y, float* mean, float* var, const
         for (int64_t k = 0; k + 1 < pixels; k += 2)
           s += load(p + k * L) - pivot, t += load(p + k * L + L) - pivot;
         if (pixels % 2) s += load(p + (pixels - 1) * L) - pivot;
-        sum += lane_sum(valid_lanes(n, samples) ? s + t : V{});
+        sum += lane_sum(select(valid_lanes(n, samples), s + t, V{}));
       }
       mean[c] = float(pivot + sum / count);
       for (int64_t n = 0; n < blocks; ++n) {
@@ -110,7 +110,7 @@ int sparse_norm_forward(const float* x, float* y, float* mean, float* var, const
           const V d = load(p + k * L) - mean[c];
           s += d * d;
         }
-        squares += lane_sum(valid_lanes(n, samples) ? s : V{});
+        squares += lane_sum(select(valid_lanes(n, samples), s, V{}));
       }
       var[c] = float(squares / count);
     }
@@ -120,7 +120,7 @@ int sparse_norm_forward(const float* x, float* y, float* mean, float* var, const
       const int64_t at = (n * channels + c) * plane;
       for (int64_t k = at; k < at + plane; k += L) {
         V v = (load(x + k) - m) * scale + shift;
-        if (relu) v = v < 0.0f ? V{} : v;  // in this order NaN stays NaN
+        if (relu) v = select(v < 0.0f, V{}, v);  // in this order NaN stays NaN
         store(y + k, v);
       }
     }
@@ -146,13 +146,13 @@ int sparse_norm_backward(const float* x, const float* grad, float* dx, float* dw
       for (int64_t k = at; k < at + plane; k += L) {
         const V v = load(x + k);
         V g = load(grad + k);
-        if (relu) g = (v - m) * scale + shift > 0.0f ? g : V{};
+        if (relu) g = select((v - m) * scale + shift > 0.0f, g, V{});
         s += g;
         d += g * (v - m);
       }
       const VI lanes = valid_lanes(n, samples);
-      sum += lane_sum(lanes ? s : V{});
-      dot += lane_sum(lanes ? d : V{});
+      sum += lane_sum(select(lanes, s, V{}));
+      dot += lane_sum(select(lanes, d, V{}));
     }
     dbias[c] = float(sum);
     dweight[c] = float(dot * inverse);
@@ -166,9 +166,9 @@ int sparse_norm_backward(const float* x, const float* grad, float* dx, float* dw
       for (int64_t k = at; k < at + plane; k += L) {
         const V v = load(x + k);
         V g = load(grad + k);
-        if (relu) g = (v - m) * scale + shift > 0.0f ? g : V{};
+        if (relu) g = select((v - m) * scale + shift > 0.0f, g, V{});
         const V r = g * scale - a - (v - m) * b;
-        store(dx + k, lanes ? r : V{});
+        store(dx + k, select(lanes, r, V{}));
       }
     }
   }
@@ -189,7 +189,7 @@ int sparse_channel_sum(const float* x, float* out, int64_t samples, int64_t chan
       for (; k + 4 * L <= plane; k += 4 * L)
         s += load(p + k), t += load(p + k + L), u += load(p + k + 2 * L), v += load(p + k + 3 * L);
       for (; k < plane; k += L) s += load(p + k);
-      sum += lane_sum(valid_lanes(n, samples) ? (s + t) + (u + v) : V{});
+      sum += lane_sum(select(valid_lanes(n, samples), (s + t) + (u + v), V{}));
     }
     out[c] = float(sum);
   }

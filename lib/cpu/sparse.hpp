@@ -32,13 +32,49 @@ namespace sparse {
 
 constexpr int L = 16;  // samples in a block: the lanes of a vector
 
+#ifdef __AVX512F__
+constexpr int kTile = 24, kWide = 4, kSums = 16;  // vectors of sums in registers; see their uses
 typedef float V __attribute__((vector_size(64)));
+typedef int32_t VI __attribute__((vector_size(64)));
 // The same vector at any float's address; tensors promise no more than that.
 typedef float VU __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t VI __attribute__((vector_size(64)));
-
 static inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 static inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+static inline V select(VI where, V x, V y) { return where ? x : y; }
+#else
+// Two halves, because compilers leave vectors wider than the processor's in memory.
+constexpr int kTile = 6, kWide = 1, kSums = 4;
+typedef float H __attribute__((vector_size(32)));
+typedef int32_t HI __attribute__((vector_size(32)));
+typedef float HU __attribute__((vector_size(32), aligned(4), may_alias));
+struct VI {
+  HI a, b;
+};
+struct V {
+  H a, b;
+  V() = default;
+  V(H a, H b) : a(a), b(b) {}
+  V(float s) : a(s - H{}), b(s - H{}) {}
+  float operator[](int lane) const { return lane < 8 ? a[lane] : b[lane - 8]; }
+  friend V operator+(V x, V y) { return {x.a + y.a, x.b + y.b}; }
+  friend V operator-(V x, V y) { return {x.a - y.a, x.b - y.b}; }
+  friend V operator*(V x, V y) { return {x.a * y.a, x.b * y.b}; }
+  friend VI operator<(V x, V y) { return {x.a < y.a, x.b < y.b}; }
+  friend VI operator>(V x, V y) { return y < x; }
+  V& operator+=(V x) { return *this = *this + x; }
+  V& operator-=(V x) { return *this = *this - x; }
+};
+static inline V load(const float* p) {
+  return {*reinterpret_cast<const HU*>(p), *reinterpret_cast<const HU*>(p + 8)};
+}
+static inline void store(float* p, V v) {
+  *reinterpret_cast<HU*>(p) = v.a, *reinterpret_cast<HU*>(p + 8) = v.b;
+}
+static inline V select(VI where, V x, V y) {
+  return {where.a ? x.a : y.a, where.b ? x.b : y.b};
+}
+#endif
+
 static inline V broadcast(float s) { return s - V{}; }
 
 static inline int64_t aligned(int64_t floats) { return (floats + L - 1) / L * L; }
@@ -323,28 +359,41 @@ template <int R, int Q>
 static inline void accumulate(const float* base, const int64_t* rows, const Entry* e,
                               const Entry* end, const float* in, float bias, float* out,
                               int64_t out_pitch) {
-  V sum[R * Q];
+  constexpr int G = std::min(R * Q, kSums);
   const float* row[R];
   unroll<R>([&](auto r) SPARSE_INLINE { row[r] = base + rows[r]; });
-  unroll<R * Q>([&](auto k) SPARSE_INLINE { sum[k] = in ? load(in + k * L) : broadcast(bias); });
-  for (; e != end; ++e) {
-    const int64_t at = e->offset;
-    const V w = broadcast(e->value);
-    unroll<R * Q>([&](auto k) SPARSE_INLINE { sum[k] += w * load(row[k / Q] + at + k % Q * L); });
-  }
-  unroll<R * Q>(
-      [&](auto k) SPARSE_INLINE { store(out + k / Q * out_pitch + k % Q * L, sum[k]); });
+  unroll<R * Q / G>([&](auto part) SPARSE_INLINE {
+    constexpr int K = part * G;
+    V sum[G];
+    unroll<G>([&](auto k) SPARSE_INLINE { sum[k] = in ? load(in + (K + k) * L) : broadcast(bias); });
+    for (const Entry* at = e; at != end; ++at) {
+      const V w = broadcast(at->value);
+      unroll<G>([&](auto k) SPARSE_INLINE {
+        sum[k] += w * load(row[(K + k) / Q] + at->offset + (K + k) % Q * L);
+      });
+    }
+    unroll<G>([&](auto k) SPARSE_INLINE {
+      store(out + (K + k) / Q * out_pitch + (K + k) % Q * L, sum[k]);
+    });
+  });
 }
 
 // Lanes of x and y merged: where the bit D of lane l is clear x[l], else y[l - D]; each D further on
 // with Far.
-template <int D, bool Far, int... I>
-static inline V merged(V x, V y, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(x, y, (I & D ? I + L - (Far ? 0 : D) : I + (Far ? D : 0))...);
+template <int D, bool Far, class T, int... I>
+static inline T merged(T x, T y, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I);
+  return __builtin_shufflevector(x, y, (I & D ? I + N - (Far ? 0 : D) : I + (Far ? D : 0))...);
 }
 template <int D, bool Far>
 static inline V merged(V x, V y) {
+#ifdef __AVX512F__
   return merged<D, Far>(x, y, std::make_integer_sequence<int, L>());
+#else
+  constexpr std::make_integer_sequence<int, 8> half;
+  if constexpr (D == 8) return Far ? V(x.b, y.b) : V(x.a, y.a);
+  else return V(merged<D, Far>(x.a, y.a, half), merged<D, Far>(x.b, y.b, half));
+#endif
 }
 
 // Transposes 16 x 16 floats in place.
@@ -362,8 +411,11 @@ static inline void transpose16(V* v) {
 
 // Lanes of batch block n that hold a sample: all ones, else zero.
 static inline VI valid_lanes(int64_t n, int64_t samples) {
-  const VI lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < int32_t(std::min<int64_t>(L, samples - n * L));
+  int32_t lane[L];
+  for (int l = 0; l < L; ++l) lane[l] = n * L + l < samples ? -1 : 0;
+  VI valid;
+  std::memcpy(&valid, lane, sizeof(VI));
+  return valid;
 }
 
 static inline double lane_sum(V v) {
@@ -391,17 +443,23 @@ static inline V sum16(const float* v) { return folded<8>(v); }
 template <int R, int Q>
 static inline void correlate(const float* base, const int64_t* rows, const Entry* e,
                              const Entry* end, const float* g, float* out) {
-  V grad[R * Q];
+  constexpr int G = std::min(R * Q, kSums);
   const float* row[R];
   unroll<R>([&](auto r) SPARSE_INLINE { row[r] = base + rows[r]; });
-  unroll<R * Q>([&](auto k) SPARSE_INLINE { grad[k] = load(g + k * L); });
-  for (; e != end; ++e, out += L) {
-    const int64_t at = e->offset;
-    V s[4]{};  // independent chains: a multiply-add takes four cycles
-    unroll<R * Q>(
-        [&](auto k) SPARSE_INLINE { s[k % Q] += grad[k] * load(row[k / Q] + at + k % Q * L); });
-    store(out, (s[0] + s[1]) + (s[2] + s[3]));
-  }
+  unroll<R * Q / G>([&](auto part) SPARSE_INLINE {
+    constexpr int K = part * G;
+    V grad[G];
+    unroll<G>([&](auto k) SPARSE_INLINE { grad[k] = load(g + (K + k) * L); });
+    float* to = out;
+    for (const Entry* at = e; at != end; ++at, to += L) {
+      V s[4]{};  // independent chains: a multiply-add takes four cycles
+      unroll<G>([&](auto k) SPARSE_INLINE {
+        s[k % Q] += grad[k] * load(row[(K + k) / Q] + at->offset + (K + k) % Q * L);
+      });
+      const V sum = (s[0] + s[1]) + (s[2] + s[3]);
+      store(to, part ? load(to) + sum : sum);
+    }
+  });
 }
 
 constexpr int64_t kLines = 128;  // products of the weight gradient that wait for their sum
