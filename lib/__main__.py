@@ -54,38 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Train what is missing of some experiments, or of all: the first seed first."""
-    for name in ("jobs", "threads", "shards"):
+    for name in ("jobs", "threads"):
         if (value := getattr(options, name)) is not None and not 1 <= value <= 10_000:
             raise ValueError(f"--{name} must be from 1 to 10000, got {value}")
-    names = _names(options.experiment)
-    selected: dict[str, Any] = {
-        "only": options.only,
-        "overrides": dict(map(parse_field, options.set)),
-        "results_root": options.results and str(Path(options.results).resolve()),
-        "device": options.device,
-    }
-    if not options.executor:
-        from lib.runs.runner import run_experiments
+    index, _, count = options.shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise ValueError(f"--shard {options.shard!r}: write i/n, for instance 1/4")
+    from lib.runs.runner import run_experiments
 
-        index, _, count = options.shard.partition("/")
-        if not (index.isdecimal() and count.isdecimal()):
-            raise ValueError(f"--shard {options.shard!r}: write i/n, for instance 1/4")
-        more = {"jobs": options.jobs, "threads": options.threads, "shard": (int(index), int(count))}
-        for name, rows in run_experiments(names, options.profile, **selected, **more).items():
-            if len(rows):
-                print(_errors(name, rows))
-        folder = paths.results_dir(options.profile, options.results)
-        print(f"rows: {folder}; of runs that --set changed: {folder.parent / 'own' / folder.name}")
-        return
-    from lib.runs.cluster import submit
-
-    words = {k: int(v) if v.isdigit() else v for k, v in map(parse_pair, options.job)}
-    for name in names:
-        jobs = submit(name, options.profile, options.executor, options.shards, words, **selected)
-        print(f"{name} ({options.profile}): submitted {', '.join(job.job_id for job in jobs)}")
-        if options.executor == "local":  # local jobs end with this process
-            for job in jobs:
-                print(job.result())
+    found = run_experiments(
+        _names(options.experiment),
+        options.profile,
+        only=options.only,
+        overrides=dict(map(parse_field, options.set)),
+        shard=(int(index), int(count)),
+        results_root=options.results and str(Path(options.results).resolve()),
+        jobs=options.jobs,
+        threads=options.threads,
+        device=options.device,
+    )
+    for name, rows in found.items():
+        if len(rows):
+            print(_errors(name, rows))
+    folder = paths.results_dir(options.profile, options.results)
+    print(f"rows: {folder}; of runs that --set changed: {folder.parent / 'own' / folder.name}")
 
 
 def _errors(name: str, rows: Any) -> str:
@@ -217,9 +209,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--jobs", type=int, metavar="N", help="runs side by side (default: cores)")
     option("--threads", type=int, metavar="N", help="threads of each run")
     option("--device", help='"cpu" or "cuda" (default: cuda where there is one)')
-    option("--executor", choices=["local", "slurm"], help="submit shards as jobs")
-    option("--shards", type=int, default=2, metavar="N", help="number of jobs")
-    option("--job", **many, metavar="NAME=VALUE", help="timeout_min=240, for one")
     option = add(merge)
     option("target", help="CSV that the rows go to")
     option("sources", nargs="+", help="run CSVs; curves and layers come along")

@@ -1,1 +1,1 @@
-"""Trains what is missing, here, on a cluster or on ImageNet; executes the notebooks."""
+"""Trains what is missing, ImageNet by torchrun; executes the notebooks."""

@@ -237,7 +237,6 @@ WRONG = {  # what the command line is, and what its sentence must name
     "run main_results --device meta": "meta",
     "run main_results --device cuda:99": "cuda:99",
     "run main_results --profile quik": "quick",
-    "run main_results --executor local --job tiemout=3": "tiemout",
     "run main_results --device cpu --results FOLDER/file": "FOLDER/file",
     "run imagenet --profile paper": "torchrun",
     "run imagenet --profile quick": "paper",
