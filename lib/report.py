@@ -119,11 +119,14 @@ def typst(token: dict[str, Any]) -> str:
         return f'#figure(image("{path}", width: 100%), caption: [{caption}])\n\n'
     if kind == "table":
         head, *body = inner
-        rows = [row["children"] for part in body for row in part["children"]]
-        cells = [f"[{''.join(map(typst, c['children']))}]" for row in rows for c in row]
-        top = [f"[{''.join(map(typst, cell['children']))}]" for cell in head["children"]]
-        header = f"table.header({', '.join(top)})"
-        return f"#table(columns: {len(top)}, {', '.join([header, *cells])})\n\n"
+        rows = [head, *(row for part in body for row in part["children"])]
+        cells = [
+            [f"[{''.join(map(typst, c['children']))}]" for c in row["children"]] for row in rows
+        ]
+        longest = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        sizes = ", ".join(f"{min(n, 80) + 12}fr" if max(longest) > 60 else "auto" for n in longest)
+        top, *lines = map(", ".join, cells)
+        return f"#table(columns: ({sizes},), table.header({top}), {', '.join(lines)})\n\n"
     text, level = "".join(map(typst, inner)), attrs.get("level", 1)
     return {
         "text": f"#{raw};",
@@ -152,7 +155,7 @@ def build(folder: Path | None, verdicts: Path, results: str = "", profile: str =
         blocks = [one for path in chapters() for one in run(path, profile=profile, results=results)]
     finally:
         figures.FOLDER, figures.DRAW, claims.FOLDER = None, True, None
-    return "\n\n".join(blocks).replace(" %", "\N{NO-BREAK SPACE}%") + "\n"
+    return re.sub(" (?=%|= )|(?<= =) ", "\N{NO-BREAK SPACE}", "\n\n".join(blocks)) + "\n"
 
 
 def bind(profile: str = "", results: str | None = None, draw: bool = True) -> tuple[Path, str]:
@@ -182,14 +185,11 @@ def write(text: str, folder: Path) -> list[Path]:
     tokens: Any = _markdown(text)
     source = (HERE / "page.typ").read_text("utf-8") + "".join(map(typst, tokens))
     how: dict[str, Any] = {"root": str(folder), "timestamp": 0, "ignore_system_fonts": True}
-    made = {"md": text.encode(), "html": html(text).encode(), "typ": source.encode()}
-    paths = {kind: folder / f"report.{kind}" for kind in made}
+    pdf = compiler.compile(source.encode(), **how)
+    made = {"md": text.encode(), "html": html(text).encode(), "pdf": pdf}
     for kind, content in made.items():
-        paths[kind].write_bytes(content)
-    paths["pdf"] = folder / "report.pdf"
-    paths["pdf"].write_bytes(compiler.compile(str(paths["typ"]), **how))
-    paths.pop("typ").unlink()
-    return list(paths.values())
+        (folder / f"report.{kind}").write_bytes(content)
+    return [folder / f"report.{kind}" for kind in made]
 
 
 def into_readme(readme: Path, findings: Iterable[str]) -> None:
