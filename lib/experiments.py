@@ -6,6 +6,7 @@ that is a cell of several experiments has one id and is trained once.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def runs(name: str, profile: str) -> list[Run]:
+@functools.cache
+def runs(name: str, profile: str) -> tuple[Run, ...]:
     """All runs of an experiment at a profile, every cell at one seed before the second seed."""
     if profile not in PROFILES:
         raise ValueError(unknown("profile", profile, PROFILES))
@@ -62,7 +64,7 @@ def runs(name: str, profile: str) -> list[Run]:
         for values in itertools.product(*axes.values()):
             fields = dict(zip(axes, values, strict=True))
             found += [Run(**fields, seed=seed) for seed in range(block["seeds"])]
-    return list(dict.fromkeys(sorted(found, key=lambda run: run.seed)))
+    return tuple(dict.fromkeys(sorted(found, key=lambda run: run.seed)))
 
 
 def measures(run: Run, name: str, profile: str) -> tuple[str, ...]:

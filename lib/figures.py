@@ -19,6 +19,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -109,8 +110,8 @@ def figure(
         return
     across, down = min(across, len(titles)), -(-len(titles) // across)
     with mpl.rc_context(fname=STYLE):
-        plot = Figure(figsize=(WIDTH, height * down + 0.22), layout="constrained")
-        FigureCanvasAgg(plot)
+        plot = Figure(figsize=(WIDTH, height * down + 0.22), layout="constrained", dpi=200)
+        canvas = FigureCanvasAgg(plot)
         halves = plot.subfigures(2, 1, squeeze=False, height_ratios=[height * down, 0.22], hspace=0)
         body, foot = halves.flat
         axes = list(body.subplots(down, across, squeeze=False, **grid).flat)
@@ -135,13 +136,13 @@ def figure(
         foot.text(0.01, 0.5, said, fontsize=7.5, va="center", color=colour)
         png = BytesIO()
         if DRAW:
-            plot.savefig(png, format="png", metadata={"Software": None})
+            canvas.print_png(png, metadata={"Software": None})  # savefig would lay it out twice
         if FOLDER:
             (FOLDER / profile).mkdir(parents=True, exist_ok=True)
             (FOLDER / profile / f"{name}.png").write_bytes(png.getvalue())
             plot.set_layout_engine("none")  # keep what the layout of the PNG has found
             unset = dict.fromkeys(("CreationDate", "Creator", "Producer"))
-            plot.savefig(FOLDER / profile / f"{name}.pdf", metadata=unset)
+            FigureCanvasPdf(plot).print_pdf(FOLDER / profile / f"{name}.pdf", metadata=unset)
     about = {"figure": f"{profile}/{name}", "caption": caption, "image/png": {"width": 640}}
     display({"image/png": png.getvalue(), "text/plain": name}, raw=True, metadata=about)
     display(Markdown(caption), metadata={"caption": True})

@@ -66,8 +66,7 @@ def run(notebook: Path, tag: str = "report", **parameters: Any) -> list[str]:
         shell.display_trap.hook = CapturingDisplayHook(shell, shell.display_pub.outputs)
         with contextlib.redirect_stdout(io.StringIO()):
             result = shell.run_cell(source)
-        error = result.error_before_exec or result.error_in_exec
-        if error:
+        if error := result.error_before_exec or result.error_in_exec:
             error.add_note(f"{notebook.name}, cell {number}:\n{source}")
             raise error
         if tag in tags:
@@ -184,7 +183,7 @@ def write(text: str, folder: Path) -> list[Path]:
 
     tokens: Any = _markdown(text)
     source = (HERE / "page.typ").read_text("utf-8") + "".join(map(typst, tokens))
-    how: dict[str, Any] = {"root": str(folder), "timestamp": 0, "ignore_system_fonts": True}
+    how: dict[str, Any] = {"root": folder, "timestamp": 0, "ignore_system_fonts": True}
     pdf = compiler.compile(source.encode(), **how)
     made = {"md": text.encode(), "html": html(text).encode(), "pdf": pdf}
     for kind, content in made.items():

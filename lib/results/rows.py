@@ -7,7 +7,7 @@ torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,12 @@ def planned(experiment: str, profile: str, **knobs: Iterable[Any]) -> pd.DataFra
     A knob replaces a field of every run by these values (`density=[0.01, 0.1]`); an empty one
     leaves the grid as it is.  Raises ValueError for an unknown experiment, profile or field.
     """
-    runs = experiments.runs(experiment, profile)
+    runs: Sequence[Run] = experiments.runs(experiment, profile)
     for name, values in knobs.items():
         if values := list(values):
             runs = [replace(run, **{name: value}) for run in runs for value in values]
-    columns = ["run_id", *Run.__dataclass_fields__]
-    return pd.DataFrame(
-        [{"run_id": r.run_id, **vars(r)} for r in dict.fromkeys(runs)], columns=columns
-    )
+    table = [{"run_id": run.run_id, **vars(run)} for run in dict.fromkeys(runs)]
+    return pd.DataFrame(table, columns=["run_id", *Run.__dataclass_fields__])
 
 
 def load(
@@ -108,10 +106,9 @@ def by_seed(rows: pd.DataFrame, over: str = "", log: bool = False) -> pd.Series:
     Raises ValueError where two runs share a seed: select more.
     """
     error = rows.test_error_pct.where(rows.learned)
-    rows = rows.assign(value=100 * np.log(error) if log else error)
-    return rows.pivot(index="seed", columns=over or "dataset", values="value").mean(
-        axis=1, skipna=False
-    )
+    columns = over or "dataset"
+    rows = rows[["seed", columns]].assign(value=100 * np.log(error) if log else error)
+    return rows.pivot(index="seed", columns=columns, values="value").mean(axis=1, skipna=False)
 
 
 def paired(

@@ -103,7 +103,7 @@ def tasks_of(
     Raises ValueError for unknown names and for a selection without runs.
     """
     planned = experiments.runs(experiment, profile)
-    runs = planned
+    runs: Sequence[Run] = planned
     if isinstance(grid, pd.DataFrame):
         known = [name for name in Run.__dataclass_fields__ if name in grid]
         runs = [Run(**dict(zip(known, row, strict=True))) for row in grid[known].to_numpy(object)]
