@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from lib import paths
 from lib.results.rows import scale
 from lib.results.stats import Interval, t_interval
 
@@ -138,11 +139,11 @@ def figure(
         if DRAW:
             canvas.print_png(png, metadata={"Software": None})  # savefig would lay it out twice
         if FOLDER:
-            (FOLDER / profile).mkdir(parents=True, exist_ok=True)
-            (FOLDER / profile / f"{name}.png").write_bytes(png.getvalue())
+            paths.write(FOLDER / profile / f"{name}.png", png.getvalue())
             plot.set_layout_engine("none")  # keep what the layout of the PNG has found
             unset = dict.fromkeys(("CreationDate", "Creator", "Producer"))
-            FigureCanvasPdf(plot).print_pdf(FOLDER / profile / f"{name}.pdf", metadata=unset)
+            FigureCanvasPdf(plot).print_pdf(pdf := BytesIO(), metadata=unset)
+            paths.write(FOLDER / profile / f"{name}.pdf", pdf.getvalue())
     about = {"figure": f"{profile}/{name}", "caption": caption, "image/png": {"width": 640}}
     display({"image/png": png.getvalue(), "text/plain": name}, raw=True, metadata=about)
     display(Markdown(caption), metadata={"caption": True})

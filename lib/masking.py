@@ -103,6 +103,9 @@ def choose(layer: Layer, growth: parts.Rule, number: int) -> Tensor:
     scores = growth.function(layer)
     if scores.shape != layer.mask.shape or not scores.isfinite().all():
         raise ValueError(f"growth rule {growth.name!r} gave {layer.name} scores {scores}")
+    if growth.needs and int((scores[~layer.survivors] > 0).sum()) < number:
+        chance = parts.drawn(torch.rand, scores.shape, by=layer.generator, device=scores.device)
+        scores = torch.where(scores > 0, scores, chance - 1)  # where there is no signal, at random
     return layer.survivors | parts.pick(scores, ~layer.survivors, number)
 
 
@@ -194,7 +197,7 @@ class Masking:
 
         self.parameters = {} if dense else maskable_parameters(model, keep_dense)
         if not self.parameters and not dense:
-            raise ValueError("no weight is left to mask: keep_dense covers the whole model")
+            raise ValueError("no weight is left to mask: all are frozen, unknown or in keep_dense")
         if meta := [name for name, p in self.parameters.items() if p.is_meta]:
             raise ValueError(f"{meta[0]} is on the meta device: call model.to_empty(...) before")
         checks.holds(optimizer, self.parameters, (self.redistribution, self.growth))
@@ -211,8 +214,8 @@ class Masking:
             self.masks = masks
             if density not in (1, self.density):
                 raise ValueError(f"the masks have density {self.density}, not density={density}")
-            self.target_density = self.density
         self.masks = from_rank_zero({name: mask.cpu() for name, mask in masks.items()})
+        self.target_density = density if density < 1 else self.density
         self.apply()
 
     @classmethod
@@ -376,9 +379,9 @@ class Masking:
         if not isinstance(state["rule_state"], Mapping):
             raise ValueError(f"the saved state has rule_state={state['rule_state']!r}")
         self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
-        self.steps, self.rule_state = steps, copy.deepcopy(dict(state["rule_state"]))
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
+        self.steps, self.rule_state = steps, copy.deepcopy(dict(state["rule_state"]))
         self._watch.restart(steps)
         self.apply()
 

@@ -68,7 +68,7 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
     The kernel lets go of it when the process dies.  (filelock opens for writing what a second user
     may only read.)  Raises OSError with the way out on a file system without locks.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    folder(file.parent)
     new = not file.exists()
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -90,6 +90,15 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
         os.close(fd)
 
 
+def folder(path: Path) -> None:
+    """Make the folder and those above that aren't there, for the users of what holds them."""
+    if not path.is_dir():
+        folder(path.parent)
+        path.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            path.chmod(path.parent.stat().st_mode & 0o2777)
+
+
 def append(file: Path, data: bytes) -> None:
     """Add bytes to a file, on the disk when this returns; a kill leaves a part of them."""
     new = not file.exists()
@@ -104,7 +113,7 @@ def append(file: Path, data: bytes) -> None:
 
 def write(file: Path, data: bytes) -> None:
     """Put a file with these bytes in place in one step, on the disk when this returns."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    folder(file.parent)
     # a name that nobody can foresee, and no link that waits there
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as new:
         try:

@@ -22,7 +22,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown, display
 from traitlets.config import Config
 
-from lib import figures
+from lib import figures, paths
 from lib.paths import REPO
 from lib.results import claims
 from lib.results.rows import SCALES
@@ -187,7 +187,7 @@ def write(text: str, folder: Path) -> list[Path]:
     pdf = compiler.compile(source.encode(), **how)
     made = {"md": text.encode(), "html": html(text).encode(), "pdf": pdf}
     for kind, content in made.items():
-        (folder / f"report.{kind}").write_bytes(content)
+        paths.write(folder / f"report.{kind}", content)
     return [folder / f"report.{kind}" for kind in made]
 
 

@@ -244,7 +244,6 @@ def second_user(kills: int, folder: Path, chance: random.Random) -> Figures:
         os.setuid(65534)
         train(runs, shared)
 
-    os.umask(0o002)
     first = fork(lambda: train(runs[:1], shared))
     while not list(folder.rglob("*.pt")):
         time.sleep(0.001)

@@ -67,6 +67,8 @@ def own(name: str, *shape: int) -> Callable[[], nn.Module]:
         (own("gate_up_proj", 8, 4, 5), {"gate_up_proj"}),
         (lambda: nn.LayerNorm([8, 8, 8]), set()),
         (lambda: nn.RMSNorm([4, 5]), set()),
+        (lambda: type("Ours", (nn.LayerNorm,), {})([8, 8]), set()),
+        (own("gate_up_proj_bias", 4, 5), set()),
         (own("weight", 1, 5, 1, 1), set()),  # an affine layer
         (own("layer_scale", 5, 1, 1), set()),  # ConvNeXt
         (own("class_token", 1, 1, 8), set()),  # ViT
@@ -258,12 +260,18 @@ def test_an_averaged_model_is_as_sparse() -> None:
 # ----------------------------------------------------------------------------------- while training
 
 
-def test_a_frozen_layer_takes_no_part() -> None:
-    for method in SPARSE:
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_frozen_layer_takes_no_part(requires_grad: bool) -> None:
+    """Also one that gets no gradient, as where the forward pass leaves it out; DeepR's noise moves
+    that one.
+    """
+    for method in [one for one in SPARSE if not requires_grad or one != "deepr"]:
         run = Trained(method=method)
         run.steps(4)
-        frozen = run.model[4].weight.requires_grad_(False)
+        run.masking.update()
+        frozen = run.model[4].weight.requires_grad_(requires_grad)
         frozen.grad = None
+        run.optimizer.register_step_pre_hook(lambda *_, p=frozen: setattr(p, "grad", None))
         before, mask = frozen.clone(), run.masking.masks["4.weight"].clone()
         for _ in range(3):
             run.steps(2)
@@ -328,6 +336,21 @@ def test_no_growth_without_a_signal(method, spoil, said) -> None:
     with pytest.warns(UserWarning, match=said):
         report = run.masking.update()
     assert same(run.bits(), bits) and not any(line.pruned or line.grown for line in report)
+
+
+def test_growth_beyond_the_signal_is_random() -> None:
+    grown = []
+    for seed in range(2):
+        run = Trained(density=0.9, prune_rate=0.9)
+        run.steps(2)
+        buffer, free = momentum(run), ~run.masking.masks["4.weight"]
+        buffer[free.nonzero()[1:].unbind(1)] = 0  # one inactive weight has a signal
+        buffer[~free] *= 1e-30
+        run.masking.generator = seeded(seed)
+        run.masking.update()
+        grown.append(run.masking.masks["4.weight"] & free)
+    assert all(mask[tuple(free.nonzero()[0])] for mask in grown)
+    assert not torch.equal(*grown)
 
 
 def momentum(run: Trained) -> torch.Tensor:

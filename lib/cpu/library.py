@@ -148,12 +148,12 @@ def build(link_openmp: bool = False, sources: Sequence[Path] = ()) -> Path:
     try:
         if found := _cached(folder, name):
             return found
-        if folder.exists() and not _safe(folder / "."):  # others could exchange what is loaded
+        if folder.exists() and not _safe(folder):  # others could exchange what is loaded
             folder /= f"user-{os.getuid()}"
             if found := _cached(folder, name):
                 return found
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _safe(folder / "."):
+        if not _safe(folder):
             raise KernelsUnavailable(
                 f"others can write {folder}; set SPARSE_CACHE to a folder of your own"
             )
@@ -172,15 +172,16 @@ def _cached(folder: Path, name: str) -> Path | None:
     one that was cut off could kill the process, and nobody but this user or root could write it.
     """
     for path in folder.glob(f"{name}-*.so"):
-        if path.is_file() and _safe(path) and path.stem == f"{name}-{_digest(path)}":
+        whole = path.is_file() and path.stem == f"{name}-{_digest(path)}"
+        if whole and _safe(folder) and _safe(path):
             return path
     return None
 
 
 def _safe(path: Path) -> bool:
-    """Whether file and folder are this user's or root's, and nobody else can write them."""
-    found = [path.lstat(), path.parent.stat()]
-    return all(f.st_uid in (0, os.getuid()) and not f.st_mode & 0o022 for f in found)
+    """Whether a file or folder is this user's or root's, and nobody else can write it."""
+    found = path.lstat()
+    return found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022
 
 
 def _digest(path: Path) -> str:
@@ -196,6 +197,8 @@ def _compile(cxx: str, folder: Path, name: str, link_openmp: bool, source: Path)
         _run([cxx, "-shared", str(compiled), *openmp, "-o", str(linked)])
         target = folder / f"{name}-{_digest(linked)}.so"
         linked.chmod(0o755)  # whatever the umask: others' libraries are not loaded
+        if target.is_dir():
+            shutil.rmtree(target)
         os.replace(linked, target)
     return target
 

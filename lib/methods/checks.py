@@ -59,7 +59,8 @@ def holds(
 ) -> None:
     """The optimizer holds what is masked, with a momentum where one of the rules reads it."""
     kind = type(optimizer).__name__
-    for inner in vars(optimizer).values():
+    for held in vars(optimizer).values():
+        inner = held[0] if isinstance(held, list | tuple) and held else held
         if isinstance(inner, torch.optim.Optimizer):
             way = "give Masking that one, and step the outer one as before"
             if kind == "ZeroRedundancyOptimizer":  # each process has the momentum of some layers
@@ -120,6 +121,7 @@ class Watch:
         self._model = unwrapped(masking.model)
         for parameter in masking.parameters.values():
             _NEWEST[parameter] = self._mark
+        self._parameters, self._trained = masking.parameters, set[str]()  # since the last update
         self._moved = self._counted = 0  # steps of the optimizer
         masking.optimizer.register_step_post_hook(self.stepped)
         self.restart(0)
@@ -130,7 +132,9 @@ class Watch:
 
     def stepped(self, optimizer: Any, args: Any, keywords: Any) -> None:
         """After its steps; those that a GradScaler has a fused optimizer skip don't count."""
-        self._moved += not bool(getattr(optimizer, "found_inf", None))
+        if not getattr(optimizer, "found_inf", None):
+            self._moved += 1
+            self._trained |= {n for n, p in self._parameters.items() if p.grad is not None}
 
     def warn(self, sentence: str) -> None:
         """Once for each sentence."""
@@ -141,7 +145,8 @@ class Watch:
     def step(self, masking: Masking) -> None:
         """Before every step and update: the parameters are the model's, and no other Masking's."""
         for name, parameter in masking.parameters.items():
-            if self._model.get_parameter(name) is not parameter:
+            path, _, last = name.rpartition(".")
+            if getattr(self._model.get_submodule(path), last, None) is not parameter:
                 raise ValueError(f"{name} was replaced in the model: make a new Masking")
             if _NEWEST.get(parameter, self._mark) is not self._mark:
                 raise ValueError(f"a newer Masking has {name}: use one Masking for a model")
@@ -166,7 +171,8 @@ class Watch:
         """What rules may read, of all layers and of those that take part in the update; inactive
         weights are zero then.
 
-        Not those that are frozen now, and none without a signal to grow by: where that of every
+        Not those that are frozen, or had no gradient since the last update, and none without a
+        signal to grow by: where that of every
         inactive weight is zero, or as old as the last update, or an infinite gradient that the
         optimizer did not follow. Raises DivergenceError when a weight, or the momentum a rule
         reads, isn't finite, and ValueError for a layer without an active weight.
@@ -182,7 +188,8 @@ class Watch:
             optimizer, stream = masking.optimizer, masking.generator
             layers.append(Layer(name, weight, mask, mask, optimizer, stream, active))
         needs, infinite, silent = masking.growth.needs, "", []
-        free = [layer for layer in layers if layer.parameter.requires_grad]
+        trained = self._trained or masking.parameters.keys()  # of no step that was seen: all
+        free = [one for one in layers if one.parameter.requires_grad and one.name in trained]
         for layer in free:
             for what in sorted({"weight", needs, masking.redistribution.needs} - {""}):
                 largest = float(getattr(layer, what).abs().max())
@@ -227,4 +234,4 @@ class Watch:
             self.warn(
                 f"{names} can be masked now: make a new Masking (from_weights), or it is dense"
             )
-        self._updated_at, self._never_updated = masking.steps, False
+        self._updated_at, self._never_updated, self._trained = masking.steps, False, set()

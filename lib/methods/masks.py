@@ -83,8 +83,9 @@ def _is_weight(module: nn.Module, role: str, parameter: nn.Parameter) -> bool:
         return role.startswith("weight")
     if isinstance(module, nn.MultiheadAttention):
         return role.endswith("_weight")
-    matrix = len(parameter) > 1 and parameter[0].numel() > 1
-    return matrix and "Norm" not in type(module).__name__ and bool(_CALLED.search(role))
+    matrix = len(parameter) > 1 and parameter[0].numel() > 1 and "bias" not in role
+    norm = any("Norm" in kind.__name__ for kind in type(module).__mro__)
+    return matrix and not norm and bool(_CALLED.search(role))
 
 
 def _obstacle(module: nn.Module, role: str, parameter: nn.Parameter) -> str:

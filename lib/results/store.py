@@ -275,6 +275,7 @@ def merge(sources: Iterable[str | Path], target: str | Path) -> int:
         raise ResultsError(f"{absent[0]}: no such file; name the run CSVs to merge")
     others = [file for file in run_paths(target.parent) if file not in (target, *files)]
     with _locked(target):
+        _check_complete(target, {end: read(end, target) for end in FILES})
         every = [read_runs(file).assign(file=str(file)) for file in (target, *others, *files)]
         _check_same(pd.concat(every, ignore_index=True))
         here, elsewhere = set(read_runs(target)["run_id"]), set(read_runs(*others)["run_id"])
@@ -293,12 +294,14 @@ def merge(sources: Iterable[str | Path], target: str | Path) -> int:
 
 
 def _check_complete(file: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """Raise ResultsError for a run that has a row and no curves, or masks and no layers."""
+    """Raise ResultsError for a run with a row that lacks the end of its curves, or of its masks."""
     runs = tables[".csv"][tables[".csv"]["status"] == "ok"]
+    last = runs.set_index("run_id")["epochs"]
     for end, need in ((".curves.csv", runs), (".layers.csv", runs[~runs.method.isin(UNMASKED)])):
-        if lacking := set(need["run_id"]) - set(tables[end]["run_id"]):
+        ended = tables[end]["epoch"] == tables[end]["run_id"].map(last)
+        if lacking := set(need["run_id"]) - set(tables[end]["run_id"][ended]):
             raise ResultsError(
-                f"{file}: {min(lacking)} ({len(lacking)} runs) has a row and no lines in {end}: "
+                f"{file}: {min(lacking)} ({len(lacking)} runs) has a row and no end in {end}: "
                 "bring that file along, or remove the rows and the runs are done again"
             )
 

@@ -85,6 +85,8 @@ class ImageNetLoop(TrainingLoop):
                 f"batch_size {run.batch_size} can't be shared out to {self.world} processes"
             )
         train, test = _folders(Path(os.environ["IMAGENET_ROOT"]))
+        if run.train_samples > len(train):
+            raise ValueError(f"train_samples={run.train_samples}: there are {len(train)} images")
         self.train_files = _alike_subset(train, run.train_samples or len(train))
         self.test_files = _alike_subset(test, len(test))
         count = self.images_total = len(self.train_files)
@@ -234,7 +236,7 @@ def open_image(path: str) -> Image.Image:
             if image.mode.startswith("I"):
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a whole image ({error}): replace the file") from error
 
 
@@ -290,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 single.append(task, outcome, device)
                 task.checkpoint.unlink(missing_ok=True)
                 print(f"{task.run.run_id}: {outcome.status}, error {outcome.test_error_pct} %")
-    except (DataError, ValueError) as error:  # a reading process wraps it in its traceback
+    except (DataError, ValueError, OSError) as error:  # a reading process wraps it in its traceback
         raise SystemExit(f"error: {str(error).splitlines()[-1]}") from None
     except Interrupted:
         raise SystemExit(128 + signal.SIGTERM) from None  # its checkpoint is written

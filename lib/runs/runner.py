@@ -145,7 +145,7 @@ def _check_before_training(tasks: Sequence[Task]) -> None:
     """
     for folder in {folder for t in tasks for folder in (t.csv.parent, t.checkpoint.parent)}:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            paths.folder(folder)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:

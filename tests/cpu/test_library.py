@@ -93,6 +93,27 @@ def test_compiled_once_by_whoever_is_first_and_again_when_damaged(
     assert build(1) == ({built}, 0)
     source.write_text("int something;")
     assert build(1)[1] == 1
+    (built,) = set(built.parent.glob("*.so")) - {built}
+    built.unlink()
+    built.mkdir()  # a folder in its place goes
+    assert build(1) == ({built}, 1)
+
+
+def test_a_cache_that_others_can_write_is_replaced_by_a_private_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where only the folders above are the group's, as with umask 002."""
+    source = tmp_path / "sparse.cpp"
+    source.write_text("int nothing;")
+    monkeypatch.setattr(library, "SOURCES", (source,))
+    for mode, private in ((0o775, False), (0o777, True)):
+        above = tmp_path / f"{mode}"
+        above.mkdir()
+        above.chmod(mode)
+        monkeypatch.setenv("SPARSE_CACHE", str(above if private else above / "kernels"))
+        folder = library.build().parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert folder.parent == above and library.build().parent == folder
 
 
 def test_only_libraries_that_nobody_else_can_write_are_loaded(tmp_path: Path) -> None:

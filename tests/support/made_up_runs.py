@@ -36,6 +36,7 @@ def make_row(i: int, **changes: Any) -> dict[str, Any]:
     }
     run = {name: value for name, value in vars(Run(seed=i)).items() if name in COLUMNS}
     run |= {"keep_dense": 'a,b "c"', "prune_rate": 1 / (i + 3), "lr": 1 / (i + 3)}
+    run["epochs"] = EPOCHS
     errors = {"test_error_pct": i % 700 / 7, "val_error_pct": i % 700 / 7}
     row |= {"status": "ok", "overrides": "", "density_final": 0.05, "explored": 1 / (i + 3)}
     row |= {"finished_utc": "2026-11-30T08:16:00Z"}

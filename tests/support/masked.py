@@ -61,7 +61,7 @@ def random_case(rng: np.random.Generator, shapes, density: float, coarse: bool):
         size = math.prod(shape)
         raw = rng.integers(-4, 5, shape) if coarse else rng.integers(-999, 1000, shape)
         weights.append(raw / 64)
-        momenta.append(rng.integers(-3, 4, shape) / 8 if coarse else rng.normal(size=shape))
+        momenta.append(rng.choice([-3, -1, 1, 2], shape) / 8 if coarse else rng.normal(size=shape))
         mask = rng.random(shape) < density
         mask.reshape(-1)[rng.integers(size)] = True
         masks.append(mask)
