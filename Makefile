@@ -42,7 +42,7 @@ PHONY := help env requirements runs notebooks figures report verdict reproduce c
 .PHONY: $(PHONY)
 
 ##@ Reproduce
-reproduce: env runs $(if $(RESULTS),compare,notebooks figures report verdict) ## everything: environment, runs, notebooks, figures, report, verdict table
+reproduce: env runs $(if $(RESULTS),compare,notebooks report) ## everything: environment, runs, notebooks, report with figures and verdicts
 
 env: ## create or update the environment from environment.yml (instant when it is up to date)
 ifdef READY
@@ -61,7 +61,7 @@ notebooks: env ## execute the notebooks into results/PROFILE/notebooks
 figures: env ## redraw every figure from the rows, at the largest scale that has some
 	$(PYTHON) -m lib figures
 
-report: env ## bind the notebooks to figures/report.pdf and .html, from the committed rows
+report: env ## bind the notebooks to figures/report.pdf and .html, with every figure and verdict
 	$(PYTHON) -m lib report
 
 verdict: env ## judge each claim by the rows: verdict, difference with interval and n

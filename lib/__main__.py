@@ -125,24 +125,32 @@ def figures(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Bind the notebooks to figures/report.pdf and .html, with figures, verdicts and README's
-    findings; trains nothing.
+    findings, and say the verdicts; trains nothing.
     """
     from lib.report import bind, write
 
     folder, text = bind(options.profile, options.results)
     for path in write(text, folder):
         print(path)
+    _say_verdicts(options)
 
 
 def verdict(options: argparse.Namespace) -> None:
     """Judge every claim by the rows, each experiment at the largest scale that has some."""
     from lib.report import bind
-    from lib.results.claims import scorecard
 
     bind(options.profile, options.results, draw=False)
-    print(scorecard(options.profile, options.results, whole=options.all).to_string(index=False))
-    if not options.all:
-        print("--all: also the claims without rows")
+    _say_verdicts(options, options.all)
+
+
+def _say_verdicts(options: argparse.Namespace, whole: bool = False) -> None:
+    from lib.results.claims import scorecard
+
+    for claim in scorecard(options.profile, options.results, whole).to_dict("records"):
+        said = claim["difference [95 %]"].replace("\N{NO-BREAK SPACE}", " ")
+        print(f"{claim['verdict']:<16}{claim['claim']}{said and ': ' + said}")
+    if not whole:
+        print("python -m lib verdict --all: also the claims without rows")
 
 
 def compare(options: argparse.Namespace) -> None:

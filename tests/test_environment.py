@@ -89,7 +89,7 @@ def test_reproduce_keeps_its_order_with_parallel_make(tmp_path: Path) -> None:
     make(tmp_path, "-j4", "reproduce", "PROFILE=smoke", "PYTHON=./py")
     calls = [line for line in (tmp_path / "log").read_text().splitlines() if line[:2] == "-m"]
     trained = [f"-m lib {command} --profile smoke" for command in ("run all", "notebooks")]
-    assert calls == [*trained, "-m lib figures", "-m lib report", "-m lib verdict"]
+    assert calls == [*trained, "-m lib report"]
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_commands_are_understood() -> None:
     made = set(re.findall(r"^([a-z]+):", (paths.REPO / "Makefile").read_text(), re.MULTILINE))
     lines = re.findall(r"(?:`|^)make ((?:[a-z]+ ?)+)", README, re.MULTILINE)
     targets = {target for line in lines for target in line.split()}
-    assert {"reproduce", "figures", "report", "test"} <= targets <= made
+    assert {"reproduce", "report", "test"} <= targets <= made
     assert "make reproduce PROFILE=smoke" in README
 
 

@@ -133,8 +133,7 @@ def missing(experiment: str, tasks: Iterable[Task]) -> list[Task]:
 
 
 def _rows(tasks: Sequence[Task]) -> pd.DataFrame:
-    folders = dict.fromkeys(task.csv.parent for task in tasks)
-    found = pd.concat([store.read_runs(folder) for folder in folders])
+    found = store.read_runs(*dict.fromkeys(task.csv.parent for task in tasks))
     wanted = {task.run.run_id for task in tasks}
     return found[found["run_id"].isin(wanted)].reset_index(drop=True)
 

@@ -289,6 +289,11 @@ def test_a_changed_grid_goes_to_a_folder_of_its_own_and_is_read_from_there(folde
     assert runner.tasks_of("main_results", "smoke", [Run(epochs=3)])[0].csv.parts[-3] == "own"
 
 
+def test_an_experiment_without_runs_at_a_scale_has_no_rows() -> None:
+    """As imagenet at smoke, which `run all` comes by."""
+    assert runner._rows([]).empty and not runner.tasks_of("training_length", "smoke")
+
+
 def test_status_counts(task: single.Task, folder: Path, capsys: Any) -> None:
     run = experiments.runs("main_results", "smoke")[0]
     assert single.train_and_store(single.Task(run, "main_results", "smoke", task.csv)) == "ok"
