@@ -201,7 +201,7 @@ RUN = Run(
 )
 
 
-def test_runs_resume_to_the_same_bits(tmp_path: Path, one_thread: None) -> None:
+def test_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
     """Dropout, ragged batches, momentum that lags behind; with two threads too."""
     data = cifar(200)
     whole = trained(RUN, data)

@@ -25,7 +25,6 @@ from lib.train import Interrupted, TrainingLoop, train
 
 RUN = Run(epochs=1, train_samples=600, kernels="torch")
 HEAD = b"sparse-momentum checkpoint 2\n"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

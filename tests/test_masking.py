@@ -36,8 +36,6 @@ from tests.support.masked import (
     small_model,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def case_of(seed: int, density: float = 0.4):
     rng = np.random.default_rng(seed)

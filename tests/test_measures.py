@@ -25,8 +25,6 @@ from lib.models import build_model
 from lib.train import Interrupted, Outcome, train
 from tests.support.made_up_data import cifar
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_contributions_are_the_sums_of_a_loop() -> None:
     """Of the first ReLU alone: the second has no feature maps."""

@@ -22,7 +22,6 @@ from lib import Masking, build_model
 from lib.masking import DivergenceError
 from tests.support.masked import SPARSE, Trained, same, seeded, sgd, small_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["0.weight", "4.weight", "6.weight"]
 
 

@@ -121,7 +121,7 @@ def test_planned_runs_keep_their_ids() -> None:
 
 
 @pytest.mark.parametrize("name", [*SHORT_RUNS, *(f"{one}, resumed" for one in RESUMED)])
-def test_short_runs_keep_their_bits(name: str, tmp_path: Path, one_thread: None) -> None:
+def test_short_runs_keep_their_bits(name: str, tmp_path: Path) -> None:
     name, _, resumed = name.partition(", ")
     pinned = pins()[name]
     found = row(name, tmp_path / "run.pt" if resumed else None)

@@ -27,9 +27,6 @@ from tests.support.masked import SPARSE
 SMALL = Run(epochs=2, train_samples=2000, lr_decay_every_steps=30)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def mnist() -> datasets.Dataset:
     """The first 2,000 training images, 500 for validation and 500 for the test."""

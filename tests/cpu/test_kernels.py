@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 
 from lib.cpu import library, ops
 
-pytestmark = [
-    pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 
 
 def close(got: torch.Tensor, want: torch.Tensor, terms: int) -> None:

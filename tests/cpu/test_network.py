@@ -19,10 +19,7 @@ from lib.masking import Masking
 from lib.models import build_model
 from lib.schedule import Schedule
 
-pytestmark = [
-    pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 MODELS = {
     "lenet300-100": ((1, 28, 28), {}),
     "lenet5": ((1, 28, 28), {}),

@@ -35,10 +35,7 @@ from tests.support.perceptrons import (
     setup,
 )
 
-pytestmark = [
-    pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 BELOW = [0.0, 0.3, 2.0]  # no sparse layers, those of few non-zeros, all masked ones
 EDGES = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100])
 

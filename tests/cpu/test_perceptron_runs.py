@@ -18,10 +18,7 @@ from lib.engine import TorchEngine
 from lib.masking import DivergenceError
 from lib.train import Interrupted, TrainingLoop
 
-pytestmark = [
-    pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 METHODS = ["sparse_momentum", "set", "rigl", "deepr", "dsr", "dense", "static", "snip"]
 
 
