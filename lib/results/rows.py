@@ -87,6 +87,10 @@ def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFr
     else:
         folder = Path(results or REPO / "results") / rows.profile.iloc[0]
         found = getattr(store, f"read_{kind}")(folder)
+        if kind == "curves" and (lacking := set(rows.run_id[rows.learned]) - set(found.run_id)):
+            raise ValueError(
+                f"{folder}: no curves of {min(lacking)}, nor of {len(lacking) - 1} more"
+            )
     fields = ["run_id", *(name for name in Run.__dataclass_fields__ if name not in found)]
     return found.merge(rows[fields], on="run_id")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,14 +39,15 @@ try:
 finally:
     dist.destroy_process_group()
 """
-# Told to end, as by a scheduler, in the second step and in one process only.
-PREEMPTED = """
-import os, signal, sys
+# On small crops; told to end, as by a scheduler, or killed, in step AT and in one process only.
+SMALL = """
+import os, sys
 from lib.runs import imagenet
+imagenet.IMAGENET_SHAPE = 3, 64, 64
 real = imagenet.ImageNetLoop.step
 def step(self, index):
-    if self.state.step == 1 and self.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if self.state.step == int(os.environ.get("AT", -1)) and self.rank == 1:
+        os.kill(os.getpid(), int(os.environ["BY"]))
     return real(self, index)
 imagenet.ImageNetLoop.step = step
 imagenet.main(sys.argv[1:])
@@ -88,14 +90,18 @@ def two_processes(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_two_processes_train_and_store_one_row(images: Path) -> None:
-    """With masks that stay alike, which needs alike momentum; also when told to end."""
+def test_two_processes_train_and_store_one_row(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With masks that stay alike, which needs alike momentum; also when told to end, or killed."""
     only = ["--only", "seed=0", "--only", "density=0.2", "--only", "prune_rate=0.2"]
     changes = ["epochs=2", "batch_size=4", "train_samples=9", "lr=0.01"]
     words = [word for change in changes for word in ("--set", change)]
     out = images / "results"
-    arguments = ["-m", "lib.runs.imagenet", *only, *words, "--workers", "0", "--results", str(out)]
-    done = two_processes(images, *arguments)
+    script = images / "small.py"
+    script.write_text(SMALL)
+    arguments = [str(script), *only, *words, "--workers", "0", "--results"]
+    done = two_processes(images, *arguments, str(out))
     assert done.returncode == 0, done.stderr
     csv = out / "own" / "paper" / "imagenet.csv"  # --set: not in the grid
     runs = results.read_runs(csv)
@@ -107,12 +113,14 @@ def test_two_processes_train_and_store_one_row(images: Path) -> None:
     assert row["test_error_pct"] in [100 * wrong / 5 for wrong in range(6)]
     assert len(results.read_curves(csv)) == 2
     assert not list((images / "checkpoints").rglob("*.pt"))
-    script = images / "preempted.py"
-    script.write_text(PREEMPTED)
-    elsewhere = [*arguments[2:-1], str(images / "other")]
-    stopped = two_processes(images, str(script), *elsewhere)
-    assert stopped.returncode != 0 and len(list((images / "checkpoints").rglob("*.pt"))) == 1
-    resumed = two_processes(images, "-m", "lib.runs.imagenet", *elsewhere)
+    elsewhere = [*arguments, str(images / "other")]
+    for at, by in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
+        monkeypatch.setenv("AT", f"{at}")
+        monkeypatch.setenv("BY", f"{int(by)}")
+        stopped = two_processes(images, *elsewhere)
+        assert stopped.returncode != 0 and len(list((images / "checkpoints").rglob("*.pt"))) == 1
+    monkeypatch.delenv("AT")
+    resumed = two_processes(images, *elsewhere)
     assert resumed.returncode == 0, resumed.stderr
     other = results.read_runs(images / "other" / "own" / "paper")
     same = [name for name in results.COLUMNS if name not in results.PROVENANCE]
