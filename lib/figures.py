@@ -111,7 +111,7 @@ def figure(
         return
     across, down = min(across, len(titles)), -(-len(titles) // across)
     with mpl.rc_context(fname=STYLE):
-        plot = Figure(figsize=(WIDTH, height * down + 0.22), layout="constrained", dpi=200)
+        plot = Figure(figsize=(WIDTH, height * down + 0.22), layout="constrained")
         canvas = FigureCanvasAgg(plot)
         halves = plot.subfigures(2, 1, squeeze=False, height_ratios=[height * down, 0.22], hspace=0)
         body, foot = halves.flat

@@ -256,8 +256,11 @@ class Masking:
             self._watch.ended(self)
 
     def advance(self) -> None:
-        """In place of `step` where whoever moved the weights left the inactive ones at zero."""
+        """In place of `step` where whoever moved the weights left the inactive ones at zero; not by
+        the optimizer alone, so that gradients don't tell which layers learned.
+        """
         self.steps += 1
+        self._watch.trained.update(self.parameters)
 
     @torch.inference_mode(False)
     @torch.no_grad()

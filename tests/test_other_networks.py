@@ -280,6 +280,16 @@ def test_a_frozen_layer_takes_no_part(requires_grad: bool) -> None:
         assert sum(run.masking.active().values()) == round(0.2 * 1308)
 
 
+def test_layers_that_an_engine_moves_take_part_without_gradients() -> None:
+    run = Trained()
+    run.steps(2)
+    run.masking.update()
+    run.model[4].weight.grad = None  # its values are elsewhere
+    run.optimizer.step()
+    run.masking.advance()
+    assert all(line.pruned for line in run.masking.update())
+
+
 @pytest.mark.parametrize("added", [False, True])
 def test_a_layer_that_can_be_masked_only_later_is_named_once(added: bool) -> None:
     model = small_model()

@@ -121,7 +121,7 @@ class Watch:
         self._model = unwrapped(masking.model)
         for parameter in masking.parameters.values():
             _NEWEST[parameter] = self._mark
-        self._parameters, self._trained = masking.parameters, set[str]()  # since the last update
+        self._parameters, self.trained = masking.parameters, set[str]()  # since the last update
         self._moved = self._counted = 0  # steps of the optimizer
         masking.optimizer.register_step_post_hook(self.stepped)
         self.restart(0)
@@ -134,7 +134,7 @@ class Watch:
         """After its steps; those that a GradScaler has a fused optimizer skip don't count."""
         if not getattr(optimizer, "found_inf", None):
             self._moved += 1
-            self._trained |= {n for n, p in self._parameters.items() if p.grad is not None}
+            self.trained |= {n for n, p in self._parameters.items() if p.grad is not None}
 
     def warn(self, sentence: str) -> None:
         """Once for each sentence."""
@@ -188,7 +188,7 @@ class Watch:
             optimizer, stream = masking.optimizer, masking.generator
             layers.append(Layer(name, weight, mask, mask, optimizer, stream, active))
         needs, infinite, silent = masking.growth.needs, "", []
-        trained = self._trained or masking.parameters.keys()  # of no step that was seen: all
+        trained = self.trained or masking.parameters.keys()  # of no step that was seen: all
         free = [one for one in layers if one.parameter.requires_grad and one.name in trained]
         for layer in free:
             for what in sorted({"weight", needs, masking.redistribution.needs} - {""}):
@@ -234,4 +234,4 @@ class Watch:
             self.warn(
                 f"{names} can be masked now: make a new Masking (from_weights), or it is dense"
             )
-        self._updated_at, self._never_updated, self._trained = masking.steps, False, set()
+        self._updated_at, self._never_updated, self.trained = masking.steps, False, set()

@@ -1,8 +1,8 @@
 """Runs grids: skips what is done, trains the rest in worker processes, stores every row at once.
 
-The command line and the notebooks call `run_experiments`.  A run that has a row
-is not trained again; a run that was killed continues from its checkpoint; two processes never train
-the same run at the same time.
+The command line and the notebooks call `run_experiments`.  A run that has a row is not trained
+again; a run that was killed continues from its checkpoint; two processes never train the same run
+at the same time.
 """
 
 from __future__ import annotations
