@@ -6,6 +6,7 @@ and gives its rows (MEASURE_COLUMNS in lib/results/store.py).  Experiments name 
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterable
@@ -146,33 +147,44 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
     ESTIMATES in seconds.  At the end, per convolution: `weight_density` and
     `empty_input_channels` (a share).
     """
-    loop.use(TorchEngine)  # each layer as its module, whose time the paper estimates from
+    if loop.run.precision == "bf16":  # its kernels keep the weights to themselves
+        loop.use(TorchEngine)
     length = max(1, -(-loop.schedule.total_steps // SEGMENTS))
     stride = max(1, length // SAMPLES_PER_SEGMENT)
-    started: dict[str, float] = {}
+    convolutions = {n: m for n, m in loop.model.named_modules() if isinstance(m, nn.Conv2d)}
+    batch, devices = loop.task.batch, [loop.device] if loop.device.type == "cuda" else []
 
-    def before(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        if loop.model.training and loop.state.step % stride == 0:
-            started[name] = _clock(inputs[0].device)
+    def observed(index: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = batch(index)
+        if loop.state.step % stride == 0:
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                look(images)
+        return images, labels
+
+    def look(images: Tensor) -> None:
+        """On a copy, so that measuring changes neither the run nor what computes it."""
+        probe = copy.deepcopy(loop.model).to(memory_format=torch.channels_last)
+        for name in convolutions:
+            module = probe.get_submodule(name)
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(functools.partial(after, name))
+        with torch.autocast(loop.device.type, torch.bfloat16, loop.run.precision == "bf16"):
+            probe(images)
+
+    def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        started[module] = _clock(inputs[0].device)
 
     def after(name: str, module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        if name not in started:
-            return
-        seconds = _clock(output.device) - started.pop(name)
-        both = estimates(seconds, module.weight.detach(), inputs[0].detach())
+        seconds = _clock(output.device) - started.pop(module)
+        both = estimates(seconds, module.weight, inputs[0])
         key = f"{loop.state.step // length} {name}"
         sums = loop.state.observed.setdefault(key, [0.0] * (1 + len(ESTIMATES)))
         sums[:] = (a + b for a, b in zip(sums, (1.0, seconds, *both), strict=True))
 
-    convolutions = {n: m for n, m in loop.model.named_modules() if isinstance(m, nn.Conv2d)}
-    handles = []
-    for name, module in convolutions.items():
-        handles.append(module.register_forward_pre_hook(functools.partial(before, name)))
-        handles.append(module.register_forward_hook(functools.partial(after, name)))
+    started: dict[nn.Module, float] = {}
+    loop.task.batch = observed
 
     def rows() -> Rows:
-        for handle in handles:
-            handle.remove()
         lines: list[tuple[str, str, int, float]] = []
         for key, (count, *sums) in loop.state.observed.items():
             segment, name = key.split(" ", 1)
