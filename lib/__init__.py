@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DivergenceError", "LayerReport", "Masking", "build_model"]
 
-_HOME = {
-    "DivergenceError": "lib.masking",
-    "LayerReport": "lib.masking",
-    "Masking": "lib.masking",
-    "build_model": "lib.models",
-}
+_HOME = dict.fromkeys(__all__, "lib.masking") | {"build_model": "lib.models"}
 
 
 def __getattr__(name: str) -> Any:

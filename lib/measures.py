@@ -165,23 +165,20 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
         """On a copy, so that measuring changes neither the run nor what computes it."""
         probe = copy.deepcopy(loop.model).to(memory_format=torch.channels_last)
         for name in convolutions:
-            module = probe.get_submodule(name)
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(functools.partial(after, name))
+            module: Any = probe.get_submodule(name)
+            module.forward = functools.partial(timed, name, module.forward, module.weight)
         with torch.autocast(loop.device.type, torch.bfloat16, loop.run.precision == "bf16"):
             probe(images)
 
-    def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        started[module] = _clock(inputs[0].device)
-
-    def after(name: str, module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        seconds = _clock(output.device) - started.pop(module)
-        both = estimates(seconds, module.weight, inputs[0])
+    def timed(name: str, forward: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tensor:
+        start, y = _clock(x.device), forward(x)
+        seconds = _clock(x.device) - start
         key = f"{loop.state.step // length} {name}"
         sums = loop.state.observed.setdefault(key, [0.0] * (1 + len(ESTIMATES)))
-        sums[:] = (a + b for a, b in zip(sums, (1.0, seconds, *both), strict=True))
+        more = (1.0, seconds, *estimates(seconds, weight, x))
+        sums[:] = (a + b for a, b in zip(sums, more, strict=True))
+        return y
 
-    started: dict[nn.Module, float] = {}
     loop.task.batch = observed
 
     def rows() -> Rows:

@@ -1,16 +1,21 @@
 """The report is the notebooks, bound: what their cells tagged `report` say and show, in order.
 
-The cells run in this process, without a kernel; a notebook without such a cell is left out.  Each
+The cells run without a kernel, a notebook in a process; one without such a cell is left out.  Each
 experiment is shown at the largest scale that has rows, and nothing is trained.  Imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import itertools
 import json
+import multiprocessing
 import re
+import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +148,28 @@ def typst(token: dict[str, Any]) -> str:
     }[kind]
 
 
+def _chapter(
+    folder: Path | None, verdicts: Path, profile: str, results: str, path: Path
+) -> list[str]:
+    figures.FOLDER, figures.DRAW, claims.FOLDER = folder, folder is not None, verdicts
+    try:
+        return run(path, profile=profile, results=results)
+    finally:
+        figures.FOLDER, figures.DRAW, claims.FOLDER = None, True, None
+
+
 def build(folder: Path | None, verdicts: Path, results: str = "", profile: str = "") -> str:
     """Run the cells of all chapters; the report in Markdown.
 
     Figures go to `folder`/<profile>/ (None: nowhere), verdicts.csv and verdicts.parts.csv to
     `verdicts`/<profile>/.  `profile`: of all; empty: the largest of each experiment that has rows.
     """
-    figures.FOLDER, figures.DRAW, claims.FOLDER = folder, folder is not None, verdicts
-    try:
-        blocks = [one for path in chapters() for one in run(path, profile=profile, results=results)]
-    finally:
-        figures.FOLDER, figures.DRAW, claims.FOLDER = None, True, None
+    chapter = functools.partial(_chapter, folder, verdicts, profile, results)
+    opening, *middle, appendix = chapters()  # the first and the last show the others' verdicts
+    start = "fork" if sys.platform == "linux" else "spawn"
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(start)) as pool:
+        said = list(pool.map(chapter, middle))
+    blocks = itertools.chain(chapter(opening), *said, chapter(appendix))
     return re.sub(" (?=%|= )|(?<= =) ", "\N{NO-BREAK SPACE}", "\n\n".join(blocks)) + "\n"
 
 

@@ -181,7 +181,7 @@ def test_a_download_of_another_process_is_waited_for(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "changed", "longer", "header"])
-def test_damaged_mnist_names_the_file(damage: str, root: Path) -> None:
+def test_damaged_mnist_names_the_folder(damage: str, root: Path) -> None:
     path = link(REAL["mnist"], MNIST_FILES, root) / MNIST_FILES[2]
     original = path.read_bytes()
     content = {
@@ -196,18 +196,15 @@ def test_damaged_mnist_names_the_file(damage: str, root: Path) -> None:
     with pytest.raises(data.DataError) as caught:
         data.load("mnist")
     message = str(caught.value)
-    assert f"MNIST in {path.parent} can't be used: {path.name} ({len(content):,} bytes" in message
-    assert "instead of 2646ac647ad5339dbf082846283269ea)" in message  # the published md5
-    assert "delete" in message and "\n" not in message
-    assert not any(name in message for name in MNIST_FILES if name != path.name)
+    assert f"MNIST in {path.parent} is damaged: delete {root / 'MNIST'} and run again" in message
+    assert "\n" not in message
 
 
-def test_damaged_cifar10_names_the_files(root: Path) -> None:
+def test_damaged_cifar10_names_the_folder(root: Path) -> None:
     folder = link(REAL["cifar10"], CIFAR_FILES, root)
-    for name in ("data_batch_3", "test_batch"):
-        content = (folder / name).read_bytes()
-        replace(folder / name, content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(data.DataError, match=r"data_batch_3 \(.*, test_batch \(.*delete"):
+    content = (folder / "test_batch").read_bytes()
+    replace(folder / "test_batch", content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(data.DataError, match=f"CIFAR10 in {folder} is damaged: delete {folder}"):
         data.load("cifar10")
 
 
@@ -217,7 +214,7 @@ def test_other_images_in_a_legacy_cache_are_refused(root: Path) -> None:
     for name in ("training.pt", "test.pt"):
         content = (torch.zeros(10, 28, 28, dtype=torch.uint8), torch.zeros(10, dtype=torch.long))
         torch.save(content, root / "MNIST/processed" / name)
-    with pytest.raises(data.DataError, match="folder 'processed'"):
+    with pytest.raises(data.DataError, match=f"delete {root / 'MNIST'} and"):
         data.load("mnist")
 
 

@@ -93,7 +93,7 @@ def test_two_cells_are_paired_by_seed_and_log_ratios_where_a_run_failed() -> Non
     assert failed is not None and failed.n == 2 and failed.rarer
     assert failed.mean == pytest.approx(100 * np.log([2, 4]).mean())
     assert rows.minus(both, a, {"method": "c"}) is None
-    with pytest.raises(ValueError, match="duplicate"):
+    with pytest.raises(ValueError, match="the same seed"):
         rows.by_seed(both)
     with pytest.raises(KeyError, match="optimiser"):
         rows.select(both, optimiser="adam")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from lib import paths
 from lib.paths import REPO
 from lib.results.rows import SCALES
 from lib.results.stats import NAN, PAPER_ONLY, Interval, holm, p_value, verdict
@@ -154,11 +155,11 @@ def scorecard(
 
 def _put(rows: pd.DataFrame, file: Path) -> None:
     """Replace the lines of these claims, in the order of claims.csv, at 12 significant digits."""
-    if file.exists():
-        numbers = dict.fromkeys(("mean", "low", "high", "p", "p_holm"), "")
-        old = pd.read_csv(file, keep_default_na=False, na_values=numbers)
-        rows = pd.concat([old[old.id.isin(set(claims().index) - set(rows.id))], rows])
     order = {ident: i for i, ident in enumerate(claims().index)}
-    rows = rows.sort_values("id", key=lambda ids: ids.map(order), kind="stable")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(file, index=False, float_format="%.12g", lineterminator="\n")
+    with paths.locked(file.with_name(f".{file.name}.lock")):  # others judge too
+        if file.exists():
+            numbers = dict.fromkeys(("mean", "low", "high", "p", "p_holm"), "")
+            old = pd.read_csv(file, keep_default_na=False, na_values=numbers)
+            rows = pd.concat([old[old.id.isin(set(order) - set(rows.id))], rows])
+        rows = rows.sort_values("id", key=lambda ids: ids.map(order), kind="stable")
+        rows.to_csv(file, index=False, float_format="%.12g", lineterminator="\n")

@@ -109,10 +109,11 @@ def by_seed(rows: pd.DataFrame, over: str = "", log: bool = False) -> pd.Series:
     With `over` the mean over its values, NaN for a seed that lacks one or did not learn there.
     Raises ValueError where two runs share a seed: select more.
     """
-    error = rows.test_error_pct.where(rows.learned)
-    columns = over or "dataset"
-    rows = rows[["seed", columns]].assign(value=100 * np.log(error) if log else error)
-    return rows.pivot(index="seed", columns=columns, values="value").mean(axis=1, skipna=False)
+    error, keys = rows.test_error_pct.where(rows.learned), ["seed", *filter(None, [over])]
+    found = rows[keys].assign(value=100 * np.log(error) if log else error).set_index(keys).value
+    if not found.index.is_unique:
+        raise ValueError("two of these runs have the same seed: select more")
+    return found.unstack().mean(axis=1, skipna=False) if over else found.sort_index()
 
 
 def paired(
