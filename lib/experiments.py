@@ -411,8 +411,7 @@ def computing(profile: str) -> Blocks:
         "paper": {"lenet5": 0.05, "alexnet-s": 0.05, "wrn-28-2": 0.1},
     }[profile]
     # ten short runs of each in hours: the question is whether a difference is small
-    size = "quick" if profile == "hours" else profile
-    seeds = 2 if profile == "smoke" else 10
+    size, seeds = "quick" if profile == "hours" else profile, 1 if profile == "smoke" else 10
     found = [scale(size), *(scale(size, m, density=share) for m, share in networks.items())]
     ways: Blocks = ({"kernels": ["torch", "sparse"]}, {"precision": "bf16"})
     return tuple({**network, **way, "seeds": seeds} for network in found for way in ways)
