@@ -148,7 +148,7 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
     `empty_input_channels` (a share).
     """
     if loop.run.precision == "bf16":  # its kernels keep the weights to themselves
-        loop.use(TorchEngine)
+        loop.engine = TorchEngine(loop.task)
     length = max(1, -(-loop.schedule.total_steps // SEGMENTS))
     stride = max(1, length // SAMPLES_PER_SEGMENT)
     convolutions = {n: m for n, m in loop.model.named_modules() if isinstance(m, nn.Conv2d)}

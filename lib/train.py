@@ -290,11 +290,6 @@ class TrainingLoop:
         for name, mask in self.masking.masks.items():
             ever[name] = ever[name] | mask if name in ever else mask.clone()
 
-    def use(self, engine: Callable[[Task], Engine]) -> None:
-        """From now on compute by another engine."""
-        self.engine.write_back()
-        self.engine = engine(self.task)
-
     # ---- data ----
 
     def order(self) -> Tensor:

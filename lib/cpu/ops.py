@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.cpu.library import require
+from lib.cpu.library import cpu_id, require
 
 LANES = 16
 
@@ -138,12 +138,13 @@ def dense_gradient(
     """Gradient of a whole weight of this shape, zeros included, for an input [B, in, H, W, 16] and
     the gradient of the output [B, out, H', W', 16].
     """
-    if shape[2:].numel() > 1:
+    # Torch is faster without a kernel's pixels, and on large layers where there is no AVX-512.
+    ours = "avx512f" in cpu_id() or shape[:2].numel() < 64 * 64
+    if ours and shape[2:].numel() > 1:
         out = torch.empty(shape)
         sizes = torch.tensor([*shape, stride, padding, *x.shape[2:4]])
         require().sparse_dense_gradient(sizes, x, grad, out, samples, torch.get_num_threads())
         return out
-    # Without a kernel's pixels torch is faster, conversion included.
     x, grad = from_blocked(x, samples), from_blocked(grad, samples)
     if x.shape[2:] == (1, 1):
         return (grad.flatten(1).T @ x.flatten(1)).view(shape)

@@ -14,7 +14,6 @@ from lib import data as datasets
 from lib.config import Run
 from lib.cpu import library
 from lib.cpu.perceptron import PerceptronEngine
-from lib.engine import TorchEngine
 from lib.masking import DivergenceError
 from lib.train import Interrupted, TrainingLoop
 
@@ -46,7 +45,7 @@ def epoch_of(run: Run, mnist: datasets.Dataset) -> TrainingLoop:
     with pytest.raises(Interrupted):
         loop.run_to_end(should_stop=lambda: next(stop))
     assert loop.state.epoch == 1 and loop.state.step_in_epoch == 0
-    loop.use(TorchEngine)  # writes the weights back
+    loop.engine.write_back()
     return loop
 
 
@@ -162,7 +161,7 @@ def test_resumed_runs_have_the_same_bits(
     assert file.exists()
     states = []
     for loop in (whole, part):
-        loop.use(TorchEngine)
+        loop.engine.write_back()
         names = [name for name, _ in loop.model.named_parameters()]
         state = [*loop.model.state_dict().values(), *loop.masking.masks.values()]
         states.append([*state, *(momentum(loop, name) for name in names)])
