@@ -136,7 +136,8 @@ def class_specialisation(contribution: np.ndarray) -> np.ndarray:
 
 def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
     """What sparse weights could save by the paper's two estimates (official code e19ff16,
-    `SparseSpeedupBench`): the forward pass of every convolution is timed while `loop` trains.
+    `SparseSpeedupBench`): every convolution's forward pass, in a copy of the network, is timed at
+    some mini-batches while `loop` trains.
 
     The estimates are idealised: no overhead of sparsity, and zeros that ReLU or dropout make are
     credited, so that even a dense network gets a speed-up.  Two things of the official code are

@@ -173,9 +173,8 @@ class Watch:
 
         Not those that are frozen, or had no gradient since the last update, and none without a
         signal to grow by: where that of every inactive weight is zero, or as old as the last
-        update, or an infinite gradient that the optimizer did not follow. Raises
-        DivergenceError when a weight, or the momentum a rule reads, isn't finite, and ValueError
-        for a layer without an active weight.
+        update, or an infinite gradient that the optimizer did not follow. Raises DivergenceError
+        when a weight, or momentum that a rule reads, isn't finite; ValueError for an empty layer.
         """
         self.step(masking)
         holds(masking.optimizer, masking.parameters, (masking.redistribution, masking.growth))

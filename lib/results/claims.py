@@ -16,11 +16,10 @@ from typing import Any
 import pandas as pd
 
 from lib import paths
-from lib.paths import REPO
 from lib.results.rows import SCALES
 from lib.results.stats import NAN, PAPER_ONLY, Interval, holm, p_value, verdict
 
-TABLE = REPO / "results" / "published" / "claims.csv"
+TABLE = paths.REPO / "results" / "published" / "claims.csv"
 # Where verdicts are kept; None, as in a notebook opened by hand: nowhere.
 FOLDER: Path | None = None
 NO_ROWS = "no rows yet"
@@ -137,7 +136,7 @@ def scorecard(
     verdicts.csv; without `whole` only those that have rows.
     """
     scales = [profile] if profile else SCALES
-    files = [Path(results or REPO / "results") / scale / "verdicts.csv" for scale in scales]
+    files = [Path(results or paths.REPO / "results") / scale / "verdicts.csv" for scale in scales]
     parts = [pd.read_csv(f).assign(scale=f.parent.name) for f in files if f.exists()]
     found = pd.concat(parts or [pd.DataFrame(columns=[*_ROW, "scale"])])
     found = found[found.verdict != NO_ROWS].drop_duplicates("id").set_index("id")
@@ -162,4 +161,5 @@ def _put(rows: pd.DataFrame, file: Path) -> None:
             old = pd.read_csv(file, keep_default_na=False, na_values=numbers)
             rows = pd.concat([old[old.id.isin(set(order) - set(rows.id))], rows])
         rows = rows.sort_values("id", key=lambda ids: ids.map(order), kind="stable")
-        rows.to_csv(file, index=False, float_format="%.12g", lineterminator="\n")
+        text = rows.to_csv(index=False, float_format="%.12g", lineterminator="\n")
+        paths.write(file, text.encode())

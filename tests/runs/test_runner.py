@@ -141,7 +141,8 @@ def test_who_stops_the_command_finds_a_checkpoint_and_no_worker(
     changes = {"epochs": 15, "train_samples": 1000}
     only = [*SET[1::2], "seed=1"]
     (task,) = runner.tasks_of("main_results", "smoke", None, only, changes, (1, 1), folder)
-    assert single.train_and_store(task) == "ok"  # from there
+    assert single.train_and_store(task) == "ok"  # from there: it was not set aside
+    assert not list((folder / "checkpoints").rglob("*.bad*"))
     assert store.read_runs(folder / "own" / "smoke")["steps"].tolist() == [150]
 
 
