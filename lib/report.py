@@ -50,8 +50,8 @@ def chapters() -> list[Path]:
     return sorted(found, key=lambda path: (path.stem != "findings", path.stem))
 
 
-def run(notebook: Path, tag: str = "report", **parameters: Any) -> list[str]:
-    """What the cells with this tag say, in Markdown, one block a paragraph, figure or table.
+def execute(notebook: Path, **parameters: Any) -> dict[str, Any]:
+    """The notebook with the outputs of its cells, run without a kernel.
 
     Raises what a cell raises, with a note of notebook and cell.
     """
@@ -59,32 +59,56 @@ def run(notebook: Path, tag: str = "report", **parameters: Any) -> list[str]:
     shell.display_formatter.formatters["text/markdown"].for_type(pd.DataFrame, markdown_table)
     shell.reset(new_session=False)
     shell.showtraceback = lambda *_, **__: None  # it is raised below
-    blocks: list[str] = []
-    for number, cell in enumerate(json.loads(notebook.read_text("utf-8"))["cells"]):
-        source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
+    book: dict[str, Any] = json.loads(notebook.read_text("utf-8"))
+    for number, cell in enumerate(book["cells"]):
+        source = cell["source"] = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            blocks += [source] * (tag in tags)
             continue
-        if "parameters" in tags:
+        if "parameters" in cell["metadata"].get("tags", []):
             source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
         shell.display_pub = CapturingDisplayPublisher()  # of display(), and of last expressions:
         shell.display_trap.hook = CapturingDisplayHook(shell, shell.display_pub.outputs)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             result = shell.run_cell(source)
         if error := result.error_before_exec or result.error_in_exec:
             error.add_note(f"{notebook.name}, cell {number}:\n{source}")
             raise error
-        if tag in tags:
-            blocks += filter(None, map(block, shell.display_pub.outputs))
-    return blocks
+        text = {"output_type": "stream", "name": "stdout", "text": printed.getvalue()}
+        cell["source"], cell["outputs"] = source, [text] if text["text"] else []
+        cell["outputs"] += [
+            {"output_type": "display_data", "data": one["data"], "metadata": one["metadata"] or {}}
+            for one in shell.display_pub.outputs
+        ]
+    return book
+
+
+def said(book: dict[str, Any], tag: str = "report") -> list[str]:
+    """What cells with this tag say, in Markdown, one block a paragraph, figure or table."""
+    cells = [cell for cell in book["cells"] if tag in cell["metadata"].get("tags", [])]
+    every = (map(block, c["outputs"]) if "outputs" in c else [c["source"]] for c in cells)
+    return [one for blocks in every for one in blocks if one]
+
+
+def keep(book: dict[str, Any], path: Path) -> None:
+    """Write an executed notebook to figures/notebooks, its figures by the names of their files."""
+    cells: list[dict[str, Any]] = []
+    for cell in book["cells"]:
+        drawn = [o for o in cell.get("outputs", []) if "figure" in o.get("metadata", {})]
+        rest = {k: [o for o in v if o not in drawn] for k, v in cell.items() if k == "outputs"}
+        cells.append(cell | rest)
+        for name in (output["metadata"]["figure"] for output in drawn):
+            about = {"cell_type": "markdown", "id": Path(name).name, "metadata": {}}
+            cells.append(about | {"source": f"![](../{name}.png)"})
+    text = json.dumps(book | {"cells": cells}, indent=1, ensure_ascii=False)
+    paths.write(path, f"{text}\n".encode())
 
 
 def block(output: dict[str, Any]) -> str:
     """An output in Markdown: a figure with its caption, a paragraph, a table; "" for another."""
-    about = output.get("metadata") or {}
+    about = output.get("metadata", {})
     if "figure" in about:
         return f"![{about['caption']}]({about['figure']}.png)"
-    return "" if "caption" in about else output["data"].get("text/markdown", "")
+    return "" if "caption" in about else output.get("data", {}).get("text/markdown", "")
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
@@ -153,16 +177,20 @@ def _chapter(
 ) -> list[str]:
     figures.FOLDER, figures.DRAW, claims.FOLDER = folder, folder is not None, verdicts
     try:
-        return run(path, profile=profile, results=results)
+        book = execute(path, profile=profile, results=results)
     finally:
         figures.FOLDER, figures.DRAW, claims.FOLDER = None, True, None
+    if folder is not None:
+        keep(book, folder / "notebooks" / path.name)
+    return said(book)
 
 
 def build(folder: Path | None, verdicts: Path, results: str = "", profile: str = "") -> str:
     """Run the cells of all chapters; the report in Markdown.
 
-    Figures go to `folder`/<profile>/ (None: nowhere), verdicts.csv and verdicts.parts.csv to
-    `verdicts`/<profile>/.  `profile`: of all; empty: the largest of each experiment that has rows.
+    Figures go to `folder`/<profile>/ (None: nowhere), the executed notebooks to `folder`/notebooks/,
+    verdicts.csv and verdicts.parts.csv to `verdicts`/<profile>/.  `profile`: of all; empty: the
+    largest of each experiment that has rows.
     """
     chapter = functools.partial(_chapter, folder, verdicts, profile, results)
     opening, *middle, appendix = chapters()  # the first and the last show the others' verdicts
@@ -187,9 +215,9 @@ def bind(profile: str = "", results: str | None = None, draw: bool = True) -> tu
         )
     folder = root / profile / "figures" if own else REPO / "figures"
     text = build(folder if draw else None, root, results or "", profile)
-    findings = REPO / "notebooks" / "findings.ipynb"
-    if draw and not own and findings.exists():
-        into_readme(REPO / "README.md", run(findings, "findings", profile=profile, results=""))
+    if draw and not own:
+        findings = json.loads((folder / "notebooks" / "findings.ipynb").read_text("utf-8"))
+        into_readme(REPO / "README.md", said(findings, "findings"))
     return folder, text
 
 

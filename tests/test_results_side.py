@@ -190,7 +190,7 @@ def test_committed_notebook_is_plain(path: Path) -> None:
 @pytest.mark.parametrize("profile", ["smoke", "quick", "hours"])  # paper: the committed report
 @pytest.mark.parametrize("path", report.chapters(), ids=lambda path: path.stem)
 def test_notebook_runs_at_every_profile(path: Path, profile: str) -> None:
-    report.run(path, profile=profile, results="")
+    report.execute(path, profile=profile, results="")
 
 
 BUILD = """
@@ -209,7 +209,7 @@ def test_committed_report_figures_and_verdicts_are_those_of_the_rows(tmp_path: P
     made = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     assert {path.name for path in made} >= {"report.pdf", "report.html", "report.md"}
     for name in made:
-        if name.suffix in (".md", ".html"):
+        if name.suffix in (".md", ".html", ".ipynb"):
             assert (tmp_path / name).read_text() == (paths.REPO / name).read_text(), name
         elif name.suffix == ".png":
             new, committed = (plt.imread(root / name) for root in (tmp_path, paths.REPO))

@@ -50,13 +50,8 @@ class _Array:
         return ctypes.c_void_p(tensor.data_ptr())
 
 
-_INT, _I64, _F32, _F64, _PTR = (
-    ctypes.c_int,
-    ctypes.c_int64,
-    ctypes.c_float,
-    ctypes.c_double,
-    ctypes.c_void_p,
-)
+_INT, _I64, _PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_F32, _F64 = ctypes.c_float, ctypes.c_double
 _FLOATS, _PLACES = _Array(torch.float32), _Array(torch.int64)
 # What each function takes; those but `sparse_plan_free` return 0, or not if they failed.
 _SIGNATURES: dict[str, list[Any]] = {

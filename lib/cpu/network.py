@@ -85,11 +85,7 @@ class SparseNetwork(nn.Module, fx.Interpreter):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        masks: Mapping[str, Tensor],
-        *,
-        sparse_up_to: float = SPARSE_UP_TO,
+        self, model: nn.Module, masks: Mapping[str, Tensor], *, sparse_up_to: float = SPARSE_UP_TO
     ) -> None:
         nn.Module.__init__(self)
         require()
@@ -150,10 +146,7 @@ class SparseNetwork(nn.Module, fx.Interpreter):
         if isinstance(x, _Blocked):
             if target == "flatten" and others == [1]:
                 return _flattened(x)
-            if target == "mean" and (tuple(others), kwargs) in (
-                (((2, 3),), {}),
-                ((), {"dim": (2, 3)}),
-            ):
+            if target == "mean" and [*others, *kwargs.values()] == [(2, 3)]:
                 _, _, height, width, _ = x.data.shape
                 return replace(_pooled(x, nn.AvgPool2d((height, width))), flat=True)
         return self._by_torch(super().call_method, target, args, kwargs)

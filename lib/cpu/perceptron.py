@@ -47,30 +47,16 @@ class _Layer(ctypes.Structure):
     """PerceptronLayer of perceptron.hpp; whoever changes one changes the other."""
 
     _fields_ = [
-        ("inputs", _INT),
-        ("outputs", _INT),
-        ("weight", _ARRAY),
-        ("momentum", _ARRAY),
-        ("multiplier", _ARRAY),
-        ("gradient", _ARRAY),
-        ("bias", _ARRAY),
-        ("bias_momentum", _ARRAY),
-        ("nonzeros", _INT),
-        ("row_start", _ARRAY),
-        ("column", _ARRAY),
-        ("value", _ARRAY),
-        ("value_momentum", _ARRAY),
-        ("column_start", _ARRAY),
-        ("row", _ARRAY),
-        ("place", _ARRAY),
-        ("scale", _ARRAY),
-        ("scale_momentum", _ARRAY),
-        ("shift", _ARRAY),
-        ("shift_momentum", _ARRAY),
-        ("mean", _ARRAY),
-        ("variance", _ARRAY),
-        ("norm_momentum", _FLOAT),
-        ("eps", _FLOAT),
+        (name, kind)
+        for kind, names in (
+            (_INT, "inputs outputs"),
+            (_ARRAY, "weight momentum multiplier gradient bias bias_momentum"),
+            (_INT, "nonzeros"),
+            (_ARRAY, "row_start column value value_momentum column_start row place"),
+            (_ARRAY, "scale scale_momentum shift shift_momentum mean variance"),
+            (_FLOAT, "norm_momentum eps"),
+        )
+        for name in names.split()
     ]
 
 

@@ -181,10 +181,7 @@ INITS = ("uniform", "erk", "half_output", "uniform_drawn", "erk_drawn")
 
 
 def initial_masks(
-    parameters: Mapping[str, nn.Parameter],
-    density: float,
-    init: str,
-    generator: Stream,
+    parameters: Mapping[str, nn.Parameter], density: float, init: str, generator: Stream
 ) -> dict[str, Tensor]:
     """Random masks of the densities that `init`, one of INITS, gives the layers."""
     counts = initial_counts(parameters, density, init.removesuffix("_drawn"))
