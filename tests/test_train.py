@@ -42,6 +42,7 @@ def images() -> dict[str, datasets.Dataset]:
 
 def bits(loop: TrainingLoop) -> list[torch.Tensor]:
     """Weights, buffers, momentum and masks."""
+    loop.engine.write_back()
     momentum = [s["momentum_buffer"] for s in loop.optimizer.state.values()]
     return [*loop.model.state_dict().values(), *momentum, *loop.masking.masks.values()]
 
@@ -147,6 +148,16 @@ RESUMED = {
     ),
     "longer": (replace(WRN, update_every_steps=3, dense_window_steps=2, kernels="sparse"), 3),
 }
+# Within an epoch, in the window (the last 4 steps) or before it, and after the last step.
+for method in ("sparse_momentum", "rigl", "deepr", "dsr", "dense", "static", "snip"):
+    RESUMED |= {
+        f"{method}, {every} steps of {model}": (
+            Run(model=model, method=method, epochs=3, train_samples=600, dense_window_steps=4),
+            every,
+        )
+        for model in ("lenet300-100", "lenet300-100-bn")
+        for every in (5, 9)
+    }
 
 
 @pytest.mark.parametrize("case", RESUMED)

@@ -1,13 +1,11 @@
-"""Runs of perceptrons by the kernels: the same training as torch's, resumed to the same bits."""
+"""Runs of perceptrons by the kernels: the same training as torch's."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from lib import data as datasets
@@ -120,53 +118,6 @@ def test_the_window_gives_the_masks_of_full_tracking() -> None:
     assert differences(181) == 0  # the same, bit by bit
     assert differences(0) <= 6  # of 13,310 active weights, after three updates
     assert differences(5) > 200
-
-
-@pytest.mark.parametrize(
-    ("method", "computed_by", "model"),
-    [
-        *((m, "auto", "lenet300-100") for m in METHODS),
-        ("rigl", "torch", "lenet300-100"),
-        ("sparse_momentum", "auto", "mlpbn-40x2"),
-        ("deepr", "auto", "lenet300-100-bn"),
-    ],
-)
-@pytest.mark.parametrize("every", [13, 20])
-def test_resumed_runs_have_the_same_bits(
-    method: str, computed_by: str, model: str, every: int, mnist: datasets.Dataset, tmp_path: Path
-) -> None:
-    """Stopped within an epoch, in the window (K = 14) or before it, and after its last step."""
-    run = Run(
-        model=model,
-        method=method,
-        train_samples=2000,
-        epochs=3,
-        lr_decay_every_steps=9,
-        dense_window_steps=14,
-        kernels=computed_by,
-    )
-    whole = TrainingLoop(run, mnist)
-    whole.run_to_end()
-    file = tmp_path / "a.pt"
-    while True:
-        part = TrainingLoop(run, mnist)
-        if file.exists():
-            part.load(file)
-        calls = iter(range(1, 100))
-        try:
-            part.run_to_end(file, should_stop=lambda calls=calls: next(calls) == every)
-            break
-        except Interrupted:
-            continue
-    assert file.exists()
-    states = []
-    for loop in (whole, part):
-        loop.engine.write_back()
-        names = [name for name, _ in loop.model.named_parameters()]
-        state = [*loop.model.state_dict().values(), *loop.masking.masks.values()]
-        states.append([*state, *(momentum(loop, name) for name in names)])
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    assert whole.state.curves == part.state.curves
 
 
 def test_what_the_kernels_do_not_know_goes_to_torch(mnist: datasets.Dataset) -> None:
