@@ -188,7 +188,7 @@ def _chapter(
 def build(folder: Path | None, verdicts: Path, results: str = "", profile: str = "") -> str:
     """Run the cells of all chapters; the report in Markdown.
 
-    Figures go to `folder`/<profile>/ (None: nowhere), the executed notebooks to `folder`/notebooks/,
+    Figures go to `folder`/<profile>/ (None: nowhere), executed notebooks to `folder`/notebooks/,
     verdicts.csv and verdicts.parts.csv to `verdicts`/<profile>/.  `profile`: of all; empty: the
     largest of each experiment that has rows.
     """
