@@ -303,7 +303,7 @@ def mechanism(profile: str) -> Blocks:
 # 540 steps are an epoch of the other profiles; one of `smoke` has 60.
 @grid()
 def official_readings(profile: str) -> Blocks:
-    """Does the official code's reading of the algorithm explain a difference?"""
+    """Does the official code's variant of the algorithm explain a difference?"""
     return tuple(scale(profile, **one, density=_FEW[profile]) for one in READINGS.values())
 
 
