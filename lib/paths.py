@@ -46,14 +46,9 @@ def data_root() -> Path:
     return _from_environment("DATA_ROOT", REPO / "data")
 
 
-def cache_dir() -> Path:
-    """Directory for whatever can be rebuilt (compiled kernels, checkpoints)."""
-    return REPO / ".cache"
-
-
 def checkpoints_dir() -> Path:
     """Directory of the checkpoints of unfinished runs: CHECKPOINT_ROOT, else .cache/checkpoints."""
-    return _from_environment("CHECKPOINT_ROOT", cache_dir() / "checkpoints")
+    return _from_environment("CHECKPOINT_ROOT", REPO / ".cache" / "checkpoints")
 
 
 def _from_environment(variable: str, default: Path) -> Path:

@@ -73,6 +73,8 @@ def own(name: str, *shape: int) -> Callable[[], nn.Module]:
         (own("class_token", 1, 1, 8), set()),  # ViT
         (own("pos_embedding", 1, 7, 8), set()),
         (own("relative_position_bias_table", 9, 4), set()),  # Swin
+        (lambda: nn.ModuleDict({"wpe": nn.Embedding(9, 4)}), set()),  # GPT
+        (lambda: nn.ModuleDict({"wte": nn.Embedding(9, 4)}), {"wte.weight"}),
         (own("att_src", 1, 4, 5), set()),  # graph attention
     ],
 )

@@ -21,6 +21,7 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._
 LAYERS += (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
 # What the weights of layers that torch doesn't know are called: "weight", "w0", "qkv_proj".
 _CALLED = re.compile(r"(?:^|_)(?:w|weights?|kernel|proj)\d*(?:$|_)")
+_POSITIONS = re.compile(r"(?:^|[._])(?:wpe|pos)\w*\.weight$")  # embeddings of that name
 T = TypeVar("T")
 
 
@@ -49,7 +50,8 @@ def maskable_parameters(
     for name, parameter in every.items():
         if parameter.requires_grad and parameter not in kept:
             module, role = _layer_of(model, name)
-            if _is_weight(module, role, parameter):
+            positions = isinstance(module, nn.Embedding) and _POSITIONS.search(name)
+            if _is_weight(module, role, parameter) and not positions:
                 if obstacle := _obstacle(module, role, parameter):
                     raise ValueError(f"{name} {obstacle}, or name it in keep_dense")
                 kept.add(parameter)  # a tied weight counts once, by its first name
