@@ -75,9 +75,8 @@ def measures(run: Run, name: str, profile: str) -> tuple[str, ...]:
     return tuple(sorted({m for one in (name, *others) for m in experiment(one).measures}))
 
 
-def select(found: Sequence[Run], only: str | Sequence[str]) -> list[Run]:
+def select(found: Sequence[Run], only: Sequence[str]) -> list[Run]:
     """The runs with all the given "field=value"; several values of one field mean any of them."""
-    only = [only] if isinstance(only, str) else only
     wanted: dict[str, list[Any]] = {}
     for name, value in map(parse_field, only):
         wanted.setdefault(name, []).append(value)

@@ -122,4 +122,4 @@ def test_select_keeps_any_value_of_a_field_and_all_fields(only: list[str], n: in
 @pytest.mark.parametrize("only", ["method=sets", "modell=lenet5", "seed"])
 def test_a_selection_without_runs_is_refused(only: str) -> None:
     with pytest.raises(ValueError, match=only.split("=", maxsplit=1)[0]):
-        experiments.select(runs("main_results", "smoke"), only)
+        experiments.select(runs("main_results", "smoke"), [only])

@@ -32,6 +32,7 @@ def execute_all(
     unknown notebook, and for a parameter that no notebook has or that is of another type.
     """
     import papermill
+    from traitlets.config import Config
 
     found = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     names = [name.removesuffix(".ipynb") for name in only] or list(found)
@@ -52,6 +53,7 @@ def execute_all(
                 papermill.execute_notebook(
                     str(found[name]), str(target), values, kernel_name="python3",
                     language="python", progress_bar=False, cwd=str(NOTEBOOKS),
+                    config=Config(KernelManager={"transport": "ipc"}),  # no port to race for
                 )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             failures.append(f"{name}, cell {error.cell_index}: {error.ename}: {error.evalue}")

@@ -23,10 +23,8 @@ from tqdm import tqdm
 
 from lib.runs.single import Task, train_and_store
 
-# Told to stop, a worker has so long for its mini-batch and its checkpoint; then it is killed.
-STOP_SECONDS = 15.0
-# A run that another process is training is asked for again after so long.
-ELSEWHERE_SECONDS = 2.0
+STOP_SECONDS = 15.0  # for a worker's mini-batch and checkpoint when it is told to stop
+ELSEWHERE_SECONDS = 2.0  # until a run that another process is training is asked for again
 
 
 class WorkerError(RuntimeError):
@@ -241,6 +239,7 @@ def _serve(pipe: connection.Connection, threads: int, device: str, parent: int) 
 
     from lib.engine import keep_freed_memory
 
+    tqdm.set_lock(threading.RLock())  # torch.fx makes bars; its lock of processes would be left
     torch.set_num_threads(threads)
     keep_freed_memory()  # a fifth of a LeNet-5 step would be spent on getting zeroed pages back
 
