@@ -276,7 +276,7 @@ def test_what_cannot_work_is_one_sentence_before_the_first_step(
 
 def test_a_changed_grid_goes_to_a_folder_of_its_own_and_is_read_from_there(folder: Path) -> None:
     grid = reading.planned("main_results", "smoke", density=[0.05, 0.07])
-    tasks = runner.tasks_of("main_results", "smoke", grid, "method=set", None, (1, 1), folder)
+    tasks = runner.tasks_of("main_results", "smoke", grid, ["method=set"], None, (1, 1), folder)
     where = {(task.run.density, task.csv.relative_to(folder).parts[0]) for task in tasks}
     assert where == {(0.05, "smoke"), (0.07, "own")}
     assert [t.run.run_id for t in tasks] == grid[grid.method == "set"].run_id.tolist()
