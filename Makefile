@@ -114,7 +114,7 @@ help: ## explain the targets (default)
 	@echo
 	@echo 'Variables'
 	@echo '  DATA_ROOT     folder of MNIST and CIFAR-10 (data/; downloaded when absent)'
-	@echo '  RESULTS       train everything anew into this folder and compare; not smoke (make reproduce)'
+	@echo '  RESULTS       make reproduce trains all anew into it and compares with the committed rows (smoke has none)'
 	@echo '  PYTHON        use this interpreter and create no environment'
 	@echo '  CONDA         conda, mamba or micromamba to use; empty for .venv and pip'
 

@@ -148,7 +148,7 @@ RESUMED = {
     ),
     "longer": (replace(WRN, update_every_steps=3, dense_window_steps=2, kernels="sparse"), 3),
 }
-# Within an epoch, in the window (the last 4 steps) or before it, and after the last step.
+# In the window, the last 4 of an epoch's 6 steps, and just before it.
 for method in ("sparse_momentum", "rigl", "deepr", "dsr", "dense", "static", "snip"):
     RESUMED |= {
         f"{method}, {every} steps of {model}": (
@@ -156,7 +156,7 @@ for method in ("sparse_momentum", "rigl", "deepr", "dsr", "dense", "static", "sn
             every,
         )
         for model in ("lenet300-100", "lenet300-100-bn")
-        for every in (5, 9)
+        for every in (5, 8)
     }
 
 
