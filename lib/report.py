@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import itertools
 import json
 import multiprocessing
 import re
@@ -34,9 +33,7 @@ from lib.results.rows import SCALES
 from lib.results.store import run_paths
 
 HERE = Path(__file__).parent
-TITLE = "Sparse Networks from Scratch, reproduced"
 FINDINGS = re.compile(r"(<!-- findings:[^>]*-->\n).*?(<!-- end of findings -->)", re.DOTALL)
-_markdown = mistune.create_markdown(renderer="ast", plugins=["table"])
 
 
 def say(text: str) -> None:
@@ -126,9 +123,8 @@ def html(text: str) -> str:
     body = str(mistune.create_markdown(plugins=["table"])(text))
     figure = r'<figure><img src="\1" alt=""><figcaption>\2</figcaption></figure>'
     body = re.sub(r'<p><img src="([^"]+)" alt="([^"]*)" ?/></p>', figure, body)
-    body = body.replace("<table>", '<div class="scroll"><table>')
-    body = body.replace("</table>", "</table></div>")
-    head = f'<meta charset="utf-8"><title>{TITLE}</title>'
+    body = re.sub("(?s)<table>.*?</table>", r'<div class="scroll">\g<0></div>', body)
+    head = '<meta charset="utf-8"><title>Sparse Networks from Scratch, reproduced</title>'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<style>\n{(HERE / 'page.css').read_text('utf-8')}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
@@ -174,7 +170,7 @@ def typst(token: dict[str, Any]) -> str:
 
 def _chapter(
     folder: Path | None, verdicts: Path, profile: str, results: str, path: Path
-) -> list[str]:
+) -> dict[str, Any]:
     figures.FOLDER, figures.DRAW, claims.FOLDER = folder, folder is not None, verdicts
     try:
         book = execute(path, profile=profile, results=results)
@@ -182,11 +178,12 @@ def _chapter(
         figures.FOLDER, figures.DRAW, claims.FOLDER = None, True, None
     if folder is not None:
         keep(book, folder / "notebooks" / path.name)
-    return said(book)
+    return book
 
 
 def build(folder: Path | None, verdicts: Path, results: str = "", profile: str = "") -> str:
-    """Run the cells of all chapters; the report in Markdown.
+    """Run the cells of all chapters; the report in Markdown.  After the opening page come the
+    figures of the cells tagged picture-1 to picture-5.
 
     Figures go to `folder`/<profile>/ (None: nowhere), executed notebooks to `folder`/notebooks/,
     verdicts.csv and verdicts.parts.csv to `verdicts`/<profile>/.  `profile`: of all; empty: the
@@ -196,8 +193,11 @@ def build(folder: Path | None, verdicts: Path, results: str = "", profile: str =
     opening, *middle, appendix = chapters()  # the first and the last show the others' verdicts
     start = "fork" if sys.platform == "linux" else "spawn"
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context(start)) as pool:
-        said = list(pool.map(chapter, middle))
-    blocks = itertools.chain(chapter(opening), *said, chapter(appendix))
+        books = [*pool.map(chapter, middle), chapter(appendix)]
+    shown = [one for n in range(1, 6) for book in books for one in said(book, f"picture-{n}")]
+    first = [one for one in shown if one.startswith("![")]
+    rest = [one for book in books for one in said(book) if one not in first]
+    blocks = [*said(chapter(opening)), *first, *rest]
     return re.sub(" (?=%|= )|(?<= =) ", "\N{NO-BREAK SPACE}", "\n\n".join(blocks)) + "\n"
 
 
@@ -225,7 +225,7 @@ def write(text: str, folder: Path) -> list[Path]:
     """Write report.md, .html and .pdf beside the figures that the Markdown names; their paths."""
     import typst as compiler
 
-    tokens: Any = _markdown(text)
+    tokens: Any = mistune.create_markdown(renderer="ast", plugins=["table"])(text)
     source = (HERE / "page.typ").read_text("utf-8") + "".join(map(typst, tokens))
     how: dict[str, Any] = {"root": folder, "timestamp": 0, "ignore_system_fonts": True}
     pdf = compiler.compile(source.encode(), **how)
