@@ -34,39 +34,30 @@ Row = Mapping[str, Any]
 # name:type, with "?" where a field may be empty: the setting does not apply (prune_rate of a dense
 # run), the run diverged, the code that wrote the row did not record it (explored), or nobody knows
 # (dirty).  Errors in %, shares from 0 to 1, times in s.
-_RUNS = """
-    run_id:str experiment:str profile:str dataset:str model:str method:str method_version:int
-    prune:str? redistribution:str? growth:str? init:str density:float keep_dense:str?
-    prune_rate:float? schedule:str? update_every_steps:int? momentum:float lr:float
-    lr_decay_every_steps:int? weight_decay:float batch_size:int epochs:int train_samples:int?
-    precision:str overrides:str?
-    seed:int status:str test_error_pct:float? val_error_pct:float? train_loss:float?
-    density_final:float? weights_total:int weights_active:int? steps:int train_flops_rel:float?
-    inference_flops_rel:float? explored:float? train_seconds:float threads:int kernels:str
-    device:str commit:str dirty:bool? python:str torch:str torchvision:str data_sha256:str
-    finished_utc:str"""
-_CURVES = """run_id:str epoch:int train_loss:float val_error_pct:float lr:float prune_rate:float
-    density:float"""
-_LAYERS = "run_id:str epoch:int layer:str weights:int active:int momentum_share:float?"
-_MEASURES = "run_id:str measure:str layer:str quantity:str position:int value:float"
-
-
-def _columns(text: str) -> dict[str, type]:
-    kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
-    return {name: kinds[kind] for name, kind in re.findall(r"(\w+):(\w+)", text)}
-
-
-COLUMNS, CURVE_COLUMNS, LAYER_COLUMNS, MEASURE_COLUMNS = map(
-    _columns, (_RUNS, _CURVES, _LAYERS, _MEASURES)
-)
-# The files of an experiment, in the order of writing.
-FILES = {
-    ".measures.csv": MEASURE_COLUMNS,
-    ".layers.csv": LAYER_COLUMNS,
-    ".curves.csv": CURVE_COLUMNS,
-    ".csv": COLUMNS,
+_FILES = {  # of an experiment, in the order of writing
+    ".measures.csv": "run_id:str measure:str layer:str quantity:str position:int value:float",
+    ".layers.csv": "run_id:str epoch:int layer:str weights:int active:int momentum_share:float?",
+    ".curves.csv": """run_id:str epoch:int train_loss:float val_error_pct:float lr:float
+        prune_rate:float density:float""",
+    ".csv": """
+        run_id:str experiment:str profile:str dataset:str model:str method:str method_version:int
+        prune:str? redistribution:str? growth:str? init:str density:float keep_dense:str?
+        prune_rate:float? schedule:str? update_every_steps:int? momentum:float lr:float
+        lr_decay_every_steps:int? weight_decay:float batch_size:int epochs:int train_samples:int?
+        precision:str overrides:str?
+        seed:int status:str test_error_pct:float? val_error_pct:float? train_loss:float?
+        density_final:float? weights_total:int weights_active:int? steps:int train_flops_rel:float?
+        inference_flops_rel:float? explored:float? train_seconds:float threads:int kernels:str
+        device:str commit:str dirty:bool? python:str torch:str torchvision:str data_sha256:str
+        finished_utc:str""",
 }
-NULLABLE = frozenset(re.findall(r"(\w+):\w+\?", _RUNS + _LAYERS))
+_KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+FILES = {
+    end: {name: _KINDS[kind] for name, kind in re.findall(r"(\w+):(\w+)", text)}
+    for end, text in _FILES.items()
+}
+MEASURE_COLUMNS, _, CURVE_COLUMNS, COLUMNS = FILES.values()
+NULLABLE = frozenset(re.findall(r"(\w+):\w+\?", " ".join(_FILES.values())))
 # Where, when and how fast a run was trained: may differ between two copies of it.
 SAME_BITS_NEED = {"threads", "kernels", "device", "torch"}
 _WHERE_AND_WHEN = {"train_seconds", "commit", "dirty", "python", "torchvision", "finished_utc"}
@@ -118,9 +109,8 @@ def append_run(
                 raise ResultsError(f"{path}: missing or unknown in {one.get('run_id')}: {odd}")
             if one["run_id"] != row["run_id"]:
                 raise ResultsError(f"{path}: {one['run_id']} is appended with {row['run_id']}")
-        lines[end] = _lines(
-            path, end, pd.DataFrame(list(rows), columns=list(columns), dtype=object)
-        )
+        table = pd.DataFrame(list(rows), columns=list(columns), dtype=object)
+        lines[end] = _lines(path, end, table)
     with _locked(path):
         return _append(path, lines)
 
@@ -173,7 +163,7 @@ def _whole(file: Path) -> bytes:
 def _repair(file: Path, end: str, stored: set[bytes]) -> None:
     """Take off the end of a file what a killed writer left: half a line, lines without a run."""
     lines = _whole(file).splitlines(keepends=True)
-    _table(file, end, b"".join(lines[:1]))  # refuses other columns
+    _check_columns(file, end, b"".join(lines[:1]))
     while len(lines) > 1 and lines[-1].split(b",", 1)[0] not in stored:
         lines.pop()
     if sum(map(len, lines)) < file.stat().st_size:
@@ -205,19 +195,29 @@ read_runs, read_curves, read_layers, read_measures = (
 
 @functools.lru_cache(maxsize=16)
 def _tables(end: str, files: tuple[tuple[Path, int, int, int], ...]) -> pd.DataFrame:
-    """The tables of these files as one; read again when one has changed."""
-    tables = [_table(file, end, _whole(file)) for file, *_ in files] or [_table(Path(), end, b"")]
+    """The tables of these files as one."""
+    tables = [_one(end, *file) for file in files] or [_table(Path(), end, b"")]
     key = [name for name in KEY if name in FILES[end]]
     return pd.concat(tables).drop_duplicates(key, keep="last", ignore_index=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _one(end: str, file: Path, *changed: int) -> pd.DataFrame:
+    """The table of a file, read again when it has changed."""
+    return _table(file, end, _whole(file))
+
+
+def _check_columns(file: Path, end: str, data: bytes) -> None:
+    first = data.split(b"\n", 1)[0].decode(errors="replace").strip().split(",")
+    if data and first != list(FILES[end]):
+        odd = ", ".join(sorted(set(first) ^ FILES[end].keys())) or "another order"
+        raise ResultsError(f"{file}: has not the columns of this version: {odd}")
 
 
 def _table(file: Path, end: str, data: bytes) -> pd.DataFrame:
     """The lines of a file as a table that has passed the checks."""
     columns = FILES[end]
-    first = data.split(b"\n", 1)[0].decode(errors="replace").strip().split(",")
-    if data and first != list(columns):
-        odd = ", ".join(sorted(set(first) ^ columns.keys())) or "another order"
-        raise ResultsError(f"{file}: has not the columns of this version: {odd}")
+    _check_columns(file, end, data)
     kinds: dict[type, str] = {str: "str", float: "float64", int: "int64", bool: "boolean"}
     types = {n: "Int64" if k is int and n in NULLABLE else kinds[k] for n, k in columns.items()}
     try:
