@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,9 @@ def test_committed_report_figures_and_verdicts_are_those_of_the_rows(tmp_path: P
     subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], check=True, cwd=paths.REPO)
     made = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     assert {path.name for path in made} >= {"report.pdf", "report.html", "report.md"}
+    shown = re.findall(r"(\w+)\.png\)", (tmp_path / "figures" / "report.md").read_text("utf-8"))
+    first = ["main_results_cost", "fixed_point", "mechanism", "trainability", "speedups_clock"]
+    assert shown[:5] == first and len(set(shown)) == len(shown)
     for name in made:
         if name.suffix in (".md", ".html", ".ipynb"):
             assert (tmp_path / name).read_text() == (paths.REPO / name).read_text(), name
