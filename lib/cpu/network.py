@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.cpu import ops
-from lib.cpu.library import require
+from lib.cpu.library import cpu_id, require
 from lib.engine import Task, TorchEngine, momentum_buffer
 from lib.masking import clear_outside
 
@@ -173,22 +173,18 @@ class SparseNetwork(nn.Module, fx.Interpreter):
 
     def _weighted(self, name: str, module: nn.Conv2d | nn.Linear, x: _Blocked) -> _Blocked:
         geometry, pattern, weight = _geometry(module, x), self._pattern(name), module.weight
-        if geometry is None or pattern is None or pattern.density > self.sparse_up_to:
+        full = pattern is not None and pattern.density > self.sparse_up_to
+        # Without AVX-512 torch takes several times longer for few weights and a whole image.
+        by_torch = full and ("avx512f" in cpu_id() or weight.numel() >= 64 * 64)
+        if geometry is None or pattern is None or by_torch:
             return _blocked(module(x.plain()))
         values = weight.detach().flatten()[pattern.index]
-        dense = self.dense_gradients and weight.requires_grad
+        dense = (full or self.dense_gradients) and weight.requires_grad
         if not dense:  # the dense gradient contains that of the values
             self.values[name] = pattern, values.requires_grad_(weight.requires_grad)
-        data = ops.conv2d(
-            x.data,
-            values,
-            module.bias,
-            pattern,
-            stride=geometry[0],
-            padding=geometry[1],
-            samples=x.samples,
-            dense_gradient_of=weight if dense else None,
-        )
+        how: Any = {"stride": geometry[0], "padding": geometry[1], "samples": x.samples}
+        how |= {"dense_gradient_of": weight if dense else None}
+        data = ops.conv2d(x.data, values, module.bias, pattern, **how)
         return _Blocked(data, x.samples, isinstance(module, nn.Linear))
 
 
