@@ -21,9 +21,9 @@ from lib.engine import Task, TorchEngine, momentum_buffer
 from lib.masking import clear_outside
 
 # Masked layers up to this density are computed over their non-zeros. A rule and no measurement, the
-# same on every machine: with two AVX-512 threads VGG16-D's convolutions are 2.6 times as fast as
-# dense ones at 20 % of the weights and 1.3 times at 50 %, without the conversion of their
-# activations (results/bench/kernels.csv, sparse_layers).
+# same on every machine but for small layers (`_weighted`): with two AVX-512 threads VGG16-D's
+# convolutions are 2.6 times as fast as dense ones at 20 % of the weights and 1.3 times at 50 %,
+# without the conversion of their activations (results/bench/kernels.csv, sparse_layers).
 SPARSE_UP_TO = 0.4
 
 
@@ -174,7 +174,7 @@ class SparseNetwork(nn.Module, fx.Interpreter):
     def _weighted(self, name: str, module: nn.Conv2d | nn.Linear, x: _Blocked) -> _Blocked:
         geometry, pattern, weight = _geometry(module, x), self._pattern(name), module.weight
         full = pattern is not None and pattern.density > self.sparse_up_to
-        # Without AVX-512 torch takes several times longer for few weights and a whole image.
+        # Without AVX-512 torch takes longer for small convolutions, as the first often are.
         by_torch = full and ("avx512f" in cpu_id() or weight.numel() >= 64 * 64)
         if geometry is None or pattern is None or by_torch:
             return _blocked(module(x.plain()))

@@ -113,8 +113,14 @@ def test_network_matches_its_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vgg16-d", "wrn-10-1"])
-def test_network_mixes_sparse_and_dense_layers(name: str) -> None:
-    """Every other layer dense by its number of weights: conversions on all the borders."""
+@pytest.mark.parametrize("cpu", ["avx512f", ""])
+def test_network_mixes_sparse_and_dense_layers(
+    name: str, cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other layer dense by its number of weights: conversions on all the borders, or without
+    AVX-512 on those of large layers.
+    """
+    monkeypatch.setattr("lib.cpu.network.cpu_id", lambda: cpu)
     torch.manual_seed(10)
     shape, options = MODELS[name]
     model = build_model(name, **options)
