@@ -29,7 +29,7 @@ class Task:
     """All that an engine reads, and what it moves: weights and momentum; with DeepR, masks.
 
     `batch(index)` gives the training images `index` [B] as the network takes them, [B, C, H, W],
-    and their labels [B]; it draws from `generators`.
+    and their labels [B].
     """
 
     run: Run
@@ -40,7 +40,6 @@ class Task:
     optimizer: torch.optim.SGD
     masking: Masking
     batch: Callable[[Tensor], tuple[Tensor, Tensor]]
-    generators: Sequence[torch.Generator] = ()
 
 
 class Engine(ABC):
@@ -91,23 +90,12 @@ class TorchEngine(Engine):
         super().__init__(task)
         self.network: nn.Module = task.model
         self.parameters = list(task.model.parameters())
-        self._rewires = task.run.method in EVERY_STEP  # looks at the masks on the host
         if task.device.type == "cuda":
             # Whole epochs of one shape: worth trying out which algorithm is fastest.
             torch.backends.cudnn.benchmark = True
 
     def step(self, index: Tensor, left: float) -> Tensor:
         """See `Engine.step`."""
-        masking = self.task.masking
-        loss = self.compute(index)
-        if self._rewires:
-            masking.step()
-        else:
-            masking.advance()
-        return loss
-
-    def compute(self, index: Tensor) -> Tensor:
-        """The arithmetic of a step, up to inactive weights set back to zero: its mean loss."""
         images, labels = self.task.batch(index)
         with self._autocast():
             loss = F.cross_entropy(
@@ -117,6 +105,10 @@ class TorchEngine(Engine):
             parameter.grad = None
         loss.backward()
         self.move_weights()
+        if self.task.run.method in EVERY_STEP:
+            self.task.masking.step()
+        else:
+            self.task.masking.advance()
         return loss.detach()
 
     def move_weights(self) -> None:
@@ -128,14 +120,13 @@ class TorchEngine(Engine):
     def wrong(self, images: Tensor, labels: Tensor) -> int:
         """See `Engine.wrong`."""
         self.network.eval()
-        right = torch.zeros((), dtype=torch.long, device=self.task.device)
-        for start in range(0, len(labels), EVALUATION_BATCH):
-            part = slice(start, start + EVALUATION_BATCH)
+        wrong = torch.zeros((), dtype=torch.long, device=self.task.device)
+        size = EVALUATION_BATCH
+        for batch, target in zip(images.split(size), labels.split(size), strict=True):
             with self._autocast():
-                logits = self.network(images[part])
-            right += (logits.argmax(1) == labels[part]).sum()
+                wrong += (self.network(batch).argmax(1) != target).sum()
         self.network.train()
-        return len(labels) - int(right)
+        return int(wrong)
 
     def _autocast(self) -> torch.autocast:
         low = self.task.run.precision == "bf16"
@@ -162,8 +153,7 @@ def momentum_buffer(optimizer: torch.optim.SGD, parameter: Tensor) -> Tensor:
     state = optimizer.state[parameter]
     if state.get("momentum_buffer") is None:
         state["momentum_buffer"] = torch.zeros_like(parameter)
-    buffer: Tensor = state["momentum_buffer"]
-    return buffer
+    return state["momentum_buffer"]
 
 
 def memory_format(engine: type[Engine], run: Run, model: nn.Module) -> torch.memory_format:
@@ -176,15 +166,15 @@ def memory_format(engine: type[Engine], run: Run, model: nn.Module) -> torch.mem
     return torch.contiguous_format
 
 
-def keep_freed_memory() -> bool:
-    """Have malloc keep large blocks for reuse in this process; False where that is not possible.
+def keep_freed_memory() -> None:
+    """Have malloc keep large blocks for reuse in this process, where it is glibc's.
 
     By default glibc returns tensors of 32 MiB and more to the system when freed and gets them back
     as new pages, zeroed one by one: at batch 128 that costs several times the arithmetic of
     elementwise layers, in dense and sparse training alike.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    m_trim_threshold, m_mmap_max = -1, -4
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)

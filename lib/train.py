@@ -178,7 +178,7 @@ class TrainingLoop:
         self.layer_flops = layer_flops(self.model, self.data.train_x.shape[1:])
         moved = (self.model, self.optimizer, self.masking)
         fixed = (run, self.schedule, self.data, self.device)
-        self.task = Task(*fixed, *moved, self.batch, [self.augment_stream])
+        self.task = Task(*fixed, *moved, self.batch)
         self.engine: Engine = engine(self.task)
 
     # ---- the loop ----
