@@ -232,16 +232,3 @@ def test_flops_by_hand(models):
     wrn = layer_flops(models["wrn-10-1"], (3, 32, 32))
     assert wrn["block2.0.shortcut.weight"] == 2 * 16**2 * 32 * 16
     assert list(wrn) == list(maskable_weights(models["wrn-10-1"]))
-
-
-def test_flops_elsewhere_are_refused():
-    class Gram(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.fc(x) @ x.T
-
-    with pytest.raises(RuntimeError, match="Gram: convolution and linear layers have 32 of the 40"):
-        layer_flops(Gram(), (4,))
