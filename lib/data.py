@@ -71,7 +71,6 @@ class Dataset:
     arguments share these tensors: do not write into them.
     """
 
-    name: str
     train_x: Tensor
     train_y: Tensor
     val_x: Tensor
@@ -142,8 +141,8 @@ def load(
     random order.  CIFAR-10 takes 0.74 GB on the device, MNIST 0.22 GB.  The last two data sets
     loaded are kept, so that a process that trains many runs reads and checks the files once.
 
-    Raises ValueError for an unknown name or impossible sizes, DataError for missing files (after
-    trying to download them) and for damaged ones.
+    Raises ValueError for an unknown name, DataError for missing files (after trying to download
+    them) and for damaged ones.
     """
     if dataset not in _SOURCES:
         raise ValueError(unknown("data set", dataset, _SOURCES))
@@ -156,13 +155,7 @@ def _load(
 ) -> Dataset:
     source = _SOURCES[name]
     train_x, train_y, test_x, test_y = _raw(source, root)
-    total = len(train_x)
-    n = total - round(val_fraction * total) if 0 <= val_fraction < 1 else -1
-    if not 0 <= train_subset <= n:
-        raise ValueError(
-            f"val_fraction is {val_fraction}, but must be in [0, 1), and train_subset is "
-            f"{train_subset}, but must be between 0 (all) and the training images left"
-        )
+    n = len(train_x) - round(val_fraction * len(train_x))
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (source.mean, source.std))
 
     def images(pixels: np.ndarray) -> Tensor:
@@ -174,9 +167,8 @@ def _load(
         return torch.from_numpy(values).to(device, torch.int64)
 
     return Dataset(
-        name=name,
-        train_x=images(train_x[: train_subset or n]),
-        train_y=labels(train_y[: train_subset or n]),
+        train_x=images(train_x[:n][: train_subset or None]),
+        train_y=labels(train_y[:n][: train_subset or None]),
         val_x=images(train_x[n:]),
         val_y=labels(train_y[n:]),
         test_x=images(test_x),

@@ -190,7 +190,6 @@ def _shapes_only(train: Tensor, test: Tensor, batch: int) -> Dataset:
     train_x, test_x = (torch.empty(len(y), *IMAGENET_SHAPE, device="meta") for y in (train, test))
     whole = len(train) - len(train) % batch
     return Dataset(
-        name="imagenet",
         train_x=train_x[:whole],
         train_y=train[:whole],
         val_x=test_x,

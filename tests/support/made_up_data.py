@@ -20,7 +20,6 @@ def cifar(train: int, other: int = 20) -> Dataset:
 
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = part(train), part(other), part(other)
     return Dataset(
-        name="cifar10",
         train_x=train_x,
         train_y=train_y,
         val_x=val_x,
