@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lib.train import Measure, TrainingLoop
 
 Rows = list[dict[str, Any]]
+Line = tuple[str, str, int, float]  # layer, quantity, position, value
 
 # The bins of the paper's histograms: 49 between 0.09 and 0.51.
 BIN_EDGES = np.linspace(0.09, 0.51, 50)
@@ -33,8 +35,7 @@ SAMPLES_PER_SEGMENT = 20  # mini-batches looked at; the official code looks at a
 ESTIMATES = ("dense_s", "channel_sparse_s", "full_sparse_s")
 
 
-def _rows(loop: TrainingLoop, measure: str, lines: Iterable[tuple[str, str, int, float]]) -> Rows:
-    """Rows of (layer, quantity, position, value)."""
+def _rows(loop: TrainingLoop, measure: str, lines: Iterable[Line]) -> Rows:
     names = ("run_id", "measure", "layer", "quantity", "position", "value")
     return [dict(zip(names, (loop.run.run_id, measure, *line), strict=True)) for line in lines]
 
@@ -56,14 +57,12 @@ def observe_features(loop: TrainingLoop) -> Callable[[], Rows]:
 
     def rows() -> Rows:
         batches = loop.training_batches(_BATCH)
-        lines: list[tuple[str, str, int, float]] = []
+        lines: list[Line] = []
         for layer, total in class_contributions(loop.model, batches, loop.data.num_classes).items():
             values = class_specialisation(total.cpu().numpy())
             numbers = {"channels": len(total), "kept": len(values), "sum": values.sum()}
-            numbers |= {
-                "sum_of_squares": (values**2).sum(),
-                "above": (values > BIN_EDGES[-1]).sum(),
-            }
+            numbers["sum_of_squares"] = (values**2).sum()
+            numbers["above"] = (values > BIN_EDGES[-1]).sum()
             counts, _ = np.histogram(values, BIN_EDGES)
             lines += [(layer, name, 0, float(value)) for name, value in numbers.items()]
             lines += [(layer, "histogram", i, float(n)) for i, n in enumerate(counts) if n]
@@ -80,37 +79,26 @@ def class_contributions(
     the images of the class and over space.
 
     `batches` yields images [N, ...] and labels [N] on the model's device.  The model is run in
-    evaluation mode and left in the mode it had.  A ReLU module used twice in one forward pass
-    raises ValueError: its layers could not be told apart.
+    evaluation mode and left in it.
     """
     found: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}  # of the batch: [N, C]
 
     def note(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.dim() != 4:
-            return
-        if name in seen:
-            raise ValueError(f"{name} is used twice in one forward pass: give each its own")
-        seen[name] = output.abs().sum(dim=(2, 3), dtype=torch.float64)
+        if output.dim() == 4:
+            maps = output.abs().sum(dim=(2, 3), dtype=torch.float64)  # [N, C]
+            total = found.setdefault(name, maps.new_zeros(num_classes, maps.shape[1]))
+            total.index_add_(0, labels, maps)
 
     handles = [
         module.register_forward_hook(functools.partial(note, name))
         for name, module in model.named_modules()
         if isinstance(module, nn.ReLU)
     ]
-    was_training = model.training
     model.eval()
-    try:
-        for images, labels in batches:
-            seen.clear()
-            model(images)
-            for name, maps in seen.items():
-                total = found.setdefault(name, maps.new_zeros(num_classes, maps.shape[1]))
-                total.index_add_(0, labels, maps)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    for images, labels in batches:  # noqa: B007  `note` reads the labels
+        model(images)
+    for handle in handles:
+        handle.remove()
     return {name: total.T for name, total in found.items()}
 
 
@@ -150,7 +138,7 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
     """
     if loop.run.precision == "bf16":  # its kernels keep the weights to themselves
         loop.engine = TorchEngine(loop.task)
-    length = max(1, -(-loop.schedule.total_steps // SEGMENTS))
+    length = math.ceil(loop.schedule.total_steps / SEGMENTS)
     stride = max(1, length // SAMPLES_PER_SEGMENT)
     convolutions = {n: m for n, m in loop.model.named_modules() if isinstance(m, nn.Conv2d)}
     batch, devices = loop.task.batch, [loop.device] if loop.device.type == "cuda" else []
@@ -183,7 +171,7 @@ def observe_speedups(loop: TrainingLoop) -> Callable[[], Rows]:
     loop.task.batch = observed
 
     def rows() -> Rows:
-        lines: list[tuple[str, str, int, float]] = []
+        lines: list[Line] = []
         for key, (count, *sums) in loop.state.observed.items():
             segment, name = key.split(" ", 1)
             means = zip(ESTIMATES, sums, strict=True)
