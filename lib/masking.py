@@ -175,7 +175,7 @@ class Masking:
         options: Mapping[str, float] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        checks.arguments(density, total_steps, generator, options or {})
+        checks.arguments(density, total_steps, options or {})
         checks.known("schedule", schedule, SCHEDULES)
         checks.known("init", init, INITS)
         named, dense = method_of(method), method in UNMASKED
@@ -185,7 +185,7 @@ class Masking:
             raise ValueError("method 'snip' needs masks=lib.methods.masks.snip_masks(...)")
         self.model, self.optimizer, self.keep_dense = model, optimizer, keep_dense
         self.generator = shared_stream(generator)
-        self.method, self.target_density = method, density
+        self.method = method
         self.prune = PRUNE[prune or named.prune]
         self.redistribution = REDISTRIBUTION[redistribution or named.redistribution]
         self.growth = GROWTH[growth or named.growth]
@@ -205,7 +205,7 @@ class Masking:
         self._masks, self._bits = Masks(self.parameters), dict[str, Any]()
         if masks is None:
             if density < 1 and (why := checks.signs_of_training(self)):
-                self._watch.warn(
+                checks.warn(
                     f"the weights look trained ({why}), and random masks zero them: keep zeros by "
                     "Masking.from_weights, or continue a run by load_state_dict"
                 )
@@ -377,15 +377,11 @@ class Masking:
         for what, own in self._identity().items():
             if state[what] != own:
                 raise ValueError(f"the saved state has {what} {state[what]}, this Masking {own}")
-        if type(steps := state["steps"]) is not int or steps < 0:
-            raise ValueError(f"the saved state has steps={steps!r}")
-        if not isinstance(state["rule_state"], Mapping):
-            raise ValueError(f"the saved state has rule_state={state['rule_state']!r}")
         self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
-        self.steps, self.rule_state = steps, copy.deepcopy(dict(state["rule_state"]))
-        self._watch.restart(steps)
+        self.steps, self.rule_state = state["steps"], copy.deepcopy(state["rule_state"])
+        self._watch.updated_at = 0 if self.steps else -1  # it may have been updated before
         self.apply()
 
     def _identity(self) -> dict[str, Any]:
@@ -408,12 +404,10 @@ class Masking:
 
         Of `model`, if given: a copy of the network, such as torch's AveragedModel (EMA, SWA).
         """
-        if model is None:
-            parts.clear_by_bits(self.parameters, self._masks, self._bits)
-            return
-        for name, parameter in unwrapped(model).named_parameters():
-            if (mask := self._masks.get(name)) is not None:
-                clear_outside(parameter, mask.to(parameter.device))
+        parameters, bits = self.parameters, self._bits
+        if model is not None:
+            parameters, bits = dict(unwrapped(model).named_parameters()), {}
+        parts.clear_by_bits(parameters, self._masks, bits)
 
     def _measure_importance(self, layers: Sequence[Layer]) -> None:
         shares = [float(self.redistribution.function(layer)) for layer in layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,22 +20,20 @@ from lib.methods.parts import DivergenceError, Layer, Rule
 if TYPE_CHECKING:
     from lib.masking import Masking
 
+warn = functools.partial(warnings.warn, stacklevel=2)  # Python shows a sentence once
+
 # ---- when a Masking is made -------------------------------------------------------------------
 
 OPTIONS = {"l1", "temperature", "feedback", "grow_anywhere", "keep_regrown", "reset_momentum"}
 OPTIONS |= {"anneal_every_steps"}
 
 
-def arguments(
-    density: float, total_steps: int | None, generator: Any, options: Mapping[str, float]
-) -> None:
+def arguments(density: float, total_steps: int | None, options: Mapping[str, float]) -> None:
     """The numbers that a `Masking` is made of."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}")
     if total_steps is not None and not total_steps > 0:
         raise ValueError(f"total_steps must be the optimizer's steps in all, got {total_steps}")
-    if not isinstance(generator, torch.Generator | None):
-        raise ValueError(f"generator must be a torch.Generator, got {generator!r}")
     for option, value in options.items():
         known("option", option, OPTIONS)
         if not math.isfinite(value):
@@ -116,7 +115,6 @@ class Watch:
     """What a `Masking` remembers from call to call to notice what goes wrong between them."""
 
     def __init__(self, masking: Masking) -> None:
-        self._warned: set[str] = set()
         self._mark = object()  # of this Masking, on its parameters
         self._model = unwrapped(masking.model)
         for parameter in masking.parameters.values():
@@ -124,23 +122,13 @@ class Watch:
         self._parameters, self.trained = masking.parameters, set[str]()  # since the last update
         self._moved = self._counted = 0  # steps of the optimizer
         masking.optimizer.register_step_post_hook(self.stepped)
-        self.restart(0)
-
-    def restart(self, steps: int) -> None:
-        """From a state after so many steps."""
-        self._updated_at, self._never_updated = -1, steps == 0
+        self.updated_at = -1  # number of steps at the last update
 
     def stepped(self, optimizer: Any, args: Any, keywords: Any) -> None:
         """After its steps; those that a GradScaler has a fused optimizer skip don't count."""
         if not getattr(optimizer, "found_inf", None):
             self._moved += 1
             self.trained |= {n for n, p in self._parameters.items() if p.grad is not None}
-
-    def warn(self, sentence: str) -> None:
-        """Once for each sentence."""
-        if sentence not in self._warned:
-            self._warned.add(sentence)
-            warnings.warn(sentence, UserWarning, stacklevel=3)
 
     def step(self, masking: Masking) -> None:
         """Before every step and update: the parameters are the model's, and no other Masking's."""
@@ -164,8 +152,8 @@ class Watch:
 
     def ended(self, masking: Masking) -> None:
         """At the last step of the schedule."""
-        if self._never_updated and masking.prune.name != "none":
-            self.warn("all total_steps were made without one update(): the masks never moved")
+        if self.updated_at < 0 and masking.prune.name != "none":
+            warn("all total_steps were made without one update(): the masks never moved")
 
     def survey(self, masking: Masking) -> tuple[list[Layer], list[Layer]]:
         """What rules may read, of all layers and of those that take part in the update; inactive
@@ -202,7 +190,7 @@ class Watch:
             with contextlib.suppress(ValueError):  # none, and no rule needs it
                 layer.momentum_share = layer.mean_momentum
             if needs and layer.active < layer.numel:
-                old = self._updated_at == masking.steps
+                old = self.updated_at == masking.steps
                 if old or not getattr(layer, needs)[~layer.mask].any():
                     silent.append(layer)
         total = sum(layer.momentum_share for layer in free)
@@ -211,26 +199,24 @@ class Watch:
         if infinite or silent:
             names = ", ".join(layer.name for layer in silent)
             why = infinite or f"the {needs} of all inactive weights is zero or old in {names}"
-            self.warn(f"{why}: nothing tells what to grow, the masks stay until the next update")
+            warn(f"{why}: nothing tells what to grow, the masks stay until the next update")
         return layers, [] if infinite else [layer for layer in free if layer not in silent]
 
     def update(self, masking: Masking, rate: float) -> None:
         """Before an update at the schedule's `rate`."""
         end = masking.total_steps
-        if masking.steps == self._updated_at:
-            self.warn(
+        if masking.steps == self.updated_at:
+            warn(
                 "update() without a step since the last one: call masking.step() after every "
                 "optimizer.step() of the optimizer that Masking holds"
             )
         if rate == 0 and end is not None and masking.steps > end:
-            self.warn(
+            warn(
                 f"the masks no longer move, the schedule ended at total_steps={end}: let these be "
                 "the optimizer steps of the whole training"
             )
         now = maskable_parameters(masking.model, masking.keep_dense)
         if masking.parameters and (new := now.keys() - masking.parameters.keys()):
             names = ", ".join(sorted(new))
-            self.warn(
-                f"{names} can be masked now: make a new Masking (from_weights), or it is dense"
-            )
-        self._updated_at, self._never_updated, self.trained = masking.steps, False, set()
+            warn(f"{names} can be masked now: make a new Masking (from_weights), or it is dense")
+        self.updated_at, self.trained = masking.steps, set()

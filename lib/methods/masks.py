@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -130,29 +131,20 @@ def shared_stream(generator: Stream) -> Stream:
     return generator
 
 
-class Masks(Mapping[str, Tensor]):
+class Masks(UserDict[str, Tensor]):
     """Parameter name -> bool mask. One is assigned by `masks[name] = mask`, checked for its name,
     shape and type; a name may also be that of the parameter in a wrapped model.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
         self._parameters = parameters
-        self._masks: dict[str, Tensor] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._masks[self._own_name(name)]
+    def __missing__(self, name: str) -> Tensor:
+        return self.data[self._own_name(name)]
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        self._masks |= self._checked(name, mask)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
-
-    def __repr__(self) -> str:
-        return repr(self._masks)
+        self.data |= self._checked(name, mask)
 
     def assign(self, masks: Mapping[str, Tensor]) -> None:
         """All masks at once, or none where one doesn't fit."""
@@ -161,7 +153,7 @@ class Masks(Mapping[str, Tensor]):
             given |= self._checked(name, mask)
         if missing := self._parameters.keys() - given.keys():
             raise ValueError(f"masks are missing for {', '.join(sorted(missing))}")
-        self._masks = {name: given[name] for name in self._parameters}
+        self.data = {name: given[name] for name in self._parameters}
 
     def _own_name(self, name: str) -> str:
         plain = name.replace("_orig_mod.", "")
