@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -49,17 +49,22 @@ _RULES = ("prune", "redistribution", "growth")
 
 def method_of(name: str) -> Method:
     """The registered method; ValueError with the close matches otherwise."""
-    if name not in METHODS:
-        raise ValueError(unknown("method", name, METHODS))
+    known("method", name, METHODS)
     return METHODS[name]
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+def unknown(kind: str, name: object, names: Iterable[str]) -> str:
     """The sentence for a name that isn't registered, with the close matches first."""
-    names = sorted(known)
+    names = sorted(names)
     close = difflib.get_close_matches(str(name), names)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}"
+
+
+def known(kind: str, name: object, names: Collection[str]) -> None:
+    """ValueError with that sentence unless it is one of the names."""
+    if name not in names:
+        raise ValueError(unknown(kind, name, names))
 
 
 # What values a number may have: never infinite, never NaN; 2**63 is where a column of 64 bits ends.
@@ -158,8 +163,7 @@ class Run:
 
         The last images of the training set are held out to validate; ImageNet has others for that.
         """
-        if self.dataset not in IMAGES:
-            raise ValueError(unknown("data set", self.dataset, IMAGES))
+        known("data set", self.dataset, IMAGES)
         total, test = IMAGES[self.dataset]
         held_out = round(self.val_fraction * total)
         train = total if self.dataset == "imagenet" else total - held_out
@@ -200,8 +204,8 @@ class Run:
         """
         if "method_version" in changes:
             raise ValueError("method_version can't be set: it is the version of the method's code")
-        for name in changes.keys() - _FIELDS.keys():
-            raise ValueError(unknown("field of a run", name, _FIELDS))
+        for name in changes:
+            known("field of a run", name, _FIELDS)
         if changes.get("method", self.method) != self.method:
             for name in _RULES:
                 if getattr(self, name) == getattr(METHODS[self.method], name):
@@ -226,8 +230,7 @@ def parse_pair(text: str) -> tuple[str, str]:
 def parse_field(text: str) -> tuple[str, Any]:
     """A field and its value, from the command line: "epochs=15" -> ("epochs", 15)."""
     name, words = parse_pair(text)
-    if name not in _FIELDS:
-        raise ValueError(unknown("field of a run", name, _FIELDS))
+    known("field of a run", name, _FIELDS)
     kind: type = type(_FIELDS[name].default)
     value: Any = words
     if kind is tuple:

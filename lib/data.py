@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lib import paths
-from lib.config import unknown
+from lib.config import known
 
 # A machine without internet may drop packets in silence; then a download ends after this time.
 _DOWNLOAD_TIMEOUT_S = 30.0
@@ -144,8 +144,7 @@ def load(
     Raises ValueError for an unknown name, DataError for missing files (after trying to download
     them) and for damaged ones.
     """
-    if dataset not in _SOURCES:
-        raise ValueError(unknown("data set", dataset, _SOURCES))
+    known("data set", dataset, _SOURCES)
     return _load(dataset, paths.data_root(), torch.device(device), val_fraction, train_subset)
 
 

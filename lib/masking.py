@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from lib.config import UNMASKED, method_of
+from lib.config import UNMASKED, known, method_of
 from lib.methods import checks, parts
 from lib.methods.masks import (
     INITS,
@@ -176,8 +176,8 @@ class Masking:
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         checks.arguments(density, total_steps, options or {})
-        checks.known("schedule", schedule, SCHEDULES)
-        checks.known("init", init, INITS)
+        known("schedule", schedule, SCHEDULES)
+        known("init", init, INITS)
         named, dense = method_of(method), method in UNMASKED
         if dense and density != 1:
             raise ValueError(f"method {method!r} has density 1, got {density}")

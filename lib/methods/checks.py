@@ -6,14 +6,14 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lib.config import unknown
+from lib.config import known
 from lib.methods.masks import maskable_parameters, unwrapped
 from lib.methods.parts import DivergenceError, Layer, Rule
 
@@ -38,12 +38,6 @@ def arguments(density: float, total_steps: int | None, options: Mapping[str, flo
         known("option", option, OPTIONS)
         if not math.isfinite(value):
             raise ValueError(f"option {option} must be finite, got {value}")
-
-
-def known(kind: str, name: str, names: Iterable[str]) -> None:
-    """One of the names."""
-    if name not in names:
-        raise ValueError(unknown(kind, name, names))
 
 
 def share(name: str, value: float) -> float:

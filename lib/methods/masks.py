@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lib.config import unknown
+from lib.config import known, unknown
 from lib.methods.parts import DivergenceError, Stream, drawn, pick, quotas, whole
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -162,8 +162,7 @@ class Masks(UserDict[str, Tensor]):
 
     def _checked(self, name: str, mask: Tensor) -> dict[str, Tensor]:
         name = self._own_name(name)
-        if name not in self._parameters:
-            raise ValueError(unknown("masked parameter", name, self._parameters))
+        known("masked parameter", name, self._parameters)
         weight = self._parameters[name]
         shape = tuple(weight.shape)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
