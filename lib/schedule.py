@@ -19,14 +19,11 @@ from functools import cached_property
 from lib.config import Run
 
 
-def dense_window(momentum: float, tolerance: float = 1e-7) -> int:
-    """Steps K before an update in which inactive weights need gradients: momentum^K <= tolerance.
-
-    153 at 0.9 and 1e-7; at least 1. `momentum` is in [0, 1), `tolerance` in (0, 1).
+def dense_window(momentum: float) -> int:
+    """Steps K before an update in which inactive weights need gradients: momentum^K <= 1e-7, 153
+    at 0.9; at least 1. `momentum` is in [0, 1).
     """
-    if momentum == 0:
-        return 1
-    return max(1, math.ceil(math.log(tolerance) / math.log(momentum)))
+    return math.ceil(math.log(1e-7) / math.log(momentum)) if momentum > 0 else 1
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def test_steps_count_down_to_each_update_but_none_after_the_last(every):
 
 def test_dense_window():
     assert (dense_window(0.9), dense_window(0.0)) == (153, 1)
-    assert 0.7 ** dense_window(0.7, 1e-3) <= 1e-3 < 0.7 ** (dense_window(0.7, 1e-3) - 1)
+    assert 0.7 ** dense_window(0.7) <= 1e-7 < 0.7 ** (dense_window(0.7) - 1)
     assert Schedule(Run(), 540).window == 153
     assert Schedule(Run(dense_window_steps=7), 540).window == 7
 

@@ -1,11 +1,6 @@
-"""The rules of other methods, and variants of sparse momentum's own.
-
-SET (Mocanu et al. 2018) prunes the smallest weights of each layer and grows in it at random; as the
-code of DSR's authors trains it (PAPER.md 12c) one weight more goes, and what was pruned just now
-does not come back. DSR (Mostafa and Wang 2019) has one global threshold that adapts, and layers
-grow by what they have left; as its authors train it, at a constant rate. RigL (Evci et al. 2020)
-grows where the last mini-batch's gradient is largest. DeepR (Bellec et al. 2018) fixes signs and
-re-wires a weight that crosses zero at once.
+"""The rules of SET (Mocanu et al. 2018), also as the code of DSR's authors trains it (PAPER.md 12c),
+of DSR (Mostafa and Wang 2019), RigL (Evci et al. 2020) and DeepR (Bellec et al. 2018), and variants
+of sparse momentum's own.
 
 The variants are where the official code (commit e19ff16, in core.py and funcs.py) or the paper's
 words leave room for another algorithm than that of `lib/masking.py`. None is on by default; each is
