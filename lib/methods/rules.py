@@ -232,26 +232,23 @@ def deepr_step(masking: Masking) -> None:
     """
     shrinkage, noise = deepr_rates(masking)
     generator = masking.generator
-    died = 0
-    alive = {}  # the active places of each layer, in row-major order whatever its memory layout
-    for name in [name for name, p in masking.parameters.items() if p.requires_grad]:
+    died, names = 0, [name for name, p in masking.parameters.items() if p.requires_grad]
+    for name in names:
         mask, weight = masking.masks[name], masking.parameters[name].data
         signs = signs_of(masking.rule_state, name, weight, generator)
-        places = mask.reshape(-1).nonzero().squeeze(1)
-        index = torch.unravel_index(places, mask.shape)
+        index = mask.nonzero(as_tuple=True)
         sign = signs[index].to(weight.dtype)
         moved = weight[index] - shrinkage * sign
         if noise > 0:
-            random = drawn(torch.randn, len(places), by=generator, device=weight.device)
+            random = drawn(torch.randn, len(moved), by=generator, device=weight.device)
             moved += noise * random.to(weight.dtype)
         dead = moved * sign < 0
         weight[index] = moved.masked_fill(dead, 0.0)
         if gone := int(dead.sum()):
             masking.masks[name] = mask.index_put(index, ~dead)  # whoever assigned it keeps it
             died += gone
-        alive[name] = places[~dead]
     if died:
-        _wake(masking, died, alive)
+        _wake(masking, died, names)
 
 
 def deepr_rates(masking: Masking) -> tuple[float, float]:
@@ -261,29 +258,21 @@ def deepr_rates(masking: Masking) -> tuple[float, float]:
     return lr * l1, math.sqrt(2 * lr * masking.options.get("temperature", lr * l1**2 / 18))
 
 
-def _wake(masking: Masking, count: int, alive: Mapping[str, Tensor]) -> None:
+def _wake(masking: Masking, count: int, names: Sequence[str]) -> None:
     """Activate `count` dormant connections, uniform without replacement over these layers."""
-    starts, end = {}, 0  # of the layers, one behind the other
-    for name in alive:
-        starts[name] = end
-        end += masking.masks[name].numel()
-    active = torch.cat([places + starts[name] for name, places in alive.items()])
-    chosen = some_of(end - active.numel(), count, masking.generator, active.device)
-    # The dormant position number r lies behind the active ones that have r or fewer before them.
-    before = active - torch.arange(active.numel(), device=active.device)
-    position = chosen + torch.searchsorted(before, chosen, right=True)
-    for name, start in starts.items():
+    dormant = torch.cat([~masking.masks[name].reshape(-1) for name in names])
+    places = dormant.nonzero().squeeze(1)
+    chosen = places[some_of(len(places), count, masking.generator, places.device)]
+    woken = torch.zeros_like(dormant).index_fill_(0, chosen, True)
+    sizes = [masking.masks[name].numel() for name in names]
+    for name, part in zip(names, woken.split(sizes), strict=True):
         mask, parameter = masking.masks[name], masking.parameters[name]
-        here = position[(position >= start) & (position < start + mask.numel())] - start
-        if not here.numel():
-            continue
-        index = torch.unravel_index(here, mask.shape)
-        masking.masks[name] = mask.index_put(index, torch.ones_like(here, dtype=torch.bool))
-        parameter.data[index] = 0.0
+        here = part.view(mask.shape)
+        masking.masks[name] = mask | here
         state = masking.optimizer.state.get(parameter, {})
-        for key in ("momentum_buffer", "exp_avg"):
-            if state.get(key) is not None:
-                state[key][index] = 0.0
+        for values in (parameter.data, state.get("momentum_buffer"), state.get("exp_avg")):
+            if values is not None:
+                values.masked_fill_(here, 0.0)
 
 
 def some_of(total: int, count: int, generator: Stream, device: torch.device) -> Tensor:
