@@ -10,7 +10,6 @@ import io
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lib import data as datasets
 from lib.checkpoint import CheckpointError
 from lib.config import Run
 from lib.train import Interrupted, TrainingLoop, train
+from tests.support import made_up_data
 
 RUN = Run(epochs=1, train_samples=600, kernels="torch")
 HEAD = b"sparse-momentum checkpoint 2\n"
@@ -29,9 +29,7 @@ HEAD = b"sparse-momentum checkpoint 2\n"
 
 @pytest.fixture(scope="module")
 def mnist() -> datasets.Dataset:
-    whole = datasets.load("mnist", train_subset=RUN.train_samples)
-    parts = {name: getattr(whole, name)[:100] for name in ("val_x", "val_y", "test_x", "test_y")}
-    return replace(whole, **parts)
+    return made_up_data.mnist(RUN.train_samples, 100)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from lib.models import (
     maskable_weights,
     small_dense_scale,
 )
+from tests.support.masked import seeded
 
 MASKABLE = {
     "lenet300-100": 266_200,
@@ -35,10 +36,6 @@ MASKABLE = {
     "mlp-100x1": 784 * 100 + 1_000,
     "mlpbn-37x8": 784 * 37 + 7 * 37**2 + 370,
 }
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

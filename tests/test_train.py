@@ -21,6 +21,7 @@ from lib.runs import single
 from lib.schedule import Schedule, dense_window
 from lib.start import stream
 from lib.train import Interrupted, TrainingLoop, train
+from tests.support import made_up_data
 from tests.support.made_up_data import cifar
 from tests.support.masked import SPARSE
 
@@ -29,10 +30,7 @@ SMALL = Run(epochs=2, train_samples=2000, lr_decay_every_steps=30)
 
 @pytest.fixture(scope="module")
 def mnist() -> datasets.Dataset:
-    """The first 2,000 training images, 500 for validation and 500 for the test."""
-    whole = datasets.load("mnist", train_subset=2000)
-    parts = {name: getattr(whole, name)[:500] for name in ("val_x", "val_y", "test_x", "test_y")}
-    return replace(whole, **parts)
+    return made_up_data.mnist(2000)
 
 
 @pytest.fixture(scope="module")

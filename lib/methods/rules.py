@@ -1,6 +1,6 @@
-"""The rules of SET (Mocanu et al. 2018), also as the code of DSR's authors trains it (PAPER.md 12c),
-of DSR (Mostafa and Wang 2019), RigL (Evci et al. 2020) and DeepR (Bellec et al. 2018), and variants
-of sparse momentum's own.
+"""The rules of SET (Mocanu et al. 2018; also as DSR's authors have it, PAPER.md 12c), DSR (Mostafa
+and Wang 2019), RigL (Evci et al. 2020) and DeepR (Bellec et al. 2018), and variants of sparse
+momentum's own.
 
 The variants are where the official code (commit e19ff16, in core.py and funcs.py) or the paper's
 words leave room for another algorithm than that of `lib/masking.py`. None is on by default; each is

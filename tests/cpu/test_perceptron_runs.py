@@ -14,21 +14,15 @@ from lib.cpu import library
 from lib.cpu.perceptron import PerceptronEngine
 from lib.masking import DivergenceError
 from lib.train import Interrupted, TrainingLoop
+from tests.support import made_up_data
 
 pytestmark = pytest.mark.skipif(library.compiler() is None, reason="no C++ compiler")
 METHODS = ["sparse_momentum", "set", "rigl", "deepr", "dsr", "dense", "static", "snip"]
 
 
-def shortened(train_subset: int) -> datasets.Dataset:
-    """The first images, 500 for validation and 500 for the test."""
-    whole = datasets.load("mnist", train_subset=train_subset)
-    parts = {name: getattr(whole, name)[:500] for name in ("val_x", "val_y", "test_x", "test_y")}
-    return replace(whole, **parts)
-
-
 @pytest.fixture(scope="module")
 def mnist() -> datasets.Dataset:
-    return shortened(2000)
+    return made_up_data.mnist(2000)
 
 
 def momentum(loop: TrainingLoop, name: str) -> Tensor:
@@ -98,7 +92,7 @@ def test_deepr_above_the_density_of_sparse_layers(mnist: datasets.Dataset) -> No
 
 def test_the_window_gives_the_masks_of_full_tracking() -> None:
     """Gradients of inactive weights in the last 153 of 180 steps, in all of them, in the last 5."""
-    data = shortened(9000)
+    data = made_up_data.mnist(9000)
     run = Run(train_samples=9000, batch_size=50, epochs=4)
 
     def masks(window: int) -> list[Tensor]:

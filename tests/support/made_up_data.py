@@ -1,14 +1,25 @@
-"""A made-up CIFAR-10 that is ready at once and can be learnt: the class is the brightest stripe."""
+"""Small data sets: a part of MNIST, and a made-up CIFAR-10 that is ready at once."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from lib.data import Dataset, crop_and_flip
+from lib.data import Dataset, crop_and_flip, load
+
+
+def mnist(train: int, other: int = 500) -> Dataset:
+    """The first training images, and so many for validation and for the test."""
+    whole = load("mnist", train_subset=train)
+    names = ("val_x", "val_y", "test_x", "test_y")
+    return replace(whole, **{name: getattr(whole, name)[:other] for name in names})
 
 
 def cifar(train: int, other: int = 20) -> Dataset:
-    """`train` training images, `other` for validation and as many for the test."""
+    """`train` images that can be learnt, `other` for validation and as many for the test: the
+    class is the brightest stripe.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def part(count: int) -> tuple[torch.Tensor, torch.Tensor]:
