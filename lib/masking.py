@@ -73,10 +73,8 @@ def redistribute_momentum(layer: Layer) -> float:
 
 
 def share_out(layers: Sequence[Layer], state: dict[str, Any]) -> list[int]:
-    """How many weights each layer grows: as many as were pruned in all, by the layers' shares.
-
-    As in pruning, the fraction of a weight that a layer's quota leaves over is carried to the next
-    update: a small layer whose share is below one weight grows one every few updates.
+    """How many weights each layer grows: as many as were pruned in all, by the layers' shares;
+    fractions of a weight are carried to the next update here too.
     """
     total = sum(layer.pruned for layer in layers)
     capacity = [layer.room for layer in layers]

@@ -5,10 +5,6 @@ All forwards return logits. The networks are those of the official code (e19ff16
 Every weight a method may mask is a parameter with more than one dimension; biases and batch-norm
 are not (paper, section 3).
 
-Three families are parametric: `mlp-<width>x<hidden layers>` on MNIST (`mlp-100x3`), the same
-with batch norm (`mlpbn-100x3`), and `wrn-<depth>-<width>` on CIFAR-10, depth 6n + 4
-(`wrn-22-4`).
-
 Shapes are written [samples, channels, height, width] or [samples, features].
 """
 
@@ -284,6 +280,7 @@ MODELS: dict[str, ModelSpec] = {
     **{f"wrn-{d}-{w}": _wrn(d, w) for d, w in ((28, 2), (16, 8), (16, 10), (22, 8))},
     "resnet50": ModelSpec("imagenet", build_resnet50, "resnet"),
 }
+# On MNIST (mlp-100x3), there with batch norm (mlpbn-100x3), on CIFAR-10 (wrn-22-4).
 FAMILIES = ("mlp-<width>x<hidden layers>", "mlpbn-<width>x<hidden layers>", "wrn-<depth>-<width>")
 
 
@@ -339,7 +336,7 @@ def build_model(
 ) -> nn.Module:
     """Build and initialise a network on the CPU, in training mode.
 
-    `name` is a key of MODELS or a member of the families above.  `num_classes` and `dropout`
+    `name` is a key of MODELS or a member of the FAMILIES.  `num_classes` and `dropout`
     default to the paper's; only WRNs have dropout.  `width_scale` multiplies every hidden width
     (`small_dense_scale`).  A CPU `generator` makes the weights independent of the global random
     stream, which is then left untouched.  Raises ValueError for an unknown name, with the close

@@ -49,10 +49,7 @@ def optimizer_and_masks(
     run: Run, model: nn.Module, total_steps: int, masks: Mapping[str, Tensor] | None = None
 ) -> tuple[torch.optim.SGD, Masking]:
     """SGD over all parameters, and the masks of the method, applied; weights are scaled where
-    `init_scale` asks for it.
-
-    `masks`: those to start from, by parameter name. They can't be put in place of drawn ones
-    afterwards: the weights that those left out are zero.
+    `init_scale` asks for it. `masks`: by parameter name, in place of drawn ones.
     """
     optimizer = torch.optim.SGD(
         model.parameters(),

@@ -220,16 +220,14 @@ def clear_by_bits(
 
 # ---- whole numbers ---------------------------------------------------------------------------
 
-# What rounding leaves over is carried to the next update, so that over time every layer follows its
-# quota. Rounding up in each update, as the official code does, drains small layers at small prune
-# rates (PAPER.md 12f).
-
 
 def carried(
     quota: Mapping[str, float], state: dict[str, Any], rounded: Callable[[list[float]], list[int]]
 ) -> list[int]:
-    """The quotas, each with what earlier updates left over of it in `state`, rounded; a cap that
-    kept more from being taken leaves one weight over at most.
+    """The quotas, each with what earlier updates left over of it in `state`, rounded, so that over
+    time every layer follows its quota; a cap that kept more from being taken leaves one weight over
+    at most. Rounding up in each update, as the official code does, drains small layers at small
+    prune rates (PAPER.md 12f).
     """
     wanted = [round(q + state.get(key, 0.0), 9) for key, q in quota.items()]  # 1 - 0.9 is no tenth
     numbers = rounded(wanted)

@@ -9,12 +9,10 @@ The options:
 
 - `anneal_every_steps`: the prune rate falls once per so many mini-batches, after the update (in the
   pseudo-code once per epoch);
-- `feedback`: with prune "magnitude_up" the official code's arithmetic, which rounds up what a layer
-  loses and what it regrows, and steers the number of weights back instead of keeping it;
-- `reset_momentum`: after an update inactive weights get the signed mean of their layer's active
-  momentum (official code of 9 July 2019, commit 19dcdff);
+- `feedback`: `share_out_by_feedback`, with prune "magnitude_up" the official code's arithmetic;
+- `reset_momentum`, after an update (official code of 9 July 2019, commit 19dcdff);
 - `keep_regrown`: a weight pruned and regrown in one update keeps its value;
-- `grow_anywhere`: too few inactive weights with a momentum, and active ones are chosen again.
+- `grow_anywhere`: `choose_anywhere`.
 """
 
 from __future__ import annotations
