@@ -77,7 +77,6 @@ class Dataset:
     val_y: Tensor
     test_x: Tensor
     test_y: Tensor
-    num_classes: int
     sha256: str
     """Of the raw bytes: training pixels, training labels, test pixels, test labels."""
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
@@ -169,7 +168,6 @@ def _load(
         val_y=labels(train_y[n:]),
         test_x=images(test_x),
         test_y=labels(test_y),
-        num_classes=10,
         sha256=source.sha256,
         augment=source.augment,
     )

@@ -56,9 +56,9 @@ def observe_features(loop: TrainingLoop) -> Callable[[], Rows]:
     """
 
     def rows() -> Rows:
-        batches = loop.training_batches(_BATCH)
+        batches, classes = loop.training_batches(_BATCH), int(loop.data.train_y.max()) + 1
         lines: list[Line] = []
-        for layer, total in class_contributions(loop.model, batches, loop.data.num_classes).items():
+        for layer, total in class_contributions(loop.model, batches, classes).items():
             values = class_specialisation(total.cpu().numpy())
             numbers = {"channels": len(total), "kept": len(values), "sum": values.sum()}
             numbers["sum_of_squares"] = (values**2).sum()

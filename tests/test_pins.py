@@ -80,7 +80,7 @@ def images(run: Run) -> Dataset:
         return x, labels
 
     (train_x, train_y), (val_x, val_y), (test_x, test_y) = map(part, (run.train_samples, 100, 300))
-    return Dataset(train_x, train_y, val_x, val_y, test_x, test_y, num_classes=10, sha256="0" * 64)
+    return Dataset(train_x, train_y, val_x, val_y, test_x, test_y, sha256="0" * 64)
 
 
 def row(name: str, checkpoint: Path | None = None) -> dict[str, Any]:

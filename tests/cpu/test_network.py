@@ -138,7 +138,7 @@ def test_the_engine_takes_the_steps_of_torch(nesterov: bool) -> None:
     """Steps with and without the gradients of inactive weights, and masks that move."""
     torch.manual_seed(10)
     images, labels = torch.randn(180, 1, 28, 28), torch.arange(180) % 10
-    data = Dataset(*[images, labels] * 3, num_classes=10, sha256="0" * 64)
+    data = Dataset(*[images, labels] * 3, sha256="0" * 64)
     run = Run(model="lenet5", kernels="sparse", dense_window_steps=1)
     models = [build_model("lenet5")]
     models.append(copy.deepcopy(models[0]))

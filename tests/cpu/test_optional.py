@@ -20,7 +20,7 @@ from lib.data import Dataset
 from lib.train import train
 
 x, y = torch.randn(60, 1, 28, 28), torch.arange(60) % 10
-data = Dataset(x, y, x, y, x, y, num_classes=10, sha256="0" * 64)
+data = Dataset(x, y, x, y, x, y, sha256="0" * 64)
 for model in ("lenet300-100", "lenet5"):
     run = Run(model=model, epochs=1, batch_size=20, train_samples=60, kernels="sparse")
     assert train(run, data).kernels == "torch", model

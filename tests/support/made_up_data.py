@@ -37,7 +37,6 @@ def cifar(train: int, other: int = 20) -> Dataset:
         val_y=val_y,
         test_x=test_x,
         test_y=test_y,
-        num_classes=10,
         sha256="0" * 64,
         augment=crop_and_flip,
     )

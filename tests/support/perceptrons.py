@@ -38,7 +38,7 @@ class Setup:
 
     def engine(self, sparse_below: float = SPARSE_BELOW) -> PerceptronEngine:
         part = self.images, self.labels
-        data = Dataset(*part, *part, *part, num_classes=10, sha256="0" * 64)
+        data = Dataset(*part, *part, *part, sha256="0" * 64)
         rewires = self.masking.method == "deepr"
         run = Run(method="deepr", density=0.2) if rewires else Run(method="dense")
         task = Task(
