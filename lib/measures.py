@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.engine import TorchEngine
+from lib.start import stream
 
 if TYPE_CHECKING:
     from lib.train import Measure, TrainingLoop
@@ -56,7 +57,9 @@ def observe_features(loop: TrainingLoop) -> Callable[[], Rows]:
     """
 
     def rows() -> Rows:
-        batches, classes = loop.training_batches(_BATCH), int(loop.data.train_y.max()) + 1
+        loop.augment_stream = stream(loop.run, "measure", device=loop.device)  # the run has ended
+        indices = torch.arange(len(loop.data.train_y), device=loop.device).split(_BATCH)
+        batches, classes = map(loop.batch, indices), int(loop.data.train_y.max()) + 1
         lines: list[Line] = []
         for layer, total in class_contributions(loop.model, batches, classes).items():
             values = class_specialisation(total.cpu().numpy())

@@ -157,7 +157,7 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU(inplace=True)
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.shortcut: nn.Conv2d | None = None
         if stride != 1 or inputs != outputs:
@@ -169,9 +169,7 @@ class PreActBlock(nn.Module):
         if self.shortcut is not None:
             x = self.shortcut(out)  # [N, C', H/stride, W/stride]
         out = self.relu2(self.bn2(self.conv1(out)))  # [N, C', H/stride, W/stride]
-        if self.dropout is not None:
-            out = self.dropout(out)
-        return x + self.conv2(out)  # [N, C', H/stride, W/stride]
+        return x + self.conv2(self.dropout(out))  # [N, C', H/stride, W/stride]
 
 
 def build_wrn(depth: int, width: int, scale: float, num_classes: int, dropout: float) -> Network:

@@ -297,21 +297,13 @@ class TrainingLoop:
         generator = stream(self.run, "order", self.state.epoch)
         return torch.randperm(len(self.data.train_y), generator=generator).to(self.device)
 
-    def batch(self, index: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Training images [B, C, H, W], augmented, and labels [B]."""
         images = self.data.train_x.index_select(0, index)
         if self.run.augment and self.data.augment is not None:
-            images = self.data.augment(images, augment or self.augment_stream)
+            images = self.data.augment(images, self.augment_stream)
         images = images.contiguous(memory_format=self.format)
         return images, self.data.train_y.index_select(0, index)
-
-    def training_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All training images once, in order, augmented as in training: images [B, C, H, W] and
-        labels [B], with at most `size` images; draws from a stream of its own.
-        """
-        augment = stream(self.run, "measure", device=self.device)
-        for index in torch.arange(len(self.data.train_y), device=self.device).split(size):
-            yield self.batch(index, augment)
 
     def error_pct(self, images: Tensor, labels: Tensor) -> float:
         """Share of wrong predictions in per cent: wrong images over all images, in eval mode."""

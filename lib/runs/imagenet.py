@@ -119,7 +119,7 @@ class ImageNetLoop(TrainingLoop):
         self.batches = self._read(self.train_files, parts.tolist(), self.state.epoch)
         return order
 
-    def batch(self, index: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of the next mini-batch."""
         images, labels = next(self.batches)
         images = images.to(self.device, non_blocking=True, memory_format=self.format)
