@@ -18,11 +18,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.cpu.bf16 import Layer, Lines, Norm, Op, Shape, available, call
-from lib.cpu.network import single
 from lib.engine import Engine, Task, momentum_buffer
 from lib.masking import LayerReport, Masking, clear_outside
 
 SUMS = (operator.add, operator.iadd, torch.add)
+
+
+def single(value: Any) -> int | None:
+    """The number in 3 or (3, 3); None for anything else."""
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return value[0]
+    return value if isinstance(value, int) else None
 
 
 class _Relu(Op):

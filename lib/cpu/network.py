@@ -6,9 +6,7 @@ parameters, so optimizer and Masking go on unchanged.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,51 +25,16 @@ from lib.masking import clear_outside
 SPARSE_UP_TO = 0.4
 
 
-@dataclass(frozen=True)
-class _Blocked:
-    """An activation [B, C, H, W, 16] of so many samples; `flat`: to torch it is [N, C]."""
-
-    data: Tensor
-    samples: int
-    flat: bool
-
-    def plain(self) -> Tensor:
-        """In torch's layout."""
-        plain = ops.from_blocked(self.data, self.samples)
-        return plain.flatten(1) if self.flat else plain
-
-
-def _blocked(plain: Tensor) -> _Blocked:
-    flat = plain.dim() == 2
-    data = ops.to_blocked(plain[:, :, None, None] if flat else plain)
-    return _Blocked(data, len(plain), flat)
-
-
-def single(value: Any) -> int | None:
-    """The number in 3 or (3, 3); None for anything else."""
-    if isinstance(value, tuple) and len(set(value)) == 1:
-        return value[0]
-    return value if isinstance(value, int) else None
-
-
-def _geometry(module: nn.Conv2d | nn.Linear, x: _Blocked) -> tuple[int, int] | None:
-    """Stride and padding where the kernels know the layer, None where only torch does."""
-    if isinstance(module, nn.Linear):
-        return (1, 0) if x.flat else None
-    stride, padding = single(module.stride), single(module.padding)
-    known = module.groups == 1 and single(module.dilation) == 1 and module.padding_mode == "zeros"
-    return (stride, padding) if known and stride is not None and padding is not None else None
-
-
 class SparseNetwork(nn.Module, fx.Interpreter):
-    """A model, computed over its non-zero weights where a layer has few enough.
+    """A convolutional network of lib/models.py, computed over its non-zero weights where a layer
+    has few enough; activations are batch-blocked from the first layer to the last.
 
     Args:
-        model: any model that torch.fx can trace, float32 on the CPU; its parameters are shared.
+        model: float32 on the CPU; its parameters are shared.
         masks: parameter name -> bool mask, such as `Masking.masks`; looked at in every forward
-            pass, so masks may move. Weights outside the mask count as zero in sparse layers: they
-            must be zero (Masking.step sees to it). Parameters without a mask run dense.
-        sparse_up_to: density up to which a layer is sparse; 1 for all that the kernels know.
+            pass, so others may be assigned. Weights outside the mask count as zero in sparse
+            layers: they must be zero (Masking.step sees to it). Without a mask layers run dense.
+        sparse_up_to: density up to which a layer is sparse.
 
     Attributes:
         dense_gradients: whether sparse layers compute the gradients of inactive weights too, in the
@@ -98,7 +61,7 @@ class SparseNetwork(nn.Module, fx.Interpreter):
                 and source.op == "call_module"
                 and len(source.users) == 1
                 and isinstance(modules[str(node.target)], nn.ReLU)
-                and _known_norm(modules[str(source.target)])
+                and isinstance(modules[str(source.target)], _BatchNorm)
             ):
                 source.update_kwarg("relu", True)
                 node.replace_all_uses_with(source)
@@ -107,102 +70,59 @@ class SparseNetwork(nn.Module, fx.Interpreter):
         self.masks, self.sparse_up_to = masks, sparse_up_to
         self.dense_gradients = False
         self.values: dict[str, tuple[ops.Pattern, Tensor]] = {}
-        self._patterns: dict[str, tuple[Tensor, int, ops.Pattern]] = {}
+        self._patterns: dict[str, ops.Pattern] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's output for a batch [N, ...] of float32 on the CPU."""
+        """Logits [N, classes] of a batch [N, C, H, W] of float32 on the CPU."""
         self.values.clear()
-        result = self.run(_blocked(x))
-        return result.plain() if isinstance(result, _Blocked) else result
+        self._samples = len(x)
+        return ops.from_blocked(self.run(ops.to_blocked(x)), self._samples).flatten(1)
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A layer of the model, in the blocked layout if it is one that we know."""
-        module, x = self.fetch_attr(target), next(iter(args), None)
-        if isinstance(x, _Blocked):
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                return self._weighted(f"{target}.weight", module, x)
-            if _known_norm(module):
-                return replace(x, data=ops.batch_norm(x.data, module, x.samples, **kwargs))
-            if isinstance(module, nn.ReLU | nn.Dropout | nn.Identity):
-                return replace(x, data=module(x.data))
-            if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
-                return _pooled(x, module)
-        return self._by_torch(super().call_module, target, args, kwargs)
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A layer of the model; NotImplementedError for one of another kind."""
+        module, (x,) = self.fetch_attr(target), args
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            return self._weighted(f"{target}.weight", module, x)
+        if isinstance(module, _BatchNorm):
+            return ops.batch_norm(x, module, self._samples, **kwargs)
+        if isinstance(module, nn.MaxPool2d):
+            return _pooled(x, module)
+        if isinstance(module, nn.ReLU | nn.Dropout):
+            return module(x)
+        raise NotImplementedError(f"the sparse kernels don't know {target}: {module}")
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A function of tensors."""
-        x, *others = args
-        if target is torch.flatten and isinstance(x, _Blocked) and others == [1]:
-            return _flattened(x)
-        if target in (operator.add, torch.add) and not kwargs:
-            (other,) = others
-            if isinstance(x, _Blocked) and isinstance(other, _Blocked):
-                return replace(x, data=x.data + other.data)
-        return self._by_torch(super().call_function, target, args, kwargs)
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What makes features of an image's channels: `flatten` or `mean`."""
+        x: Tensor = args[0]
+        if target == "flatten":
+            return x.reshape(len(x), -1, 1, 1, ops.LANES)
+        assert target == "mean"
+        return _pooled(x, nn.AvgPool2d((x.shape[2], x.shape[3])))
 
-    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method of a tensor."""
-        x, *others = args
-        if isinstance(x, _Blocked):
-            if target == "flatten" and others == [1]:
-                return _flattened(x)
-            if target == "mean" and [*others, *kwargs.values()] == [(2, 3)]:
-                _, _, height, width, _ = x.data.shape
-                return replace(_pooled(x, nn.AvgPool2d((height, width))), flat=True)
-        return self._by_torch(super().call_method, target, args, kwargs)
-
-    def _by_torch(self, call: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        """What we don't know is torch's, in torch's layout."""
-
-        def plain(value: Any) -> Any:
-            return value.plain() if isinstance(value, _Blocked) else value
-
-        result = call(target, *fx.node.map_aggregate((args, kwargs), plain))
-        known = isinstance(result, Tensor) and result.dim() in (2, 4)
-        return _blocked(result) if known else result
-
-    def _pattern(self, name: str) -> ops.Pattern | None:
-        """The layer's pattern, rebuilt when its mask is another one or was written to."""
-        mask = self.masks.get(name)
-        if mask is None:
-            return None
-        known = self._patterns.get(name)
-        if known is None or known[0] is not mask or known[1] != mask._version:
-            known = self._patterns[name] = (mask, mask._version, ops.Pattern(mask))
-        return known[2]
-
-    def _weighted(self, name: str, module: nn.Conv2d | nn.Linear, x: _Blocked) -> _Blocked:
-        geometry, pattern, weight = _geometry(module, x), self._pattern(name), module.weight
+    def _weighted(self, name: str, module: Any, x: Tensor) -> Tensor:
+        mask, pattern, weight = self.masks.get(name), self._patterns.get(name), module.weight
+        if mask is not None and (pattern is None or pattern.mask is not mask):
+            pattern = self._patterns[name] = ops.Pattern(mask)
         full = pattern is not None and pattern.density > self.sparse_up_to
         # Without AVX-512 torch takes longer for small convolutions, as the first often are.
         by_torch = full and ("avx512f" in cpu_id() or weight.numel() >= 64 * 64)
-        if geometry is None or pattern is None or by_torch:
-            return _blocked(module(x.plain()))
+        linear = isinstance(module, nn.Linear)
+        if pattern is None or by_torch:
+            plain = ops.from_blocked(x, self._samples)
+            plain = module(plain.flatten(1))[:, :, None, None] if linear else module(plain)
+            return ops.to_blocked(plain)
         values = weight.detach().flatten()[pattern.index]
-        dense = (full or self.dense_gradients) and weight.requires_grad
-        if not dense:  # the dense gradient contains that of the values
-            self.values[name] = pattern, values.requires_grad_(weight.requires_grad)
-        how: Any = {"stride": geometry[0], "padding": geometry[1], "samples": x.samples}
-        how |= {"dense_gradient_of": weight if dense else None}
-        data = ops.conv2d(x.data, values, module.bias, pattern, **how)
-        return _Blocked(data, x.samples, isinstance(module, nn.Linear))
+        dense = weight if full or self.dense_gradients else None
+        if dense is None:  # a dense gradient contains that of the values
+            self.values[name] = pattern, values.requires_grad_()
+        stride, padding = (1, 0) if linear else (module.stride[0], module.padding[0])
+        how = {"stride": stride, "padding": padding, "samples": self._samples}
+        return ops.conv2d(x, values, module.bias, pattern, dense_gradient_of=dense, **how)
 
 
-def _known_norm(module: nn.Module) -> bool:
-    """Whether it is a batch norm with all that `ops.batch_norm` reads."""
-    if not isinstance(module, _BatchNorm):
-        return False
-    return module.affine and module.track_running_stats and module.momentum is not None
-
-
-def _flattened(x: _Blocked) -> _Blocked:
-    return _Blocked(x.data.reshape(len(x.data), -1, 1, 1, ops.LANES), x.samples, True)
-
-
-def _pooled(x: _Blocked, pool: nn.Module) -> _Blocked:
-    images = x.data.flatten(0, 1).permute(0, 3, 1, 2)  # [B * C, 16, H, W], channels last
-    pooled = pool(images).permute(0, 2, 3, 1)
-    return replace(x, data=pooled.unflatten(0, x.data.shape[:2]))
+def _pooled(x: Tensor, pool: nn.Module) -> Tensor:
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)  # [B * C, 16, H, W], channels last
+    return pool(images).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
 class SparseEngine(TorchEngine):
@@ -216,27 +136,25 @@ class SparseEngine(TorchEngine):
     """
 
     name, windowed = "sparse", True
+    network: SparseNetwork
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         up_to = 1.0 if task.run.kernels == "sparse" else SPARSE_UP_TO
-        self.network = self.sparse = SparseNetwork(
-            task.model, task.masking.masks, sparse_up_to=up_to
-        )
+        self.network = SparseNetwork(task.model, task.masking.masks, sparse_up_to=up_to)
         self.pending: dict[str, int] = {}
         for parameter in self.parameters:
             momentum_buffer(task.optimizer, parameter)
 
     def step(self, index: Tensor, left: float) -> Tensor:
         """See `Engine.step`."""
-        self.sparse.dense_gradients = left <= self.task.schedule.window
+        self.network.dense_gradients = left <= self.task.schedule.window
         return super().step(index, left)
 
     @torch.no_grad()
     def move_weights(self) -> None:
         """See `TorchEngine.move_weights`."""
-        masking, optimizer = self.task.masking, self.task.optimizer
-        values = {n: pair for n, pair in self.sparse.values.items() if pair[1].grad is not None}
+        masking, optimizer, values = self.task.masking, self.task.optimizer, self.network.values
         dense = [name for name in masking.masks if name not in values]
         for name in dense:
             self._settle(name)

@@ -52,12 +52,13 @@ class Pattern:
         mask: bool [out, in, kernel_h, kernel_w] or [out, in] (a linear layer).
 
     Attributes:
+        mask: as given.
         shape: of the weight, four numbers.
         index: int64 [nnz], places of the non-zeros in the flattened weight, ascending.
     """
 
     def __init__(self, mask: Tensor) -> None:
-        self.shape = (*mask.shape, 1, 1)[:4]
+        self.mask, self.shape = mask, (*mask.shape, 1, 1)[:4]
         self.index = mask.flatten().nonzero().squeeze(1)
         places = mask.reshape(self.shape).nonzero()
         self._coords = places.to(torch.int32).contiguous()
@@ -176,11 +177,8 @@ def conv2d(
         batch-blocked [B, out, H', W', 16].
 
     Raises:
-        ValueError: x has other channels than the pattern.
         KernelsUnavailable: the kernels cannot be built here.
     """
-    if x.shape[1] != pattern.shape[1]:
-        raise ValueError(f"a weight of {pattern.shape} got an input of {x.shape[1]} channels")
     return _Conv2d.apply(
         x.contiguous(), values, bias, dense_gradient_of, pattern, stride, padding, samples
     )
