@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,18 +77,12 @@ class _Nonzeros(NamedTuple):
     @staticmethod
     def under(mask: Tensor, weight: Tensor, momentum: Tensor, room: int) -> _Nonzeros:
         """Of a weight with this mask; the arrays have room for so many."""
-        rows, columns = mask.shape
-        row, column = mask.nonzero().unbind(1)
+        row, column = mask.nonzero().int().unbind(1)
         place = column.argsort(stable=True)
-        lists = (column, weight.detach()[row, column], momentum[row, column], row[place], place)
-        starts = (
-            F.pad(index.bincount(minlength=size).cumsum(0), (1, 0)).int()
-            for index, size in ((row, rows), (column, columns))
-        )
+        lists = (column, weight.detach()[mask], momentum[mask], row[place], place.int())
         more = (0, max(0, room - len(row)))
         column, value, value_momentum, row, place = (F.pad(part, more) for part in lists)
-        row_start, column_start = starts
-        column, row, place = column.int(), row.int(), place.int()
+        row_start, column_start = (F.pad(mask.sum(d).cumsum(0), (1, 0)).int() for d in (1, 0))
         return _Nonzeros(row_start, column, value, value_momentum, column_start, row, place)
 
     def put(self, weight: Tensor, momentum: Tensor) -> Tensor:
@@ -111,33 +105,20 @@ class PerceptronLayer(NamedTuple):
 
 
 def perceptron_layers(model: nn.Module) -> list[PerceptronLayer] | None:
-    """The layers of a chain Linear, ReLU, Linear, ... in float32 on the CPU; None for any other
-    model. Linear layers may be without bias. Batch norm may come between one and its ReLU and
-    after the last, with scale, shift and running estimates that decay.
+    """The layers of a perceptron of lib/models.py, a chain Linear, ReLU, Linear, ... in which batch
+    norm may come between a linear layer and its ReLU and after the last; None for other networks.
     """
-    if not isinstance(model, nn.Sequential):
+    letters = {nn.Linear: "L", nn.BatchNorm1d: "N", nn.ReLU: "R"}
+    kinds = "".join(letters.get(type(module), "?") for module in model.children())
+    if not re.fullmatch("(LN?R)*LN?", kinds):
         return None
     found: list[PerceptronLayer] = []
-    last: nn.Module | None = None
     for name, module in model.named_children():
-        if isinstance(module, nn.Linear) and (last is None or isinstance(last, nn.ReLU)):
+        if isinstance(module, nn.Linear):
             found.append(PerceptronLayer(name, module, None))
-        elif isinstance(module, nn.BatchNorm1d) and isinstance(last, nn.Linear):
+        elif isinstance(module, nn.BatchNorm1d):
             found[-1] = found[-1]._replace(norm=module)
-        elif not isinstance(module, nn.ReLU) or not isinstance(last, nn.Linear | nn.BatchNorm1d):
-            return None
-        last = module
-    if not isinstance(last, nn.Linear | nn.BatchNorm1d):
-        return None
-    if any(a.linear.out_features != b.linear.in_features for a, b in itertools.pairwise(found)):
-        return None
-    for _, linear, norm in found:
-        if norm is not None:
-            decays = norm.affine and norm.track_running_stats and norm.momentum is not None
-            if not decays or norm.num_features != linear.out_features:
-                return None
-    numbers = [n for n in (*model.parameters(), *model.buffers()) if n.is_floating_point()]
-    return found if all(n.dtype == torch.float32 and n.is_cpu for n in numbers) else None
+    return found
 
 
 class PerceptronEngine(Engine):
@@ -159,8 +140,7 @@ class PerceptronEngine(Engine):
         every_step = task.run.method in EVERY_STEP  # its masks are new after each step
         self._below = math.inf if self.rewires else 0.0 if every_step else sparse_below
         self._layers = (_Layer * len(self._named))()
-        self._gradients = self._ahead = False
-        self._steps = 0  # not yet counted by batch norm
+        self._ahead, self._steps = False, 0  # the latter not yet counted by batch norm
         self.reload()
 
     def step(self, index: Tensor, left: float) -> Tensor:
@@ -185,21 +165,20 @@ class PerceptronEngine(Engine):
 
     def wrong(self, images: Tensor, labels: Tensor) -> int:
         """See `Engine.wrong`. As torch.argmax: of equal logits the first counts."""
-        self._take_new_masks()
         wrong = ctypes.c_int64()
         self._library.perceptron_wrong(
             self._layers,
             len(self._layers),
-            *self._checked(images.contiguous(), labels),
+            images.contiguous(),
+            labels,
+            len(labels),
             torch.get_num_threads(),
             ctypes.byref(wrong),
         )
         return wrong.value
 
     def write_back(self) -> None:
-        """See `Engine.write_back`. Also the masks that `deepr_step` moved, to the Masking, unless
-        others were assigned meanwhile.
-        """
+        """See `Engine.write_back`. Also the masks that `deepr_step` moved, to the Masking."""
         if not self._ahead:
             return
         self._ahead = False
@@ -208,17 +187,16 @@ class PerceptronEngine(Engine):
                 assert norm.num_batches_tracked is not None
                 norm.num_batches_tracked += self._steps
         self._steps = 0
-        masks = self.task.masking.masks
+        masking = self.task.masking
         for path, held in self._sparse.items():
-            weight = self.task.masking.parameters[path]
+            weight = masking.parameters[path]
             momentum = momentum_buffer(self.task.optimizer, weight)
             if self.rewires:
                 weight.detach().zero_()
                 momentum.zero_()  # of dormant connections it is never read
-            moved, (taken, version) = held.put(weight, momentum), self._masks[path]
-            if self.rewires and masks[path] is taken and taken._version == version:
-                masks[path] = moved
-                self._masks[path] = moved, moved._version
+            mask = held.put(weight, momentum)
+            if self.rewires:
+                masking.masks[path] = mask
 
     def follow(self, report: Sequence[LayerReport]) -> None:
         """See `Engine.follow`."""
@@ -240,8 +218,7 @@ class PerceptronEngine(Engine):
         """
         self._sparse: dict[str, _Nonzeros] = {}
         self._multipliers: dict[str, Tensor] = {}
-        self._masks: dict[str, tuple[Tensor, int]] = {}  # with the versions that were taken
-        self._gradients = self._ahead = False
+        self._ahead = False
         masking = self.task.masking
         masking.apply()
         active = sum(masking.active().values()) if self.rewires else 0
@@ -263,7 +240,6 @@ class PerceptronEngine(Engine):
             layer.nonzeros = -1
             if mask is None or not self._below:
                 continue
-            self._masks[path] = mask, mask._version
             nonzeros = int(mask.count_nonzero())
             if nonzeros >= self._below * mask.numel():
                 self._multipliers[path] = multiplier = mask.float().contiguous()
@@ -285,25 +261,28 @@ class PerceptronEngine(Engine):
             track: what becomes of the momentum of inactive weights in sparse layers.
             gradients: leave the dense gradient of the loss in `weight.grad` of masked layers.
 
-        Masks that were assigned since the last step are taken.
-
         Returns:
             The mini-batch's mean loss, before the step.
 
         Raises:
-            TypeError, ValueError: tensors of another type, shape or memory layout.
+            ctypes.ArgumentError: tensors of another type or memory layout.
             RuntimeError: a mini-batch of another size, or of one image with batch norm, an index
                 or a label that is none; nothing has changed then.
         """
-        data = self._checked(self.task.data.train_x, self.task.data.train_y)
-        self._take_new_masks()
-        if gradients or self._gradients:
-            self._provide_gradients(gradients)
         (group,), loss = self.task.optimizer.param_groups, ctypes.c_double()
+        images, labels = self.task.data.train_x, self.task.data.train_y
+        for layer, (name, module, _) in zip(self._layers, self._named, strict=True):
+            layer.gradient = None
+            if gradients and f"{name}.weight" in self.task.masking.masks:
+                if module.weight.grad is None:
+                    module.weight.grad = torch.empty_like(module.weight)
+                layer.gradient = module.weight.grad.data_ptr()
         self._library.perceptron_step(
             self._layers,
             len(self._layers),
-            *data,
+            images,
+            labels,
+            len(labels),
             index,
             len(index),
             *(group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")),
@@ -322,7 +301,6 @@ class PerceptronEngine(Engine):
         weights and masks; these are the Masking's after `write_back()`.
         """
         masking = self.task.masking
-        self._take_new_masks()
         if any(f"sign/{path}" not in masking.rule_state for path in self._sparse):
             self.write_back()  # signs are those of the weights at the first look
         shrinkage, noise = deepr_rates(masking)
@@ -346,31 +324,5 @@ class PerceptronEngine(Engine):
             self._library.deepr_wake(self._layers, len(self._layers), chosen, len(chosen))
         self._ahead = True
 
-    def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-        inputs = self._layers[0].inputs
-        if images.shape[1:].numel() != inputs or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"images must be [N, {inputs} in all] and labels [N], "
-                f"got {list(images.shape)} and {list(labels.shape)}"
-            )
-        return images, labels, len(labels)
-
-    def _take_new_masks(self) -> None:
-        masks = self.task.masking.masks
-        if any(masks[k] is not mask or mask._version != v for k, (mask, v) in self._masks.items()):
-            self.write_back()
-            self.reload()
-
-    def _provide_gradients(self, wanted: bool) -> None:
-        for layer, (name, module, _) in zip(self._layers, self._named, strict=True):
-            layer.gradient = None
-            if wanted and f"{name}.weight" in self.task.masking.masks:
-                if module.weight.grad is None:
-                    module.weight.grad = torch.empty_like(module.weight)
-                layer.gradient = module.weight.grad.data_ptr()
-        self._gradients = wanted
-
     def _pointers(self, parameter: Tensor) -> tuple[int, int]:
-        if not parameter.is_contiguous():
-            raise ValueError("the perceptron's kernels take contiguous parameters")
         return parameter.data_ptr(), momentum_buffer(self.task.optimizer, parameter).data_ptr()

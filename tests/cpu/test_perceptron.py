@@ -258,8 +258,6 @@ def test_mini_batches_that_the_kernels_refuse_change_nothing() -> None:
         ({"train_y": negative}, index, "label -1 is none of the 5 classes"),
         ({"train_x": own.images.double()}, index, "contiguous torch.float32"),
         ({"train_x": own.images.repeat(1, 1, 2)[..., ::2]}, index, "contiguous torch.float32"),
-        ({"train_x": own.images[:, :, :29]}, index, r"\[N, 30 in all\]"),
-        ({"train_y": y[:49]}, index, r"\[50, 1, 30\] and \[49\]"),
         ({"train_y": y.int()}, index, "contiguous torch.int64"),
         ({}, torch.arange(40)[::2], "contiguous torch.int64"),
     ):
@@ -273,21 +271,14 @@ def test_mini_batches_that_the_kernels_refuse_change_nothing() -> None:
 
 def test_which_models_are_perceptrons() -> None:
     for model in (
-        chain([8, 6, 4]).double(),
         nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)),
         nn.Sequential(nn.Linear(8, 6), nn.ReLU()),
         nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)),
-        nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(5, 4)),
         nn.Sequential(nn.Conv2d(1, 1, 1)),
         nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 4)),
         nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)),
         nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6)),
         nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)),
-        chain([8, 6, 4], [nn.BatchNorm1d(5)]),
-        chain([8, 6, 4], [nn.BatchNorm1d(6, momentum=None)]),
-        chain([8, 6, 4], [nn.BatchNorm1d(6, affine=False)]),
-        chain([8, 6, 4], [nn.BatchNorm1d(6, track_running_stats=False)]),
-        chain([8, 6, 4], [nn.BatchNorm1d(6).double()]),
         nn.Sequential(),
         nn.Linear(8, 4),
     ):
@@ -325,8 +316,7 @@ def test_writing_back_and_reloading_change_nothing(norm: bool) -> None:
 
 
 @pytest.mark.parametrize("density", [0.1, 0.9])
-def test_masks_and_weights_from_outside_are_taken(density: float) -> None:
-    """New masks, masks written to and, after `reload`, new weights."""
+def test_reload_takes_masks_and_weights_from_outside(density: float) -> None:
     own = setup([60, 40, 7], [density, density])
     engine, index = own.engine(), torch.arange(50)
     engine.learn(index, track=FIRST)
@@ -343,11 +333,6 @@ def test_masks_and_weights_from_outside_are_taken(density: float) -> None:
     engine.write_back()
     for name, parameter in own.model.named_parameters():
         assert off_by(parameter, reference.model.get_parameter(name)) < CLOSE
-    own.masking.masks = {n: torch.rand(m.shape) < 0.2 for n, m in own.masking.masks.items()}
-    engine.learn(index)
-    own.masking.masks["0.weight"][0] = False
-    engine.learn(index)
-    engine.write_back()
     for name, mask in own.masking.masks.items():
         assert not own.model.get_parameter(name)[~mask].any()
         assert own.model.get_parameter(name)[mask].any()
@@ -423,24 +408,3 @@ def test_deepr_without_writing_back_between_the_steps() -> None:
         bits.append([torch.tensor(losses), *own.bits(), *own.masking.masks.values()])
     for other in bits[1:]:
         assert all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True))
-
-
-def test_masks_assigned_between_two_steps_of_deepr() -> None:
-    """They count, and what was re-wired in the other layers stays."""
-    own = deepr_setup((0.05, 0.1, 0.2), (), l1=0.05)
-    engine, masks, index = own.engine(), own.masking.masks, torch.arange(50)
-    for k in range(5):
-        engine.learn(index)
-        engine.deepr_step()
-        if k == 0:  # it has written back to read the signs
-            start = masks["2.weight"]
-    assert masks["2.weight"] is start
-    generator = torch.Generator().manual_seed(5)
-    masks["0.weight"] = given = torch.rand(masks["0.weight"].shape, generator=generator) < 0.1
-    engine.learn(index)
-    engine.write_back()
-    assert torch.equal(masks["0.weight"], given)
-    assert not torch.equal(masks["2.weight"], start)
-    for name, mask in masks.items():
-        assert not own.model.get_parameter(name)[~mask].any()
-        assert own.model.get_parameter(name)[mask].any()
