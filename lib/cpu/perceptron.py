@@ -110,7 +110,7 @@ def perceptron_layers(model: nn.Module) -> list[PerceptronLayer] | None:
     """
     letters = {nn.Linear: "L", nn.BatchNorm1d: "N", nn.ReLU: "R"}
     kinds = "".join(letters.get(type(module), "?") for module in model.children())
-    if not re.fullmatch("(LN?R)*LN?", kinds):
+    if not (isinstance(model, nn.Sequential) and re.fullmatch("(LN?R)*LN?", kinds)):
         return None
     found: list[PerceptronLayer] = []
     for name, module in model.named_children():

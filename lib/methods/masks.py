@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -131,20 +130,26 @@ def shared_stream(generator: Stream) -> Stream:
     return generator
 
 
-class Masks(UserDict[str, Tensor]):
+class Masks(Mapping[str, Tensor]):
     """Parameter name -> bool mask. One is assigned by `masks[name] = mask`, checked for its name,
     shape and type; a name may also be that of the parameter in a wrapped model.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
         self._parameters = parameters
+        self._masks: dict[str, Tensor] = {}
 
-    def __missing__(self, name: str) -> Tensor:
-        return self.data[self._own_name(name)]
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[self._own_name(name)]
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        self.data |= self._checked(name, mask)
+        self._masks |= self._checked(name, mask)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
 
     def assign(self, masks: Mapping[str, Tensor]) -> None:
         """All masks at once, or none where one doesn't fit."""
@@ -153,7 +158,7 @@ class Masks(UserDict[str, Tensor]):
             given |= self._checked(name, mask)
         if missing := self._parameters.keys() - given.keys():
             raise ValueError(f"masks are missing for {', '.join(sorted(missing))}")
-        self.data = {name: given[name] for name in self._parameters}
+        self._masks = {name: given[name] for name in self._parameters}
 
     def _own_name(self, name: str) -> str:
         plain = name.replace("_orig_mod.", "")
