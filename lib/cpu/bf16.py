@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.cpu.library import KernelsUnavailable, build, cpu_id
+from lib.cpu.library import KernelsUnavailable, build, cpu_id, passed
 
 Shape = tuple[int, int, int]
 LINE = 64  # bytes: 32 samples of one pixel
@@ -56,25 +56,8 @@ def tiles() -> ctypes.c_bool:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """One kernel, with torch's number of threads. Whole numbers become int64_t, others double;
-    tensors and arrays go by their address, lists and tuples as arrays of int64_t.
-    """
-    given = [*arguments, torch.get_num_threads()]
-    getattr(_library(), f"bf16_{name}")(*map(_passed, given))
-
-
-def _passed(value: Any) -> Any:
-    if isinstance(value, Lines):
-        value = (value.data.data_ptr(), *value.shape, value.halo)  # View of bf16.hpp
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, np.ndarray):
-        return value.ctypes
-    if isinstance(value, Sequence):
-        return (ctypes.c_int64 * len(value))(*value)
-    if value is None or isinstance(value, float):
-        return value if value is None else ctypes.c_double(value)
-    return ctypes.c_int64(value)
+    """One kernel, with torch's number of threads; see `passed`."""
+    getattr(_library(), f"bf16_{name}")(*map(passed, (*arguments, torch.get_num_threads())))
 
 
 class Lines:
@@ -94,6 +77,7 @@ class Lines:
         # AMX reads 16 planes at once, so up to 15 after the last: of zeros.
         size = (blocks * self.block + 15 * self.plane) // 2
         self.data = torch.zeros(size, dtype=torch.bfloat16) if data is None else data
+        self._as_parameter_ = passed((self.data.data_ptr(), *shape, halo))  # View of bf16.hpp
 
     def inner(self, border: int = 0) -> int:
         """Bytes from the start to the first pixel, or to that of a border of so many pixels."""

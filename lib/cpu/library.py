@@ -23,56 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch  # loads the OpenMP runtime that the library shares
 from torch import Tensor
 
 _HERE, _START = Path(__file__).resolve().parent, Path.cwd()
-HEADERS = ("sparse.hpp", "dense.hpp", "perceptron.hpp")
-SOURCES = tuple(_HERE / name for name in (*HEADERS, "sparse.cpp"))
+SOURCES = [_HERE / f for f in ("sparse.hpp", "dense.hpp", "perceptron.hpp", "sparse.cpp")]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"]
 FLAGS += ["-fopenmp", "-fPIC", "-Wno-psabi"]
-
-
-class _Array:
-    """A tensor as an argument: the address of its first number; None is a null pointer."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def from_param(self, tensor: Tensor | None) -> ctypes.c_void_p:
-        if tensor is None:
-            return ctypes.c_void_p()
-        if tensor.dtype != self.dtype or not tensor.is_cpu or not tensor.is_contiguous():
-            raise TypeError(
-                f"kernels take contiguous {self.dtype} on the CPU, got {tensor.dtype} "
-                f"{list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-            )
-        return ctypes.c_void_p(tensor.data_ptr())
-
-
-_INT, _I64, _PTR = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_F32, _F64 = ctypes.c_float, ctypes.c_double
-_FLOATS, _PLACES = _Array(torch.float32), _Array(torch.int64)
-# What each function takes; those but `sparse_plan_free` return 0, or not if they failed.
-_SIGNATURES: dict[str, list[Any]] = {
-    "sparse_plan_create": (
-        [_PLACES, _Array(torch.int32), _I64, _INT, _I64, _I64, _I64, _INT, _PTR]
-    ),
-    "sparse_plan_free": [_PTR],
-    "sparse_convolve": [_PTR, *[_FLOATS] * 4, _I64, _INT],
-    "sparse_weight_gradient": [_PTR, *[_FLOATS] * 3, _I64, _INT],
-    "sparse_dense_gradient": [_PLACES, *[_FLOATS] * 3, _I64, _INT],
-    "sparse_sgd": [_FLOATS, _FLOATS, _PLACES, _FLOATS, _I64, *[_F32] * 3, _INT, _INT],
-    "sparse_norm_forward": [*[_FLOATS] * 6, _F64, _INT, _INT, *[_I64] * 3, _INT],
-    "sparse_norm_backward": [*[_FLOATS] * 9, _F64, _INT, _INT, *[_I64] * 3, _INT],
-    "sparse_channel_sum": [_FLOATS, _FLOATS, *[_I64] * 3, _INT],
-    "perceptron_step": (
-        [_PTR, _I64, _FLOATS, _PLACES, _I64, _PLACES, _I64, *[_F32] * 3, *[_INT] * 3, _PTR]
-    ),
-    "perceptron_wrong": [_PTR, _I64, _FLOATS, _PLACES, _I64, _INT, _PTR],
-    "deepr_move": [_PTR, _Array(torch.int8), _FLOATS, _F32, _PTR],
-    "deepr_wake": [_PTR, _I64, _PLACES, _I64],
-}
 
 
 class KernelsUnavailable(RuntimeError):
@@ -205,26 +163,10 @@ def _load() -> ctypes.CDLL | KernelsUnavailable:
             library = ctypes.CDLL(str(build()))
         except OSError:  # torch brought no OpenMP runtime under a name we can share
             library = ctypes.CDLL(str(build(link_openmp=True)))
-        return _declared(library)
-    except (KernelsUnavailable, OSError, AttributeError) as error:  # the last: a missing function
+        library.sparse_error.restype = ctypes.c_char_p
+        return library
+    except (KernelsUnavailable, OSError) as error:
         return error if isinstance(error, KernelsUnavailable) else KernelsUnavailable(str(error))
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.sparse_error.restype = ctypes.c_char_p
-
-    def check(code: int, *_: Any) -> None:
-        if code:
-            raise RuntimeError(f"sparse kernel failed: {library.sparse_error().decode()}")
-
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = arguments
-        if name == "sparse_plan_free":
-            function.restype = None
-        else:
-            function.errcheck = check
-    return library
 
 
 @functools.cache
@@ -244,7 +186,7 @@ def available() -> bool:
 
 
 def require() -> ctypes.CDLL:
-    """The loaded library; its functions raise RuntimeError where a kernel fails.
+    """The loaded library.
 
     Raises:
         KernelsUnavailable: it cannot be built or loaded; the message says why.
@@ -253,3 +195,41 @@ def require() -> ctypes.CDLL:
     if isinstance(library, KernelsUnavailable):
         raise library
     return library
+
+
+def call(name: str, *arguments: Any) -> None:
+    """One float32 kernel, with torch's number of threads; see `passed`.
+
+    Raises:
+        RuntimeError: the kernel failed; the message says why.
+    """
+    library = require()
+    if getattr(library, name)(*map(passed, (*arguments, torch.get_num_threads()))):
+        raise RuntimeError(f"sparse kernel failed: {library.sparse_error().decode()}")
+
+
+def sgd_rule(optimizer: torch.optim.SGD) -> tuple[float, float, float, bool]:
+    """The learning rate, momentum, weight decay and whether Nesterov's, as kernels take them."""
+    (group,) = optimizer.param_groups
+    rates = [float(group[key]) for key in ("lr", "momentum", "weight_decay")]
+    return *rates, group["nesterov"]
+
+
+def passed(value: Any) -> Any:
+    """An argument of any kernel: whole numbers become int64_t, others double; tensors and arrays go
+    by their address, None as a null pointer, lists and tuples as arrays of int64_t.
+    """
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    if isinstance(value, Tensor):
+        if value.dtype == torch.float64 or not value.is_cpu or not value.is_contiguous():
+            raise TypeError(
+                "kernels take contiguous tensors on the CPU, none in double precision, got "
+                f"{value.dtype} {list(value.shape)} of strides {value.stride()} on {value.device}"
+            )
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, np.ndarray):
+        return value.ctypes
+    return (ctypes.c_int64 * len(value))(*value) if isinstance(value, Sequence) else value

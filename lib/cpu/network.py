@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.cpu import ops
-from lib.cpu.library import cpu_id, require
+from lib.cpu.library import call, cpu_id, require, sgd_rule
 from lib.engine import Task, TorchEngine, momentum_buffer
 from lib.masking import clear_outside
 
@@ -163,12 +163,11 @@ class SparseEngine(TorchEngine):
             masking.apply()
         for name in dense if values else ():
             clear_outside(masking.parameters[name], masking.masks[name])
-        (group,), threads = optimizer.param_groups, torch.get_num_threads()
-        rule = [group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")]
+        rule = sgd_rule(optimizer)
         for name, (pattern, value) in values.items():
             weight, count = masking.parameters[name], len(pattern.index)
             momentum = momentum_buffer(optimizer, weight)
-            require().sparse_sgd(weight, momentum, pattern.index, value.grad, count, *rule, threads)
+            call("sparse_sgd", weight, momentum, pattern.index, value.grad, count, *rule)
             self.pending[name] = self.pending.get(name, 0) + 1
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.cpu.library import cpu_id, require
+from lib.cpu.library import call, cpu_id
 
 LANES = 16
 
@@ -39,10 +39,10 @@ class _Plan:
     """A plan of the library, freed with this object."""
 
     def __init__(self, *arguments: Any) -> None:
-        handle = ctypes.c_void_p()
-        require().sparse_plan_create(*arguments, ctypes.byref(handle))
+        handle = ctypes.c_int64()
+        call("sparse_plan_create", *arguments, ctypes.byref(handle))
         self.handle = handle.value
-        weakref.finalize(self, require().sparse_plan_free, handle.value)
+        weakref.finalize(self, call, "sparse_plan_free", self.handle)
 
 
 class Pattern:
@@ -69,13 +69,12 @@ class Pattern:
         self, height: int, width: int, stride: int, padding: int, blocks: int, transposed: bool
     ) -> list[_Plan]:
         """The library's plans for inputs of this size (one, or one per phase of the stride)."""
-        threads = torch.get_num_threads()
-        key = (height, width, stride, padding, blocks, transposed, threads)
+        key = (height, width, stride, padding, blocks, transposed, torch.get_num_threads())
         if key not in self._plans:
-            shape = torch.tensor([*self.shape, stride, padding, height, width])
+            shape = [*self.shape, stride, padding, height, width]
             phases = range(stride if transposed else 1)
             self._plans[key] = [
-                _Plan(shape, self._coords, len(self.index), transposed, y, x, blocks, threads)
+                _Plan(shape, self._coords, len(self.index), transposed, y, x, blocks)
                 for y in phases
                 for x in phases
             ]
@@ -100,8 +99,7 @@ class _Conv2d(torch.autograd.Function):
         sides = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
         y = x.new_empty(blocks, o, *sides, LANES)
         (plan,) = pattern.plans(h, w, stride, padding, blocks, transposed=False)
-        threads = torch.get_num_threads()
-        require().sparse_convolve(plan.handle, values, x, bias, y, blocks, threads)
+        call("sparse_convolve", plan.handle, values, x, bias, y, blocks)
         ctx.save_for_backward(x, values, weight)
         ctx.geometry = pattern, stride, padding, samples
         return y
@@ -114,20 +112,19 @@ class _Conv2d(torch.autograd.Function):
         grad = grad.contiguous()
         blocks, _, h, w, _ = x.shape
         size = h, w, stride, padding, blocks
-        threads = torch.get_num_threads()
         dx = dvalues = dbias = dweight = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             for plan in pattern.plans(*size, transposed=True):
-                require().sparse_convolve(plan.handle, values, grad, None, dx, blocks, threads)
+                call("sparse_convolve", plan.handle, values, grad, None, dx, blocks)
         if ctx.needs_input_grad[1]:
             dvalues = torch.empty_like(values)
             (plan,) = pattern.plans(*size, transposed=False)
-            require().sparse_weight_gradient(plan.handle, x, grad, dvalues, samples, threads)
+            call("sparse_weight_gradient", plan.handle, x, grad, dvalues, samples)
         if ctx.needs_input_grad[2]:
             channels, pixels = grad.shape[1], grad.shape[2] * grad.shape[3]
             dbias = grad.new_empty(channels)
-            require().sparse_channel_sum(grad, dbias, samples, channels, pixels, threads)
+            call("sparse_channel_sum", grad, dbias, samples, channels, pixels)
         if ctx.needs_input_grad[3]:
             dweight = dense_gradient(x, grad, weight.shape, stride, padding, samples)
         return dx, dvalues, dbias, dweight, None, None, None, None
@@ -143,8 +140,8 @@ def dense_gradient(
     ours = "avx512f" in cpu_id() or shape[:2].numel() < 64 * 64
     if ours and shape[2:].numel() > 1:
         out = torch.empty(shape)
-        sizes = torch.tensor([*shape, stride, padding, *x.shape[2:4]])
-        require().sparse_dense_gradient(sizes, x, grad, out, samples, torch.get_num_threads())
+        sizes = [*shape, stride, padding, *x.shape[2:4]]
+        call("sparse_dense_gradient", sizes, x, grad, out, samples)
         return out
     x, grad = from_blocked(x, samples), from_blocked(grad, samples)
     if x.shape[2:] == (1, 1):
@@ -199,8 +196,8 @@ class _Norm(torch.autograd.Function):
         samples: int,
     ) -> Tensor:
         y = torch.empty_like(x)
-        shape = samples, x.shape[1], x.shape[2] * x.shape[3], torch.get_num_threads()
-        require().sparse_norm_forward(x, y, mean, var, weight, bias, eps, relu, training, *shape)
+        shape = samples, x.shape[1], x.shape[2] * x.shape[3]
+        call("sparse_norm_forward", x, y, mean, var, weight, bias, eps, relu, training, *shape)
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.arguments = eps, relu, not training, *shape
         return y
@@ -211,9 +208,9 @@ class _Norm(torch.autograd.Function):
         x, weight, bias, mean, var = ctx.saved_tensors
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        require().sparse_norm_backward(
-            x, grad.contiguous(), dx, dweight, dbias, mean, var, weight, bias, *ctx.arguments
-        )
+        statistics = mean, var, weight, bias
+        gradients = grad.contiguous(), dx, dweight, dbias
+        call("sparse_norm_backward", x, *gradients, *statistics, *ctx.arguments)
         return dx, dweight, dbias, *[None] * 6
 
 

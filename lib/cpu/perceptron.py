@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.cpu.library import require
+from lib.cpu.library import call, require, sgd_rule
 from lib.engine import Engine, Task, momentum_buffer
 from lib.masking import EVERY_STEP, LayerReport
 from lib.methods.parts import drawn
@@ -134,12 +134,13 @@ class PerceptronEngine(Engine):
 
     def __init__(self, task: Task, sparse_below: float = SPARSE_BELOW) -> None:
         super().__init__(task)
-        self._library = require()
+        require()
         self._named = perceptron_layers(task.model) or []
         self.rewires = task.run.method == "deepr" and task.run.density < SPARSE_BELOW
         every_step = task.run.method in EVERY_STEP  # its masks are new after each step
         self._below = math.inf if self.rewires else 0.0 if every_step else sparse_below
         self._layers = (_Layer * len(self._named))()
+        self._net = ctypes.byref(self._layers), len(self._layers)
         self._ahead, self._steps = False, 0  # the latter not yet counted by batch norm
         self.reload()
 
@@ -165,16 +166,8 @@ class PerceptronEngine(Engine):
 
     def wrong(self, images: Tensor, labels: Tensor) -> int:
         """See `Engine.wrong`. As torch.argmax: of equal logits the first counts."""
-        wrong = ctypes.c_int64()
-        self._library.perceptron_wrong(
-            self._layers,
-            len(self._layers),
-            images.contiguous(),
-            labels,
-            len(labels),
-            torch.get_num_threads(),
-            ctypes.byref(wrong),
-        )
+        wrong, images = ctypes.c_int64(), images.contiguous()
+        call("perceptron_wrong", *self._net, images, labels, len(labels), ctypes.byref(wrong))
         return wrong.value
 
     def write_back(self) -> None:
@@ -265,31 +258,20 @@ class PerceptronEngine(Engine):
             The mini-batch's mean loss, before the step.
 
         Raises:
-            ctypes.ArgumentError: tensors of another type or memory layout.
+            TypeError: tensors in double precision or not contiguous.
             RuntimeError: a mini-batch of another size, or of one image with batch norm, an index
                 or a label that is none; nothing has changed then.
         """
-        (group,), loss = self.task.optimizer.param_groups, ctypes.c_double()
         images, labels = self.task.data.train_x, self.task.data.train_y
+        batch, rule, loss = (index, len(index)), sgd_rule(self.task.optimizer), ctypes.c_double()
         for layer, (name, module, _) in zip(self._layers, self._named, strict=True):
             layer.gradient = None
             if gradients and f"{name}.weight" in self.task.masking.masks:
                 if module.weight.grad is None:
                     module.weight.grad = torch.empty_like(module.weight)
                 layer.gradient = module.weight.grad.data_ptr()
-        self._library.perceptron_step(
-            self._layers,
-            len(self._layers),
-            images,
-            labels,
-            len(labels),
-            index,
-            len(index),
-            *(group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")),
-            track,
-            torch.get_num_threads(),
-            ctypes.byref(loss),
-        )
+        data = images, labels, len(labels)
+        call("perceptron_step", *self._net, *data, *batch, *rule, track, ctypes.byref(loss))
         self._ahead = True
         self._steps += 1
         return loss.value
@@ -314,14 +296,12 @@ class PerceptronEngine(Engine):
             if noise > 0:
                 by, device = masking.generator, weight.device
                 moved = drawn(torch.randn, layer.nonzeros, by=by, device=device).mul_(noise)
-            self._library.deepr_move(
-                ctypes.byref(layer), sign, moved, shrinkage, ctypes.byref(died)
-            )
+            call("deepr_move", ctypes.byref(layer), sign, moved, shrinkage, ctypes.byref(died))
             count += died.value
             dormant += sign.numel() - layer.nonzeros + died.value
         if count:
             chosen = some_of(dormant, count, masking.generator, torch.device("cpu"))
-            self._library.deepr_wake(self._layers, len(self._layers), chosen, len(chosen))
+            call("deepr_wake", *self._net, chosen, len(chosen))
         self._ahead = True
 
     def _pointers(self, parameter: Tensor) -> tuple[int, int]:

@@ -38,43 +38,42 @@ extern "C" {
 const char* sparse_error() { return last_error.c_str(); }
 
 // coords: [count, 4] output channel, input channel, kernel row, kernel column.
-int sparse_plan_create(const int64_t* shape, const int32_t* coords, int64_t count, int transposed,
-                       int64_t phase_y, int64_t phase_x, int64_t batch_blocks, int threads,
-                       void** plan) {
+int sparse_plan_create(const int64_t* shape, const int32_t* coords, int64_t count,
+                       int64_t transposed, int64_t phase_y, int64_t phase_x, int64_t batch_blocks,
+                       Plan** plan, int64_t threads) {
   return guarded([&] {
     *plan = new Plan(make_plan(shape_of(shape), reinterpret_cast<const Coord*>(coords), count,
-                               transposed, phase_y, phase_x, batch_blocks, threads));
+                               transposed, phase_y, phase_x, batch_blocks, int(threads)));
   });
 }
 
-void sparse_plan_free(void* plan) { delete static_cast<Plan*>(plan); }
+int sparse_plan_free(Plan* plan, int64_t) { return delete plan, 0; }
 
-int sparse_convolve(void* plan, const float* values, const float* src, const float* bias, float* dst,
-                    int64_t batch_blocks, int threads) {
+int sparse_convolve(Plan* plan, const float* values, const float* src, const float* bias, float* dst,
+                    int64_t batch_blocks, int64_t threads) {
   return guarded([&] {
-    Plan& p = *static_cast<Plan*>(plan);
-    set_values(p, values, threads);
-    convolve(p, src, bias, dst, batch_blocks, threads);
+    set_values(*plan, values, int(threads));
+    convolve(*plan, src, bias, dst, batch_blocks, int(threads));
   });
 }
 
-int sparse_weight_gradient(const void* plan, const float* x, const float* grad, float* out,
-                           int64_t samples, int threads) {
-  return guarded(
-      [&] { weight_gradient(*static_cast<const Plan*>(plan), x, grad, out, samples, threads); });
+int sparse_weight_gradient(const Plan* plan, const float* x, const float* grad, float* out,
+                           int64_t samples, int64_t threads) {
+  return guarded([&] { weight_gradient(*plan, x, grad, out, samples, int(threads)); });
 }
 
 // out: the whole weight's gradient.
 int sparse_dense_gradient(const int64_t* shape, const float* x, const float* grad, float* out,
-                          int64_t samples, int threads) {
+                          int64_t samples, int64_t threads) {
   return guarded(
-      [&] { dense_weight_gradient(shape_of(shape), x, grad, out, samples, threads); });
+      [&] { dense_weight_gradient(shape_of(shape), x, grad, out, samples, int(threads)); });
 }
 
 int sparse_sgd(float* weight, float* momentum, const int64_t* index, const float* gradient,
-               int64_t count, float lr, float a, float weight_decay, int nesterov, int threads) {
-  const Sgd rule{lr, a, weight_decay, nesterov};
-  return guarded([&] { sgd_at(weight, momentum, index, gradient, count, rule, threads); });
+               int64_t count, double lr, double a, double weight_decay, int64_t nesterov,
+               int64_t threads) {
+  const Sgd rule{float(lr), float(a), float(weight_decay), int32_t(nesterov)};
+  return guarded([&] { sgd_at(weight, momentum, index, gradient, count, rule, int(threads)); });
 }
 
 // In the layout [N / 16, C, H, W, 16], whose lanes beyond the last sample hold finite numbers of no
@@ -83,8 +82,8 @@ int sparse_sgd(float* weight, float* momentum, const int64_t* index, const float
 // y = (x - mean) / sqrt(var + eps) * weight + bias, then ReLU if asked; mean and biased variance of
 // each channel over the samples are computed first when `training`, and given otherwise.
 int sparse_norm_forward(const float* x, float* y, float* mean, float* var, const float* weight,
-                        const float* bias, double eps, int relu, int training, int64_t samples,
-                        int64_t channels, int64_t pixels, int threads) {
+                        const float* bias, double eps, int64_t relu, int64_t training,
+                        int64_t samples, int64_t channels, int64_t pixels, int64_t threads) {
   const int64_t blocks = ceil_div(samples, L), plane = pixels * L;
   const double count = double(samples) * double(pixels);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -131,8 +130,8 @@ int sparse_norm_forward(const float* x, float* y, float* mean, float* var, const
 // Gradients of sparse_norm_forward; `frozen` (evaluation): mean and variance are constants.
 int sparse_norm_backward(const float* x, const float* grad, float* dx, float* dweight, float* dbias,
                          const float* mean, const float* var, const float* weight,
-                         const float* bias, double eps, int relu, int frozen, int64_t samples,
-                         int64_t channels, int64_t pixels, int threads) {
+                         const float* bias, double eps, int64_t relu, int64_t frozen,
+                         int64_t samples, int64_t channels, int64_t pixels, int64_t threads) {
   const int64_t blocks = ceil_div(samples, L), plane = pixels * L;
   const double count = double(samples) * double(pixels);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -177,7 +176,7 @@ int sparse_norm_backward(const float* x, const float* grad, float* dx, float* dw
 
 // out[c] = sum of x over the samples and pixels of channel c.
 int sparse_channel_sum(const float* x, float* out, int64_t samples, int64_t channels,
-                       int64_t pixels, int threads) {
+                       int64_t pixels, int64_t threads) {
   const int64_t blocks = ceil_div(samples, L), plane = pixels * L;
 #pragma omp parallel for num_threads(threads)
   for (int64_t c = 0; c < channels; ++c) {
@@ -199,25 +198,27 @@ int sparse_channel_sum(const float* x, float* out, int64_t samples, int64_t chan
 // See perceptron.hpp.
 int perceptron_step(const PerceptronLayer* layers, int64_t depth, const float* x,
                     const int64_t* labels, int64_t images, const int64_t* index, int64_t samples,
-                    float lr, float momentum, float weight_decay, int nesterov, int track,
-                    int threads, double* loss) {
-  const Sgd rule{lr, momentum, weight_decay, nesterov};
+                    double lr, double momentum, double weight_decay, int64_t nesterov,
+                    int64_t track, double* loss, int64_t threads) {
+  const Sgd rule{float(lr), float(momentum), float(weight_decay), int32_t(nesterov)};
   return guarded([&] {
-    *loss = train_step(layers, depth, x, labels, images, index, samples, rule, track, threads);
+    *loss = train_step(layers, depth, x, labels, images, index, samples, rule, int32_t(track),
+                       int(threads));
   });
 }
 
 int perceptron_wrong(const PerceptronLayer* layers, int64_t depth, const float* x,
-                     const int64_t* labels, int64_t images, int threads, int64_t* wrong) {
-  return guarded([&] { *wrong = count_wrong(layers, depth, x, labels, images, threads); });
+                     const int64_t* labels, int64_t images, int64_t* wrong, int64_t threads) {
+  return guarded([&] { *wrong = count_wrong(layers, depth, x, labels, images, int(threads)); });
 }
 
 int deepr_move(const PerceptronLayer* layer, const int8_t* sign, const float* noise,
-               float shrinkage, int64_t* died) {
-  return guarded([&] { *died = move_weights(*layer, sign, noise, shrinkage); });
+               double shrinkage, int64_t* died, int64_t) {
+  return guarded([&] { *died = move_weights(*layer, sign, noise, float(shrinkage)); });
 }
 
-int deepr_wake(PerceptronLayer* layers, int64_t depth, const int64_t* chosen, int64_t count) {
+int deepr_wake(PerceptronLayer* layers, int64_t depth, const int64_t* chosen, int64_t count,
+               int64_t) {
   return guarded([&] { wake(layers, depth, chosen, count); });
 }
 

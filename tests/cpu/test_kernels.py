@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,7 +201,7 @@ def test_conversion_there_and_back(shape: tuple[int, ...]) -> None:
 
 def test_clear_errors() -> None:
     pattern = ops.Pattern(torch.ones(2, 3, 3, 3, dtype=torch.bool))
-    with pytest.raises(ctypes.ArgumentError, match=r"contiguous torch\.float32"):
+    with pytest.raises(TypeError, match="contiguous tensors"):
         ops.conv2d(torch.zeros(1, 3, 4, 4, 16).double(), torch.zeros(54), None, pattern, samples=4)
     with pytest.raises(ValueError, match="more than one value"):
         ops.batch_norm(torch.zeros(1, 3, 1, 1, 16), torch.nn.BatchNorm2d(3), 1)

@@ -5,7 +5,6 @@ beside the model: masks, non-zeros, momentum, DeepR's connections.
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -256,13 +255,12 @@ def test_mini_batches_that_the_kernels_refuse_change_nothing() -> None:
         ({}, torch.tensor([3, -1]), "no image -1 among 50"),
         ({"train_y": beyond}, index, "label 5 is none of the 5 classes"),
         ({"train_y": negative}, index, "label -1 is none of the 5 classes"),
-        ({"train_x": own.images.double()}, index, "contiguous torch.float32"),
-        ({"train_x": own.images.repeat(1, 1, 2)[..., ::2]}, index, "contiguous torch.float32"),
-        ({"train_y": y.int()}, index, "contiguous torch.int64"),
-        ({}, torch.arange(40)[::2], "contiguous torch.int64"),
+        ({"train_x": own.images.double()}, index, "contiguous tensors"),
+        ({"train_x": own.images.repeat(1, 1, 2)[..., ::2]}, index, "contiguous tensors"),
+        ({}, torch.arange(40)[::2], "contiguous tensors"),
     ):
         engine.task.data = replace(data, **changed)
-        with pytest.raises((RuntimeError, ValueError, ctypes.ArgumentError), match=message):
+        with pytest.raises((RuntimeError, TypeError), match=message):
             engine.learn(places)
     engine.write_back()
     after = [*own.bits(), *own.model.buffers()]
