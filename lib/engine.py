@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lib.config import Run
 from lib.data import Dataset
-from lib.masking import EVERY_STEP, LayerReport, Masking
+from lib.masking import EVERY_STEP, Masking
 from lib.schedule import Schedule
 
 EVALUATION_BATCH = 1000
@@ -70,15 +70,16 @@ class Engine(ABC):
     def write_back(self) -> None:  # noqa: B027  torch keeps everything where it belongs
         """Weights and momentum to the model and the optimizer: before an update of the masks."""
 
-    def follow(self, report: Sequence[LayerReport]) -> None:  # noqa: B027
-        """Go on from masks, weights and momentum after the update that gave this report."""
+    def follow(self) -> None:  # noqa: B027
+        """Go on from masks, weights and momentum as they are: after an update of the masks."""
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: what model, optimizer and Masking, read after this call, don't hold."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there, once model, optimizer and Masking are loaded."""
+        self.follow()
 
 
 class TorchEngine(Engine):

@@ -282,7 +282,7 @@ class TrainingLoop:
         report = self.masking.update()
         self._explore()
         self.state.momentum_shares = {line.name: line.momentum_share for line in report}
-        self.engine.follow(report)
+        self.engine.follow()
 
     def _explore(self) -> None:
         """Remember which weights were ever active."""

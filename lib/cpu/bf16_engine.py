@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -403,7 +403,7 @@ class Bf16Engine(Engine):
         """See `Engine.write_back`."""
         self.fast.write_back()
 
-    def follow(self, report: Sequence[LayerReport]) -> None:
+    def follow(self) -> None:
         """See `Engine.follow`."""
         self.fast.gather()
 
@@ -414,7 +414,7 @@ class Bf16Engine(Engine):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
-        self.fast.gather()
+        self.follow()
         self.fast.pending = Counter(state["pending"])
 
 

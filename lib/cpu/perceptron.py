@@ -11,7 +11,6 @@ import ctypes
 import enum
 import math
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from lib.cpu.library import call, require, sgd_rule
 from lib.engine import Engine, Task, momentum_buffer
-from lib.masking import EVERY_STEP, LayerReport
+from lib.masking import EVERY_STEP
 from lib.methods.parts import drawn
 from lib.methods.rules import deepr_rates, signs_of, some_of
 
@@ -142,7 +141,7 @@ class PerceptronEngine(Engine):
         self._layers = (_Layer * len(self._named))()
         self._net = ctypes.byref(self._layers), len(self._layers)
         self._ahead, self._steps = False, 0  # the latter not yet counted by batch norm
-        self.reload()
+        self.follow()
 
     def step(self, index: Tensor, left: float) -> Tensor:
         """See `Engine.step`."""
@@ -191,24 +190,13 @@ class PerceptronEngine(Engine):
             if self.rewires:
                 masking.masks[path] = mask
 
-    def follow(self, report: Sequence[LayerReport]) -> None:
-        """See `Engine.follow`."""
-        self.reload()
-
     def state_dict(self) -> dict[str, Any]:
         """Nothing, once all is written back."""
         self.write_back()
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Engine.load_state_dict`."""
-        self.reload()
-
-    def reload(self) -> None:
-        """Take masks, weights and momentum as they are in the model, the Masking, the optimizer.
-
-        Weights outside the masks become zero.
-        """
+    def follow(self) -> None:
+        """See `Engine.follow`. Weights outside the masks become zero."""
         self._sparse: dict[str, _Nonzeros] = {}
         self._multipliers: dict[str, Tensor] = {}
         self._ahead = False

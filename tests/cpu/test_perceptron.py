@@ -303,7 +303,7 @@ def test_writing_back_and_reloading_change_nothing(norm: bool) -> None:
         assert a.learn(index, track=track) == b.learn(index, track=track)
         b.write_back()
         if k % 2:
-            b.reload()
+            b.follow()
         else:
             b = own.engine()
     a.write_back(), b.write_back()
@@ -314,7 +314,7 @@ def test_writing_back_and_reloading_change_nothing(norm: bool) -> None:
 
 
 @pytest.mark.parametrize("density", [0.1, 0.9])
-def test_reload_takes_masks_and_weights_from_outside(density: float) -> None:
+def test_follow_takes_masks_and_weights_from_outside(density: float) -> None:
     own = setup([60, 40, 7], [density, density])
     engine, index = own.engine(), torch.arange(50)
     engine.learn(index, track=FIRST)
@@ -322,7 +322,7 @@ def test_reload_takes_masks_and_weights_from_outside(density: float) -> None:
     own.masking.masks = {n: torch.rand(m.shape) < 0.2 for n, m in own.masking.masks.items()}
     with torch.no_grad():
         own.model.get_parameter("0.weight").normal_()
-    engine.reload()
+    engine.follow()
     reference = Reference(own)
     for name, parameter in reference.model.named_parameters():
         reference.optimizer.state[parameter]["momentum_buffer"] = own.buffer(name).double()
@@ -402,7 +402,7 @@ def test_deepr_without_writing_back_between_the_steps() -> None:
             losses.append(engine.learn(torch.arange(k, k + 50)))
             engine.deepr_step()
             if (k + 1) % every == 0:
-                engine.write_back(), engine.reload()
+                engine.write_back(), engine.follow()
         bits.append([torch.tensor(losses), *own.bits(), *own.masking.masks.values()])
     for other in bits[1:]:
         assert all(torch.equal(a, b) for a, b in zip(bits[0], other, strict=True))
