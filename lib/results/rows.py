@@ -6,7 +6,6 @@ torch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +32,6 @@ def largest(experiment: str, profile: str = "", results: str | Path = "") -> str
     """
     found = (p for p in SCALES if len(load(experiment, p, results)))
     return profile or next(found, SCALES[0])
-
-
-@functools.cache
-def _grid(experiment: str, profile: str) -> pd.DataFrame:
-    return planned(experiment, profile)
 
 
 def planned(experiment: str, profile: str, **knobs: Iterable[Any]) -> pd.DataFrame:
@@ -68,7 +62,7 @@ def load(
     default that of the experiment.  `where` as in `select`.  A run that several experiments
     share is in the file of one of them, so all of the profile are read.
     """
-    grid = _grid(experiment, profile) if grid is None else grid
+    grid = planned(experiment, profile) if grid is None else grid
     root = Path(results or REPO / "results")  # own: runs of a grid that was changed by a knob
     found = store.read_runs(root / "own" / profile, root / profile)
     found = found.rename(columns={"kernels": "computed_by"})  # the grid's: what was asked for
@@ -86,11 +80,7 @@ def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFr
         found = pd.DataFrame(columns=list(store.FILES[f".{kind}.csv"]))
     else:
         folder = Path(results or REPO / "results") / rows.profile.iloc[0]
-        found = getattr(store, f"read_{kind}")(folder)
-        if kind == "curves" and (lacking := set(rows.run_id[rows.learned]) - set(found.run_id)):
-            raise ValueError(
-                f"{folder}: no curves of {min(lacking)}, nor of {len(lacking) - 1} more"
-            )
+        found = store.read(f".{kind}.csv", folder)
     fields = ["run_id", *(name for name in Run.__dataclass_fields__ if name not in found)]
     return found.merge(rows[fields], on="run_id")
 
@@ -116,21 +106,22 @@ def by_seed(rows: pd.DataFrame, over: str = "", log: bool = False) -> pd.Series:
     return found.unstack().mean(axis=1, skipna=False) if over else found.sort_index()
 
 
-def paired(
-    rows: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], over: str = ""
-) -> pd.Series:
+def paired(rows: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any]) -> pd.Series:
     """Error of cell A minus that of cell B in points, by seed, of seeds that learned in both."""
-    one, other = _sides(rows, a, b, over)
-    return (by_seed(one, over) - by_seed(other, over)).dropna()
+    return (by_seed(select(rows, **a)) - by_seed(select(rows, **b))).dropna()
 
 
 def minus(
     rows: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], over: str = ""
 ) -> Interval | None:
     """A minus B as the claims compare them: in points, or as a log-ratio in % where a run of either
-    side failed; None where a side has no rows.  `rarer`: A learned less often than B.
+    side failed; None where a side has no rows.  `rarer`: A learned less often than B.  With `over`
+    the mean over its values that both have.
     """
-    one, other = _sides(rows, a, b, over)
+    one, other = select(rows, **a), select(rows, **b)
+    if over:
+        both = set(one[over]) & set(other[over])
+        one, other = one[one[over].isin(both)], other[other[over].isin(both)]
     if one.empty or other.empty:
         return None
     points = (by_seed(one, over) - by_seed(other, over)).dropna()
@@ -140,17 +131,6 @@ def minus(
     per_point = 100 / by_seed(other, over)[points.index].mean() if len(points) else 1.0
     rarer = bool(one.learned.mean() < other.learned.mean())
     return t_interval(logs)._replace(unit="% (log-ratio)", scale=per_point, rarer=rarer)
-
-
-def _sides(
-    rows: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], over: str
-) -> list[pd.DataFrame]:
-    """The rows of A and of B; with `over` those at values that both have."""
-    sides = [select(rows, **a), select(rows, **b)]
-    if not over:
-        return sides
-    both = set(sides[0][over]) & set(sides[1][over])
-    return [side[side[over].isin(both)] for side in sides]
 
 
 def tuned(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
