@@ -7,7 +7,6 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,12 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 1 with a sentence on standard error, 2 for wrong words,
     130 after Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a locale without our signs stops nothing
     options = _parser().parse_args(arguments)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the clean-up of Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the clean-up of Ctrl-C
     try:
         options.command(options)
     except KeyboardInterrupt:
@@ -74,20 +69,15 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
     )
     for name, rows in found.items():
-        if len(rows):
-            print(_errors(name, rows))
+        if rows.empty:
+            continue
+        errors, diverged = rows["test_error_pct"], (rows["status"] == "diverged").sum()
+        print(
+            f"{name}: {len(rows)} runs, {diverged} of them diverged, test error "
+            f"{errors.min():.2f} to {errors.max():.2f} %, median {errors.median():.2f} %"
+        )
     folder = paths.results_dir(options.profile, options.results)
     print(f"rows: {folder}; of runs that --set changed: {folder.parent / 'own' / folder.name}")
-
-
-def _errors(name: str, rows: Any) -> str:
-    """The test errors of an experiment's runs, in one line."""
-    errors = rows["test_error_pct"].dropna()
-    said = f"{name}: {len(rows)} runs, {(rows['status'] == 'diverged').sum()} of them diverged"
-    if errors.empty:
-        return said
-    span = f"{errors.min():.2f} to {errors.max():.2f} %, median {errors.median():.2f} %"
-    return f"{said}, test error {span}"
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,22 +22,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def results_dir(profile: str, root: str | Path | None = None) -> Path:
-    """Directory of one profile's CSVs: `root`/`profile`, by default results/`profile`.
-
-    Raises ValueError if `profile` is no plain name (it would lead out of the results).
-    """
-    return (Path(root) if root is not None else REPO / "results") / _plain(profile)
-
-
-def results_csv(profile: str, experiment: str, root: str | Path | None = None) -> Path:
-    """The CSV with one row per run; curves and layers lie beside it (see lib.results)."""
-    return results_dir(profile, root) / f"{_plain(experiment)}.csv"
-
-
-def _plain(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ValueError(f"{name!r} is no plain name: use letters, digits, '-' and '_' only")
-    return name
+    """Directory of one profile's CSVs: `root`/`profile`, by default results/`profile`."""
+    return Path(root or REPO / "results") / profile
 
 
 def data_root() -> Path:

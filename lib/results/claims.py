@@ -19,7 +19,7 @@ from lib import paths
 from lib.results.rows import SCALES
 from lib.results.stats import NAN, PAPER_ONLY, Interval, holm, p_value, verdict
 
-TABLE = paths.REPO / "results" / "published" / "claims.csv"
+TABLE = paths.results_dir("published") / "claims.csv"
 # Where verdicts are kept; None, as in a notebook opened by hand: nowhere.
 FOLDER: Path | None = None
 NO_ROWS = "no rows yet"
@@ -136,7 +136,7 @@ def scorecard(
     verdicts.csv; without `whole` only those that have rows.
     """
     scales = [profile] if profile else SCALES
-    files = [Path(results or paths.REPO / "results") / scale / "verdicts.csv" for scale in scales]
+    files = [paths.results_dir(scale, results) / "verdicts.csv" for scale in scales]
     parts = [pd.read_csv(f).assign(scale=f.parent.name) for f in files if f.exists()]
     found = pd.concat(parts or [pd.DataFrame(columns=[*_ROW, "scale"])])
     found = found[found.verdict != NO_ROWS].drop_duplicates("id").set_index("id")

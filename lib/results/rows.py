@@ -16,7 +16,7 @@ import pandas as pd
 
 from lib import experiments
 from lib.config import Run
-from lib.paths import REPO
+from lib.paths import results_dir
 from lib.results import store
 from lib.results.stats import Interval, t_interval
 
@@ -63,8 +63,8 @@ def load(
     share is in the file of one of them, so all of the profile are read.
     """
     grid = planned(experiment, profile) if grid is None else grid
-    root = Path(results or REPO / "results")  # own: runs of a grid that was changed by a knob
-    found = store.read_runs(root / "own" / profile, root / profile)
+    folder = results_dir(profile, results)  # own: runs of a grid that was changed by a knob
+    found = store.read_runs(folder.parent / "own" / profile, folder)
     found = found.rename(columns={"kernels": "computed_by"})  # the grid's: what was asked for
     outcome = [name for name in found if name not in grid or name == "run_id"]
     rows = grid.merge(found[outcome], on="run_id")
@@ -79,8 +79,7 @@ def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFr
     if rows.empty:  # of no profile, so of no folder
         found = pd.DataFrame(columns=list(store.FILES[f".{kind}.csv"]))
     else:
-        folder = Path(results or REPO / "results") / rows.profile.iloc[0]
-        found = store.read(f".{kind}.csv", folder)
+        found = store.read(f".{kind}.csv", results_dir(rows.profile.iloc[0], results))
     fields = ["run_id", *(name for name in Run.__dataclass_fields__ if name not in found)]
     return found.merge(rows[fields], on="run_id")
 
@@ -145,14 +144,14 @@ def tuned(rows: pd.DataFrame, *settings: str) -> pd.DataFrame:
 
 def published(table: str, **where: Any) -> pd.DataFrame:
     """Rows of results/published/<table>.csv: test_error_pct, standard_error (%), n, suspect, ..."""
-    return select(pd.read_csv(REPO / "results" / "published" / f"{table}.csv"), **where)
+    return select(pd.read_csv(results_dir("published") / f"{table}.csv"), **where)
 
 
 def bench(table: str) -> pd.DataFrame:
     """Rows of results/bench/<table>.csv (`make bench`): topic, what, setting, value with unit, low
     and high of n repeats, machine; with model, density (0 to 1) and batch of a whole network.
     """
-    rows = pd.read_csv(REPO / "results" / "bench" / f"{table}.csv")
+    rows = pd.read_csv(results_dir("bench") / f"{table}.csv")
     known = rows.setting.str.extract(
         r"(?P<model>[^,]+), (?P<density>[\d.e-]+) %, batch (?P<batch>\d+)"
     )

@@ -46,8 +46,6 @@ def run_experiments(
     workers write their checkpoints.  Diverged runs are rows, not errors.
     """
     names = [names] if isinstance(names, str) else list(names)
-    if device is not None:
-        checked_device(device)
     selected: dict[str, list[Task]] = {}
     refused = None
     for name in names:
@@ -72,8 +70,8 @@ def run_experiments(
             raise ValueError(how_to_train(len(by_torchrun)))
         print(how_to_train(len(by_torchrun)))
     if here:
-        _check_before_training(here)
         device = checked_device(device)
+        _check_before_training(here)
         jobs = min(jobs or (cores() if device == "cpu" else 1), len(here))
         done = store.read_runs(paths.results_dir(profile, results_root))
         means = done.groupby("model")["train_seconds"].mean()
@@ -116,7 +114,7 @@ def tasks_of(
     if not 1 <= index <= count:
         raise ValueError(f"shard {index}/{count}: the first number goes from 1 to {count}")
     own = {run.run_id for run in planned}
-    there = paths.results_csv(profile, experiment, results_root)
+    there = paths.results_dir(profile, results_root) / f"{experiment}.csv"
     beside = there.parent.parent / "own" / profile / there.name
     return [
         Task(run, experiment, profile, there if run.run_id in own else beside)
@@ -139,19 +137,13 @@ def _rows(tasks: Sequence[Task]) -> pd.DataFrame:
 
 
 def _check_before_training(tasks: Sequence[Task]) -> None:
-    """ValueError, one sentence, for folders that can't be written to, and for networks that can't
-    be built or masked as asked.
+    """OSError for folders that can't be written to, ValueError for networks that can't be built or
+    masked as asked.
     """
     for folder in {folder for t in tasks for folder in (t.csv.parent, t.checkpoint.parent)}:
-        try:
-            paths.folder(folder)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"{folder} can't be written to ({error.strerror}): nothing was trained; name "
-                "another folder with --results, or for checkpoints with CHECKPOINT_ROOT"
-            ) from None
+        paths.folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     from lib.models import MODELS, model_spec
     from lib.start import network, optimizer_and_masks
 

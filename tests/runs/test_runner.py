@@ -344,10 +344,10 @@ import json, pkgutil, lib.__main__, lib.figures, lib.report, lib.results, lib.ru
 names = [f"lib.results.{module.name}" for module in pkgutil.iter_modules(lib.results.__path__)]
 for name in names:
     __import__(name)
-from lib import experiments, paths
+from lib import experiments
 from lib.results import store
 assert experiments.runs("main_results", "paper")
-assert store.read_runs(paths.results_csv("smoke", "nothing")).empty
+assert store.read_runs("nothing.csv").empty
 print(json.dumps(names))
 """
 
