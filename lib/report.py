@@ -10,9 +10,7 @@ import contextlib
 import functools
 import io
 import json
-import multiprocessing
 import re
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -171,11 +169,9 @@ def typst(token: dict[str, Any]) -> str:
 def _chapter(
     folder: Path | None, verdicts: Path, profile: str, results: str, path: Path
 ) -> dict[str, Any]:
+    """A chapter's notebook, executed in a process of the pool, whose globals these are."""
     figures.FOLDER, figures.DRAW, claims.FOLDER = folder, folder is not None, verdicts
-    try:
-        book = execute(path, profile=profile, results=results)
-    finally:
-        figures.FOLDER, figures.DRAW, claims.FOLDER = None, True, None
+    book = execute(path, profile=profile, results=results)
     if folder is not None:
         keep(book, folder / "notebooks" / path.name)
     return book
@@ -190,14 +186,15 @@ def build(folder: Path | None, verdicts: Path, results: str = "", profile: str =
     largest of each experiment that has rows.
     """
     chapter = functools.partial(_chapter, folder, verdicts, profile, results)
-    opening, *middle, appendix = chapters()  # the first and the last show the others' verdicts
-    start = "fork" if sys.platform == "linux" else "spawn"
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(start)) as pool:
-        books = [*pool.map(chapter, middle), chapter(appendix)]
+    opening, *middle, appendix = chapters()
+    with ProcessPoolExecutor() as pool:
+        books = list(pool.map(chapter, middle))
+        first_book, last_book = pool.map(chapter, (opening, appendix))  # show all verdicts
+    books.append(last_book)
     shown = [one for n in range(1, 6) for book in books for one in said(book, f"picture-{n}")]
     first = [one for one in shown if one.startswith("![")]
     rest = [one for book in books for one in said(book) if one not in first]
-    blocks = [*said(chapter(opening)), *first, *rest]
+    blocks = [*said(first_book), *first, *rest]
     return re.sub(" (?=%|= )|(?<= =) ", "\N{NO-BREAK SPACE}", "\n\n".join(blocks)) + "\n"
 
 

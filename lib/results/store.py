@@ -96,7 +96,7 @@ def append_run(
 ) -> bool:
     """Add one finished run; True if it was added, False if its run_id is in the file already.
 
-    `row` has COLUMNS, the others the columns of their file and the same run_id; None or NaN is no
+    `row` has COLUMNS, the others the columns of their file, with its run_id; None or NaN is no
     value.  Any number of processes may append.  Raises ResultsError, and writes nothing, for a
     value or a file that does not pass the checks of reading, and OSError where the disk refuses:
     what was stored is then still there.
@@ -104,11 +104,6 @@ def append_run(
     path = runs_path(path)
     lines = {}
     for (end, columns), rows in zip(FILES.items(), (measures, layers, curves, [row]), strict=True):
-        for one in rows:
-            if odd := sorted(one.keys() ^ columns.keys()):
-                raise ResultsError(f"{path}: missing or unknown in {one.get('run_id')}: {odd}")
-            if one["run_id"] != row["run_id"]:
-                raise ResultsError(f"{path}: {one['run_id']} is appended with {row['run_id']}")
         table = pd.DataFrame(list(rows), columns=list(columns), dtype=object)
         lines[end] = _lines(path, end, table)
     with _locked(path):

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,15 +21,14 @@ NOTEBOOKS = paths.REPO / "notebooks"
 def execute_all(
     profile: str,
     only: Sequence[str] = (),
-    parameters: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, str] | None = None,
     results_root: str | Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Execute the notebooks (all, or those named in `only`), training what is missing; the copies.
 
-    `parameters`: values, or texts of literals; each goes to the notebooks that have it.  When a
-    cell fails the others go on, and RuntimeError at the end names each failure.  ValueError for an
-    unknown notebook, and for a parameter that no notebook has or that is of another type.
+    `parameters`: texts of literals; each goes to the notebooks that have it.  When a cell fails
+    the others go on, and RuntimeError at the end names each failure.  ValueError for an unknown
+    notebook, and for a parameter that no notebook has or that is of another type.
     """
     import papermill
     from traitlets.config import Config
@@ -57,10 +56,10 @@ def execute_all(
                 )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             failures.append(f"{name}, cell {error.cell_index}: {error.ename}: {error.evalue}")
-            say(f"{failures[-1]} (executed so far: {target})")
+            print(f"{failures[-1]} (executed so far: {target})")
             continue
         done.append(target)
-        say(f"{name} ({profile}): {time.monotonic() - start:.0f} s, {target}")
+        print(f"{name} ({profile}): {time.monotonic() - start:.0f} s, {target}")
     if failures:
         raise RuntimeError("\n".join(failures))
     return done
@@ -80,18 +79,17 @@ def knobs_of(notebook: Path) -> dict[str, Any]:
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
 
-def _value(name: str, value: Any, defaults: Mapping[str, Any]) -> Any:
-    """The value with the type of the notebooks' default; a text may be that of a literal."""
+def _value(name: str, text: str, defaults: Mapping[str, Any]) -> Any:
+    """The literal in this text, which must have the type of the notebooks' default."""
     if name not in defaults:
         raise ValueError(unknown("parameter", name, defaults))
     kind = type(defaults[name])
-    if isinstance(value, str) and kind is not str:
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"{name}={value!r}: write a literal as {defaults[name]!r}") from None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"{name}={value!r}: not {kind.__name__}")
+        raise ValueError(f"{name}={text!r}: write a {kind.__name__} as {defaults[name]!r}")
     return value
