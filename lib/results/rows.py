@@ -76,10 +76,8 @@ def beside(rows: pd.DataFrame, kind: str, results: str | Path = "") -> pd.DataFr
     """What lies beside the rows of these runs, with the fields of the run: kind "curves" (one row
     per epoch), "layers" (per recorded epoch and layer) or "measures" (lib/results/store.py).
     """
-    if rows.empty:  # of no profile, so of no folder
-        found = pd.DataFrame(columns=list(store.FILES[f".{kind}.csv"]))
-    else:
-        found = store.read(f".{kind}.csv", results_dir(rows.profile.iloc[0], results))
+    folders = [results_dir(profile, results) for profile in rows.profile.unique()]
+    found = store.read(f".{kind}.csv", *folders)
     fields = ["run_id", *(name for name in Run.__dataclass_fields__ if name not in found)]
     return found.merge(rows[fields], on="run_id")
 

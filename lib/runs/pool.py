@@ -27,10 +27,6 @@ STOP_SECONDS = 15.0  # for a worker's mini-batch and checkpoint when it is told 
 ELSEWHERE_SECONDS = 2.0  # until a run that another process is training is asked for again
 
 
-class WorkerError(RuntimeError):
-    """What went wrong in a worker, in one sentence; `__cause__` has the worker's traceback."""
-
-
 @dataclass
 class _Worker:
     process: Any
@@ -47,7 +43,7 @@ class _Pool:
         self.waiting, self.jobs = deque(tasks), jobs
         self.workers: list[_Worker] = []
         self.failed: list[str] = []  # runs whose worker was killed
-        self.errors: list[WorkerError] = []  # no run is begun after the first
+        self.errors: list[RuntimeError] = []  # in one sentence; no run is begun after the first
         self.told_of_others = False
         self.left = {task.run.run_id: task.run for task in tasks}
         self.seconds = dict(seconds)  # by network; of this call as soon as there is one
@@ -111,7 +107,7 @@ class _Pool:
             self._show(*rest)
             return
         if kind == "error":
-            error = WorkerError(rest[0])
+            error = RuntimeError(rest[0])
             error.__cause__ = RuntimeError(f"in a worker:\n{rest[1]}")
             self.errors.append(error)
         elif kind == "elsewhere":
@@ -145,7 +141,7 @@ class _Pool:
         code = worker.process.exitcode
         if code >= 0:
             said = f"a worker process ended ({code}), see its message above"
-            self.errors.append(WorkerError(said))
+            self.errors.append(RuntimeError(said))
         elif worker.task is not None:
             name = signal.Signals(-code).name
             self.failed.append(f"{worker.task.run.run_id}: its worker was killed ({name})")
@@ -195,7 +191,7 @@ def train_all(
 
     `seconds` says what a run of each network takes, for the time left.  On KeyboardInterrupt or
     SystemExit the runs in training write their checkpoints, within STOP_SECONDS, and the exception
-    goes on.  Raises WorkerError for the first run that failed, after those in training have ended,
+    goes on.  Raises RuntimeError for the first run that failed, after those in training have ended,
     and at the end for runs whose worker was killed.
     """
     pool = _Pool(title, tasks, seconds, jobs)
@@ -213,7 +209,7 @@ def train_all(
     if pool.errors:
         raise pool.errors[0]
     if pool.failed:
-        raise WorkerError(
+        raise RuntimeError(
             f"{len(pool.failed)} of {len(tasks)} runs of {title} aren't done, and the same "
             f"command goes on with them: {'; '.join(pool.failed)}"
         )

@@ -42,7 +42,7 @@ def run_experiments(
     `grid`, `only`, `overrides` and `shard` as in `tasks_of`; of several experiments, those in which
     no run has all that `only` asks are left out.  `jobs` runs are trained side by side, by default
     one on each core or one on the GPU, with `threads` threads each.  Raises ValueError, before the
-    first step, for what can be known to fail; WorkerError as in lib/runs/pool.py.  On Ctrl-C the
+    first step, for what can be known to fail; RuntimeError as in lib/runs/pool.py.  On Ctrl-C the
     workers write their checkpoints.  Diverged runs are rows, not errors.
     """
     names = [names] if isinstance(names, str) else list(names)
