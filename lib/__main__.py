@@ -17,8 +17,8 @@ from lib.config import parse_field, parse_pair
 # What to do about an error of the system; its own message says no more than what it is.
 ADVICE = {
     errno.ENOSPC: "make room on that disk; what is stored is safe, and the same command goes on",
-    errno.EACCES: "change its permissions, or name another folder with --results",
-    errno.EROFS: "that disk is read-only: name another folder with --results",
+    errno.EACCES: "change its permissions, or name another folder: --results, CHECKPOINT_ROOT",
+    errno.EROFS: "that disk is read-only: name another folder: --results, CHECKPOINT_ROOT",
 }
 
 
@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 1 with a sentence on standard error, 2 for wrong words,
     130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a locale without our signs stops nothing
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the clean-up of Ctrl-C
     try:

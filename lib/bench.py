@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib import paths
-from lib.config import Run, unknown
+from lib.config import Run, known
 from lib.data import Dataset
 from lib.models import build_model
 from lib.runs.machine import cores, device_name, versions
@@ -52,10 +52,9 @@ def bench(
     and setting.  Raises ValueError for an unknown topic or network, and for a density outside
     (0, 1].
     """
-    for kind, given, known in (("topic", only, TOPICS), ("network", networks, LENETS + NETWORKS)):
+    for kind, given, names in (("topic", only, TOPICS), ("network", networks, LENETS + NETWORKS)):
         for name in given:
-            if name not in known:
-                raise ValueError(unknown(kind, name, known))
+            known(kind, name, names)
     for density in densities:
         Run(density=density)  # refuses what is none, before anything is measured
     machine = describe_machine()

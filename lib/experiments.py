@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib import grids
-from lib.config import Run, parse_field, unknown
+from lib.config import Run, known, parse_field
 from lib.grids import KEPT_DENSE, OTHERS, READINGS, SEEDS, STARTS, Block, Blocks, scale
 
 PROFILES = tuple(SEEDS)
@@ -48,16 +48,14 @@ def grid(*profiles: str, measures: tuple[str, ...] = ()) -> Callable[[Grid], Gri
 
 def experiment(name: str) -> Experiment:
     """The experiment of this name; ValueError with the close matches otherwise."""
-    if name not in EXPERIMENTS:
-        raise ValueError(unknown("experiment", name, EXPERIMENTS))
+    known("experiment", name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
 
 @functools.cache
 def runs(name: str, profile: str) -> tuple[Run, ...]:
     """All runs of an experiment at a profile, every cell at one seed before the second seed."""
-    if profile not in PROFILES:
-        raise ValueError(unknown("profile", profile, PROFILES))
+    known("profile", profile, PROFILES)
     found: list[Run] = []
     for block in experiment(name).blocks.get(profile, ()):
         axes = {k: v if isinstance(v, list) else [v] for k, v in block.items() if k != "seeds"}

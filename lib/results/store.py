@@ -190,10 +190,16 @@ read_runs, read_curves, read_layers, read_measures = (
 
 @functools.lru_cache(maxsize=16)
 def _tables(end: str, files: tuple[tuple[Path, int, int, int], ...]) -> pd.DataFrame:
-    """The tables of these files as one; read again when one has changed."""
-    tables = [_table(file, end, _whole(file)) for file, *_ in files] or [_table(Path(), end, b"")]
+    """The tables of these files as one."""
+    tables = [_one(end, *file) for file in files] or [_table(Path(), end, b"")]
     key = [name for name in KEY if name in FILES[end]]
     return pd.concat(tables).drop_duplicates(key, keep="last", ignore_index=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _one(end: str, file: Path, *changed: int) -> pd.DataFrame:
+    """The table of a file, read again when it has changed."""
+    return _table(file, end, _whole(file))
 
 
 def _check_columns(file: Path, end: str, data: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from lib import paths
-from lib.config import unknown
+from lib.config import known
 
 NOTEBOOKS = paths.REPO / "notebooks"
 
@@ -35,8 +35,8 @@ def execute_all(
 
     found = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     names = [name.removesuffix(".ipynb") for name in only] or list(found)
-    if wrong := [name for name in names if name not in found]:
-        raise ValueError(unknown("notebook", wrong[0], found))
+    for name in names:
+        known("notebook", name, found)
     folder = paths.results_dir(profile, results_root).resolve() / "notebooks"
     own = {"profile": profile, "results": str(folder.parent.parent) if results_root else ""}
     knobs = {name: knobs_of(found[name]) for name in names}
@@ -81,11 +81,10 @@ def knobs_of(notebook: Path) -> dict[str, Any]:
 
 def _value(name: str, text: str, defaults: Mapping[str, Any]) -> Any:
     """The literal in this text, which must have the type of the notebooks' default."""
-    if name not in defaults:
-        raise ValueError(unknown("parameter", name, defaults))
+    known("parameter", name, defaults)
     kind = type(defaults[name])
     try:
-        value = ast.literal_eval(text)
+        value = text if kind is str else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
     if kind is float and type(value) is int:
