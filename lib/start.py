@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lib.config import UNMASKED, Run, stream_seed
 from lib.masking import Masking
-from lib.models import build_model, small_dense_scale
+from lib.models import MODELS, build_model, model_spec, small_dense_scale
 
 
 def stream(
@@ -34,7 +34,12 @@ def torch_draws_from(state: Tensor, device: torch.device) -> Iterator[None]:
 
 
 def network(run: Run) -> nn.Module:
-    """The network with its first weights, on the CPU; always the same one for a run."""
+    """The network with its first weights, on the CPU; always the same one for a run. ValueError for
+    one of another data set.
+    """
+    if (dataset := model_spec(run.model).dataset) != run.dataset:
+        others = ", ".join(name for name in MODELS if MODELS[name].dataset == run.dataset)
+        raise ValueError(f"{run.model} is for {dataset}, not for {run.dataset}: there are {others}")
     return build_model(
         run.model,
         dropout=None if run.dropout < 0 else run.dropout,

@@ -41,9 +41,10 @@ def run_experiments(
 
     `grid`, `only`, `overrides` and `shard` as in `tasks_of`; of several experiments, those in which
     no run has all that `only` asks are left out.  `jobs` runs are trained side by side, by default
-    one on each core or one on the GPU, with `threads` threads each.  Raises ValueError, before the
-    first step, for what can be known to fail; RuntimeError as in lib/runs/pool.py.  On Ctrl-C the
-    workers write their checkpoints.  Diverged runs are rows, not errors.
+    one on each core or one on the GPU, with `threads` threads each.  Raises, before anything is
+    trained, ValueError for a selection without runs and OSError for a folder that can't be written
+    to; RuntimeError as in lib/runs/pool.py.  On Ctrl-C the workers write their checkpoints.
+    Diverged runs are rows, not errors.
     """
     names = [names] if isinstance(names, str) else list(names)
     selected: dict[str, list[Task]] = {}
@@ -71,7 +72,10 @@ def run_experiments(
         print(how_to_train(len(by_torchrun)))
     if here:
         device = checked_device(device)
-        _check_before_training(here)
+        for folder in {folder for t in here for folder in (t.csv.parent, t.checkpoint.parent)}:
+            paths.folder(folder)
+            with tempfile.TemporaryFile(dir=folder):  # OSError now, not after the first run
+                pass
         jobs = min(jobs or (cores() if device == "cpu" else 1), len(here))
         done = store.read_runs(paths.results_dir(profile, results_root))
         means = done.groupby("model")["train_seconds"].mean()
@@ -134,34 +138,6 @@ def _rows(tasks: Sequence[Task]) -> pd.DataFrame:
     found = store.read_runs(*dict.fromkeys(task.csv.parent for task in tasks))
     wanted = {task.run.run_id for task in tasks}
     return found[found["run_id"].isin(wanted)].reset_index(drop=True)
-
-
-def _check_before_training(tasks: Sequence[Task]) -> None:
-    """OSError for folders that can't be written to, ValueError for networks that can't be built or
-    masked as asked.
-    """
-    for folder in {folder for t in tasks for folder in (t.csv.parent, t.checkpoint.parent)}:
-        paths.folder(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    from lib.models import MODELS, model_spec
-    from lib.start import network, optimizer_and_masks
-
-    kinds: dict[object, Run] = {}  # one run of each choice of network and rules, the sparsest
-    for run in sorted((task.run for task in tasks), key=lambda run: run.density):
-        rules = (run.method, run.prune, run.redistribution, run.growth, run.schedule, run.init)
-        choice = (run.dataset, run.model, run.dropout, run.keep_dense, run.options)
-        kinds.setdefault((*choice, *rules, run.momentum > 0), run)
-    for run in kinds.values():
-        if (dataset := model_spec(run.model).dataset) != run.dataset:
-            others = [name for name, other in MODELS.items() if other.dataset == run.dataset]
-            raise ValueError(
-                f"{run.model} is a network for {dataset}, not for {run.dataset}: there are "
-                f"{', '.join(others)}"
-            )
-        if run.method == "snip":  # its own masks need the data
-            run = run.overridden(method="static")
-        optimizer_and_masks(run, network(run), run.epochs)
 
 
 def status_table(
