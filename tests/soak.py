@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -201,22 +200,6 @@ def writers(kills: int, folder: Path, chance: random.Random) -> Figures:
     return {"kills": done, "rows_lost": lost, "left_over": left, "found": said}
 
 
-def command(folder: Path) -> subprocess.Popen[str]:
-    """`python -m lib run` of one run that does not end, as anybody calls it."""
-    words = ["run", "main_results", "--profile", "smoke", "--device", "cpu", "--jobs", "1"]
-    words += ["--only", "method=set", "--only", "density=0.05", "--set", "seed=1"]
-    words += ["--set", "epochs=99999", "--set", "train_samples=1000", "--set", "kernels=torch"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "lib", *words, "--results", str(folder)],
-        cwd=paths.REPO,
-        env=os.environ | {"CHECKPOINT_ROOT": str(folder / "checkpoints")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def second_user(kills: int, folder: Path, chance: random.Random) -> Figures:
     """Two users of one group: the second goes on from the first one's checkpoint, and appends."""
     if os.getuid() != 0:
@@ -245,19 +228,7 @@ def second_user(kills: int, folder: Path, chance: random.Random) -> Figures:
     return {"kills": 1, "rows_lost": lost, "left_over": left, "found": f"{said}: code {code}"}
 
 
-def orphans(kills: int, folder: Path, chance: random.Random) -> Figures:
-    """The parent of real processes is killed -9: no worker is left after 10 s, but a checkpoint."""
-    process = command(folder)
-    while not list(folder.rglob("*.pt")) and process.poll() is None:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    left, kept = left_after(process.pid, 10.0), len(list(folder.rglob("*.pt")))
-    said = f"{'BAD' if left or kept != 1 else 'ok'}: {left} workers, {kept} checkpoint"
-    return {"kills": 1, "left_over": left, "found": said}
-
-
-PARTS = (trainings, writers, second_user, orphans)
+PARTS = (trainings, writers, second_user)
 
 
 def main() -> int:
