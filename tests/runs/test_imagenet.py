@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.multiprocessing import ProcessRaisedException, start_processes
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from lib import paths
@@ -23,39 +22,46 @@ from lib.data import DataError
 from lib.results import store as results
 from lib.runs import imagenet
 
-# The scripts leave their group before they end, as the product does: gloo's threads may else still
-# hold tensors when the interpreter goes, which aborts it now and then.
-
-# Two ranks, one of which changes a mask behind the others' back.
-DRIFT = """
-import sys, torch, torch.distributed as dist
-from lib.runs.imagenet import check_alike
-dist.init_process_group("gloo")
-masks = {"a": torch.ones(3, dtype=torch.bool), "b": torch.zeros(2, 2, dtype=torch.bool)}
-check_alike(masks)
-print("alike", flush=True)
-masks["b"][1, 0] = dist.get_rank() == 1
-try:
-    check_alike(masks)
-finally:
-    dist.destroy_process_group()
-"""
-# Small crops, a block a stage; told to end, as by a scheduler, or killed, in step AT of one rank.
+# Small crops, a block a stage. torchrun's processes train, and so do two forked ones otherwise, as
+# importing torch takes longer than their steps: told to end, as by a scheduler, or killed in a step
+# of one rank, and then left in peace.
 SMALL = """
-import dataclasses, os, sys
+import dataclasses, os, signal, socket, sys
+from pathlib import Path
+from torch.multiprocessing import ProcessExitedException, start_processes
 from torchvision.models.resnet import Bottleneck, ResNet
+from lib import paths
 from lib.models import MODELS
-from lib.runs import imagenet
+from lib.runs import imagenet, runner, single
 imagenet.IMAGENET_SHAPE = 3, 64, 64
 build = lambda scale, classes: ResNet(Bottleneck, [1, 1, 1, 1], classes)
 MODELS["resnet50"] = dataclasses.replace(MODELS["resnet50"], build=build)
 real = imagenet.ImageNetLoop.step
 def step(self, index):
-    if self.state.step == int(os.environ.get("AT", -1)) and self.rank == 1:
-        os.kill(os.getpid(), int(os.environ["BY"]))
+    if self.state.step == at and self.rank == 1:
+        os.kill(os.getpid(), by)
     return real(self, index)
 imagenet.ImageNetLoop.step = step
-imagenet.main(sys.argv[1:])
+
+def train(rank=None):
+    os.environ |= {} if rank is None else {"RANK": str(rank)}
+    imagenet.main(sys.argv[1:])
+
+at, by = -1, 0
+if "RANK" in os.environ:
+    train()
+    sys.exit()
+for at, by in ((1, signal.SIGTERM), (2, signal.SIGKILL), (-1, 0)):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ["WORLD_SIZE"] = "2"
+    stopped = False
+    try:
+        start_processes(train, nprocs=2, start_method="fork")
+    except ProcessExitedException:
+        stopped = True
+    kept = len(list(paths.checkpoints_dir().rglob("*.pt")))
+    assert (stopped, kept) == (at > 0, at > 0), (at, stopped, kept)
 """
 
 
@@ -74,30 +80,21 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def two_processes(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    environment = os.environ | {
-        "CHECKPOINT_ROOT": str(folder / "checkpoints"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(paths.REPO),
-    }
-    return subprocess.run(
-        [*command, f"--master-port={port}", *words],
+def run(folder: Path, *words: str) -> None:
+    environment = {"CHECKPOINT_ROOT": str(folder / "checkpoints"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words],
         cwd=paths.REPO,
-        env=environment,
+        env=os.environ | environment | {"PYTHONPATH": str(paths.REPO)},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_train_and_store_one_row(
-    images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_train_and_store_one_row(images: Path) -> None:
     """With masks that stay alike, which needs alike momentum; also when told to end, or killed."""
     only = ["--only", "seed=0", "--only", "density=0.2", "--only", "prune_rate=0.2"]
     changes = ["epochs=2", "batch_size=4", "train_samples=9", "lr=0.01"]
@@ -106,8 +103,8 @@ def test_two_processes_train_and_store_one_row(
     script = images / "small.py"
     script.write_text(SMALL)
     arguments = [str(script), *only, *words, "--workers", "0", "--results"]
-    done = two_processes(images, *arguments, str(out))
-    assert done.returncode == 0, done.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run(images, *torchrun, *arguments, str(out))
     csv = out / "own" / "paper" / "imagenet.csv"  # --set: not in the grid
     runs = results.read_runs(csv)
     assert len(runs) == 1 and runs["status"][0] == "ok"
@@ -121,26 +118,30 @@ def test_two_processes_train_and_store_one_row(
     assert row["test_error_pct"] in [100 * wrong / 5 for wrong in range(6)]
     assert len(results.read_curves(csv)) == 2
     assert not list((images / "checkpoints").rglob("*.pt"))
-    elsewhere = [*arguments, str(images / "other")]
-    for at, by in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
-        monkeypatch.setenv("AT", f"{at}")
-        monkeypatch.setenv("BY", f"{int(by)}")
-        stopped = two_processes(images, *elsewhere)
-        assert stopped.returncode != 0 and len(list((images / "checkpoints").rglob("*.pt"))) == 1
-    monkeypatch.delenv("AT")
-    resumed = two_processes(images, *elsewhere)
-    assert resumed.returncode == 0, resumed.stderr
+    run(images, *arguments, str(images / "other"))
     other = results.read_runs(images / "other" / "own" / "paper")
     same = [name for name in results.COLUMNS if name not in results.PROVENANCE]
     assert other[same].equals(runs[same])
 
 
-def test_masks_that_drift_apart_are_noticed(images: Path) -> None:
-    script = images / "drift.py"
-    script.write_text(DRIFT)
-    done = two_processes(images, str(script))
-    assert done.returncode != 0 and "alike" in done.stdout
-    assert "the masks of the processes differ" in done.stderr
+def _drift(rank: int, folder: Path) -> None:
+    """One of two ranks, which changes a mask behind the other's back."""
+    url = f"file://{folder}/group"
+    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
+    masks = {"a": torch.ones(3, dtype=torch.bool), "b": torch.zeros(2, 2, dtype=torch.bool)}
+    imagenet.check_alike(masks)
+    (folder / f"alike{rank}").touch()
+    masks["b"][1, 0] = rank == 1
+    try:
+        imagenet.check_alike(masks)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_masks_that_drift_apart_are_noticed(tmp_path: Path) -> None:
+    with pytest.raises(ProcessRaisedException, match="the masks of the processes differ"):
+        start_processes(_drift, (tmp_path,), nprocs=2, start_method="fork")
+    assert len(list(tmp_path.glob("alike*"))) == 2
 
 
 def test_a_part_of_the_files_has_all_classes_and_a_bad_file_is_named(images: Path) -> None:
