@@ -117,9 +117,3 @@ def test_a_run_is_measured_for_whoever_needs_it() -> None:
 )
 def test_select_keeps_any_value_of_a_field_and_all_fields(only: list[str], n: int) -> None:
     assert len(experiments.select(runs("main_results", "smoke"), only)) == n
-
-
-@pytest.mark.parametrize("only", ["method=sets", "modell=lenet5", "seed"])
-def test_a_selection_without_runs_is_refused(only: str) -> None:
-    with pytest.raises(ValueError, match=only.split("=", maxsplit=1)[0]):
-        experiments.select(runs("main_results", "smoke"), [only])
