@@ -197,6 +197,7 @@ def test_notebook_runs_at_every_profile(path: Path, profile: str) -> None:
 BUILD = """
 import sys
 from pathlib import Path
+import lib.__main__, lib.runs.runner
 from lib import report
 (folder := Path(sys.argv[1]) / "figures").mkdir()
 report.write(report.build(folder, folder.parent / "results"), folder)
@@ -205,7 +206,7 @@ assert "torch" not in sys.modules
 
 
 def test_committed_report_figures_and_verdicts_are_those_of_the_rows(tmp_path: Path) -> None:
-    """Built without torch; else `make report` is due."""
+    """Built without torch, which the commands don't load either; else `make report` is due."""
     subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], check=True, cwd=paths.REPO)
     made = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     assert {path.name for path in made} >= {"report.pdf", "report.html", "report.md"}
