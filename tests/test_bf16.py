@@ -19,6 +19,7 @@ from lib.cpu.bf16 import Layer, Lines, Op, call
 from lib.cpu.bf16_engine import Bf16Network
 from lib.train import TrainingLoop
 from tests.support.made_up_data import cifar
+from tests.support.masked import seeded, sgd
 from tests.test_train import interrupted, same, trained
 
 pytestmark = pytest.mark.skipif(
@@ -155,12 +156,11 @@ def test_dropout_keeps_a_share_and_the_gradient_passes_where_the_value_did() -> 
 @pytest.mark.parametrize("name", ["alexnet-s", "wrn-10-4", "vgg16-c", "lenet5"])
 def test_networks_are_as_near_to_fp64_as_torchs_autocast(name: str) -> None:
     """Rounding is amplified on the way through a network, so the bound is what autocast has."""
-    model = build_model(name, width_scale=0.25, generator=torch.Generator().manual_seed(1))
+    model = build_model(name, width_scale=0.25, generator=seeded(1))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masking = Masking(model, sgd, density=0.08, generator=torch.Generator().manual_seed(2))
+    masking = Masking(model, sgd(model), density=0.08, generator=seeded(2))
     right, auto = copy.deepcopy(model).double(), copy.deepcopy(model)
     x, labels = rounded(33, *((1, 28, 28) if name == "lenet5" else (3, 32, 32))), torch.arange(33)
     net = Bf16Network(model, masking.masks)
@@ -249,9 +249,9 @@ def test_a_network_of_ones_own_trains_in_ones_own_loop() -> None:
             return self.last((x + self.drop(self.second(x))).mean((2, 3)))
 
     model = Residual()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    masking = Masking(model, sgd, density=0.07)
-    fast, labels = accelerate(model, sgd, masking), torch.arange(64) % 4
+    optimizer = sgd(model, lr=0.05)
+    masking = Masking(model, optimizer, density=0.07)
+    fast, labels = accelerate(model, optimizer, masking), torch.arange(64) % 4
     images = torch.randn(64, 3, 8, 8) + labels[:, None, None, None]
     losses = []
     for step in range(30):
@@ -271,8 +271,4 @@ def test_a_network_of_ones_own_trains_in_ones_own_loop() -> None:
     assert right > 0.9
     odd = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid())
     with pytest.raises(ValueError, match="Sigmoid"):
-        accelerate(odd, torch.optim.SGD(odd.parameters(), 0.1, 0.9), Masking(odd, sgd_of(odd)))
-
-
-def sgd_of(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        accelerate(odd, sgd(odd), Masking(odd, sgd(odd)))
