@@ -502,7 +502,8 @@ int main() {
             pick(1, 11), pick(1, 11)};
     if (round % 4 == 0) s.height = s.width = s.kernel_h = s.kernel_w = s.stride = 1, s.padding = 0;
     if (round % 4 == 1) s.height = s.width = 2;
-    if (round % 20 == 2) s.out_channels = 200, s.in_channels = 60, s.height = s.width = 4;
+    if (round % 20 == 2)
+      s.out_channels = 200, s.in_channels = 60, s.height = s.width = 4, s.kernel_h = s.kernel_w = 2;
     if (s.height + 2 * s.padding < s.kernel_h || s.width + 2 * s.padding < s.kernel_w) continue;
     const double densities[] = {0.0, 0.05, 0.3, 1.0};
     const double density = densities[pick(0, 3)];
