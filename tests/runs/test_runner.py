@@ -20,7 +20,7 @@ from lib.__main__ import main
 from lib.config import Run
 from lib.results import rows as reading
 from lib.results import store
-from lib.runs import machine, runner, single
+from lib.runs import machine, pool, runner, single
 from lib.train import TrainingLoop
 from tests.soak import members
 
@@ -112,17 +112,26 @@ def test_two_calls_wait_for_each_other_and_nothing_is_left(
     assert before == [path.read_bytes() for path in sorted(folder.rglob("*.csv"))]
 
 
-def test_a_run_that_another_process_holds_is_taken_over_when_that_one_dies(folder: Path) -> None:
-    run = [*SET, "--only", "seed=1", *words({"epochs": 40, "train_samples": 1000})]
+def test_a_run_that_another_process_holds_is_taken_over_when_that_one_dies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, it leaves a worker, which sees that it is alone."""
+    run = [*SET, "--only", "seed=1", *words(TINY)]
     first = start(folder, *run)
     wait_for(lambda: locks(folder))
-    second = start(folder, *run)
-    time.sleep(4.0)
-    first.kill()  # its worker sees that it is alone
-    wait_for(lambda: not members(first.pid), 10)
+    os.killpg(first.pid, signal.SIGSTOP)
+    told = []
+
+    def say(_: object, text: str) -> None:
+        told.append(text)
+        first.kill()
+        os.killpg(first.pid, signal.SIGCONT)
+
+    monkeypatch.setattr(pool._Pool, "say", say)
+    assert main(command(folder, *run)[3:]) == 0
     first.communicate()
-    out, _ = end(second)
-    assert done(folder) == planned(folder, *SET[1::2], "seed=1", epochs=40, train_samples=1000), out
+    assert "another process is training it" in told[0] and not members(first.pid)
+    assert done(folder) == planned(folder, *SET[1::2], "seed=1", **TINY)
 
 
 @pytest.mark.parametrize(
