@@ -31,7 +31,7 @@ from lib.config import Run
 from lib.results import store
 from lib.runs import pool
 from lib.runs.machine import versions
-from lib.runs.runner import run_experiments
+from lib.runs.runner import run_experiments, tasks_of
 from lib.train import TrainingLoop
 from tests.support.made_up_runs import assert_whole, make_curves, make_layers, make_row
 
@@ -122,6 +122,9 @@ def train(runs: list[Run], folder: Path) -> None:
         run_experiments(
             "main_results", "smoke", grid=runs, results_root=folder, jobs=2, device="cpu"
         )
+    # What a kill between a run's row and its clean-up left goes when the run is asked for again.
+    for task in tasks_of("main_results", "smoke", runs, results_root=folder):
+        assert pool.train_and_store(task) == "done"
 
 
 def tables(folder: Path) -> list[pd.DataFrame]:
@@ -136,6 +139,7 @@ def tables(folder: Path) -> list[pd.DataFrame]:
 def trainings(kills: int, folder: Path, chance: random.Random) -> Figures:
     """Kill `run`, one of its workers or the parent alone at random moments, and start it again."""
     done, runs_done, seed = dict.fromkeys((*KINDS, "same_bits", "rows_lost", "left_over"), 0), 0, 0
+    names: list[str] = []
     while sum(done[kind] for kind in KINDS) < kills:
         runs = [run_of(METHODS[(3 * seed + k) % len(METHODS)], seed) for k in range(3)]
         whole, killed = folder / f"{seed} whole", folder / f"{seed} getötet"
@@ -158,9 +162,10 @@ def trainings(kills: int, folder: Path, chance: random.Random) -> Figures:
         same = all(a.equals(b) for a, b in zip(tables(whole), tables(killed), strict=True))
         done["same_bits"] += len(runs) if same else 0
         done["rows_lost"] += len(runs) - len(tables(killed)[0])
-        done["left_over"] += len(torn(killed))
+        done["left_over"] += len(files := torn(killed))
+        names += [file.name for file in files]
         runs_done, seed = runs_done + len(runs), seed + 1
-    said = ", ".join(f"{kind} {done[kind]}" for kind in KINDS)
+    said = ", ".join([*(f"{kind} {done[kind]}" for kind in KINDS), *names])
     good = done["same_bits"] == runs_done and not done["rows_lost"] + done["left_over"]
     found = f"{'ok' if good else 'BAD'}: of {runs_done} runs; killed: {said}"
     return {**done, "kills": sum(done[kind] for kind in KINDS), "found": found}

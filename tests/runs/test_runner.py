@@ -224,7 +224,7 @@ def test_soak() -> None:
     """Killed runs, workers, parents and writers, another user: a few of each."""
     words = [sys.executable, "-m", "tests.soak", "--kills", "3"]
     done = subprocess.run(words, cwd=paths.REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "BAD" not in done.stdout, (done.stdout, done.stderr)
+    assert done.returncode == 0 and "BAD" not in done.stdout, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 3
 
 
