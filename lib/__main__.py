@@ -18,6 +18,7 @@ from lib.config import parse_field, parse_pair
 ADVICE = {
     errno.ENOSPC: "make room on that disk; what is stored is safe, and the same command goes on",
     errno.EACCES: "change its permissions, or name another folder: --results, CHECKPOINT_ROOT",
+    errno.EEXIST: "a folder is needed there: move that file, or name another with --results",
     errno.EROFS: "that disk is read-only: name another folder: --results, CHECKPOINT_ROOT",
 }
 

@@ -186,11 +186,7 @@ def available() -> bool:
 
 
 def require() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        KernelsUnavailable: it cannot be built or loaded; the message says why.
-    """
+    """The loaded library; KernelsUnavailable, which says why, where there is none."""
     library = _load()
     if isinstance(library, KernelsUnavailable):
         raise library
