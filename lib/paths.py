@@ -36,6 +36,11 @@ def checkpoints_dir() -> Path:
     return _from_environment("CHECKPOINT_ROOT", REPO / ".cache" / "checkpoints")
 
 
+def kernels_dir() -> Path:
+    """Directory of compiled kernels: SPARSE_CACHE, else .cache/kernels."""
+    return _from_environment("SPARSE_CACHE", REPO / ".cache" / "kernels")
+
+
 def _from_environment(variable: str, default: Path) -> Path:
     value = os.environ.get(variable, "").strip()
     return (REPO / Path(value).expanduser()).resolve() if value else default

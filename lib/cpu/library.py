@@ -9,7 +9,6 @@ spin against the first on the same cores.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -27,7 +26,9 @@ import numpy as np
 import torch  # loads the OpenMP runtime that the library shares
 from torch import Tensor
 
-_HERE, _START = Path(__file__).resolve().parent, Path.cwd()
+from lib import paths
+
+_HERE = Path(__file__).resolve().parent
 SOURCES = [_HERE / f for f in ("sparse.hpp", "dense.hpp", "perceptron.hpp", "sparse.cpp")]
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"]
 FLAGS += ["-fopenmp", "-fPIC", "-Wno-psabi"]
@@ -35,14 +36,6 @@ FLAGS += ["-fopenmp", "-fPIC", "-Wno-psabi"]
 
 class KernelsUnavailable(RuntimeError):
     """The sparse kernels cannot be built or loaded on this machine."""
-
-
-def cache_dir() -> Path:
-    """Folder of compiled kernels: $SPARSE_CACHE, else .cache/kernels. A relative one counts from
-    the working directory at the start, whatever becomes of that.
-    """
-    root = os.environ.get("SPARSE_CACHE")
-    return _START / root if root else _HERE.parents[1] / ".cache" / "kernels"
 
 
 def compiler() -> str | None:
@@ -81,11 +74,13 @@ def _run(command: list[str]) -> str:
 
 def build(link_openmp: bool = False, sources: Sequence[Path] = ()) -> Path:
     """Path of the compiled library (`sources`: headers, last what is compiled; SOURCES without),
-    built unless the cache holds it for these sources, flags, compiler and processor. A build takes
-    some ten seconds and says so on stderr; of several processes one builds and the others wait.
+    built unless the user's folder in the cache has it for these sources, flags, compiler and
+    processor. A build takes some ten seconds and says so on stderr; of several processes one builds
+    and the others wait.
 
     Raises:
-        KernelsUnavailable: no C++ compiler, it failed, or the cache can't be written.
+        KernelsUnavailable: no C++ compiler, it failed, or the cache can't be written, or others can
+            write it, who could exchange what is loaded.
     """
     cxx = compiler()
     if cxx is None:
@@ -97,63 +92,28 @@ def build(link_openmp: bool = False, sources: Sequence[Path] = ()) -> Path:
         key.update(part.encode() + b"\0")
     for source in sources:
         key.update(source.read_bytes() + b"\0")
-    name, folder = f"{sources[-1].stem}-{key.hexdigest()[:16]}", cache_dir()
+    folder = paths.kernels_dir() / f"user-{os.getuid()}"
+    built = folder / f"{sources[-1].stem}-{key.hexdigest()[:16]}.so"
     try:
-        if found := _cached(folder, name):
-            return found
-        if folder.exists() and not _safe(folder):  # others could exchange what is loaded
-            folder /= f"user-{os.getuid()}"
-            if found := _cached(folder, name):
-                return found
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _safe(folder):
-            raise KernelsUnavailable(
-                f"others can write {folder}; set SPARSE_CACHE to a folder of your own"
-            )
-        with open(folder / "compile.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return _cached(folder, name) or _compile(cxx, folder, name, link_openmp, sources[-1])
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise KernelsUnavailable(f"others can write {folder}: set SPARSE_CACHE to another one")
+        with paths.locked(folder / "compile.lock"):
+            if not built.is_file():
+                print("compiling the CPU kernels, once for this machine", file=sys.stderr)
+                with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                    compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
+                    _run([cxx, *FLAGS, "-c", str(sources[-1]), "-o", compiled])
+                    openmp = ["-fopenmp"] if link_openmp else []
+                    _run([cxx, "-shared", compiled, *openmp, "-o", linked])
+                    paths.write(built, Path(linked).read_bytes())  # whole, or not there
     except OSError as error:
         raise KernelsUnavailable(
             f"the cache {folder} can't be written ({error.strerror}); set SPARSE_CACHE to a folder "
             "that can"
         ) from error
-
-
-def _cached(folder: Path, name: str) -> Path | None:
-    """The library of this name, if its content is what the rest of the file's name says, as loading
-    one that was cut off could kill the process, and nobody but this user or root could write it.
-    """
-    for path in folder.glob(f"{name}-*.so"):
-        whole = path.is_file() and path.stem == f"{name}-{_digest(path)}"
-        if whole and _safe(folder) and _safe(path):
-            return path
-    return None
-
-
-def _safe(path: Path) -> bool:
-    """Whether a file or folder is this user's or root's, and nobody else can write it."""
-    found = path.lstat()
-    return found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _compile(cxx: str, folder: Path, name: str, link_openmp: bool, source: Path) -> Path:
-    print("compiling the CPU kernels, once for this machine", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-        _run([cxx, *FLAGS, "-c", str(source), "-o", str(compiled)])
-        openmp = ["-fopenmp"] if link_openmp else []
-        _run([cxx, "-shared", str(compiled), *openmp, "-o", str(linked)])
-        target = folder / f"{name}-{_digest(linked)}.so"
-        linked.chmod(0o755)  # whatever the umask: others' libraries are not loaded
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(linked, target)
-    return target
+    return built
 
 
 @functools.cache

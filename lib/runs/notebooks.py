@@ -8,7 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -30,9 +32,6 @@ def execute_all(
     the others go on, and RuntimeError at the end names each failure.  ValueError for an unknown
     notebook, and for a parameter that no notebook has or that is of another type.
     """
-    import papermill
-    from traitlets.config import Config
-
     found = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     names = [name.removesuffix(".ipynb") for name in only] or list(found)
     for name in names:
@@ -43,26 +42,33 @@ def execute_all(
     defaults = {k: v for mine in knobs.values() for k, v in mine.items() if k not in own}
     given = {"train": True} | {k: _value(k, v, defaults) for k, v in (parameters or {}).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    done, failures = [], []
-    for name in names:
-        start, target = time.monotonic(), folder / f"{name}.ipynb"
-        values = own | {k: v for k, v in given.items() if k in knobs[name]}
-        try:
-            with mock.patch.dict(os.environ, _environment()):
-                papermill.execute_notebook(
-                    str(found[name]), str(target), values, kernel_name="python3",
-                    language="python", progress_bar=False, cwd=str(NOTEBOOKS),
-                    config=Config(KernelManager={"transport": "ipc"}),  # no port to race for
-                )  # fmt: skip
-        except papermill.PapermillExecutionError as error:
-            failures.append(f"{name}, cell {error.cell_index}: {error.ename}: {error.evalue}")
-            print(f"{failures[-1]} (executed so far: {target})")
-            continue
-        done.append(target)
-        print(f"{name} ({profile}): {time.monotonic() - start:.0f} s, {target}")
-    if failures:
+    targets = [folder / f"{name}.ipynb" for name in names]
+    values = [own | {k: v for k, v in given.items() if k in knobs[name]} for name in names]
+    with ProcessPoolExecutor(2) as pool:  # not more, as each may train on all cores
+        said = list(pool.map(_execute, map(found.get, names), targets, values))
+    if failures := list(filter(None, said)):
         raise RuntimeError("\n".join(failures))
-    return done
+    return targets
+
+
+def _execute(notebook: Path, target: Path, values: Mapping[str, Any]) -> str:
+    """Execute one notebook, in a process of its own; what failed, or ""."""
+    import papermill
+    from traitlets.config import Config
+
+    start = time.monotonic()
+    try:
+        with mock.patch.dict(os.environ, _environment()), TemporaryDirectory() as sockets:
+            papermill.execute_notebook(
+                str(notebook), str(target), values, kernel_name="python3", language="python",
+                progress_bar=False, cwd=str(NOTEBOOKS),
+                # no port, and no name of a socket, to race for
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        return f"{target.stem}, cell {error.cell_index}: {error.ename}: {error.evalue} ({target})"
+    print(f"{target.stem}: {time.monotonic() - start:.0f} s, {target}", flush=True)
+    return ""
 
 
 def _environment() -> dict[str, str]:
