@@ -75,11 +75,11 @@ def run(options: argparse.Namespace) -> None:
     for name, rows in found.items():
         if rows.empty:
             continue
-        errors, diverged = rows["test_error_pct"], (rows["status"] == "diverged").sum()
-        print(
-            f"{name}: {len(rows)} runs, {diverged} of them diverged, test error "
-            f"{errors.min():.2f} to {errors.max():.2f} %, median {errors.median():.2f} %"
-        )
+        errors = rows["test_error_pct"].dropna()
+        said = f"{name}: {len(rows)} runs, {len(rows) - len(errors)} of them diverged"
+        if len(errors):
+            said += f", test error {errors.min():.2f} to {errors.max():.2f} %"
+        print(said)
     folder = paths.results_dir(options.profile, options.results)
     print(f"rows: {folder}; of runs that --set changed: {folder.parent / 'own' / folder.name}")
 

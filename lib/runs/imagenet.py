@@ -14,7 +14,6 @@ the test resized to 256 and cropped in the middle.
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import hashlib
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -217,14 +217,10 @@ def _folders(root: Path) -> tuple[Any, Any]:
 
 def _alike_subset(files: Any, count: int) -> Any:
     """At most `count` files, as many of each class as there are, always the same random ones."""
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-    seen: collections.Counter[int] = collections.Counter()
-    ranks = []
-    for i in order:
-        ranks.append(seen[files.targets[i]])
-        seen[files.targets[i]] += 1
-    by_rank = [i for _, i in sorted(zip(ranks, order, strict=True), key=lambda one: one[0])]
-    return torch.utils.data.Subset(files, by_rank[:count])
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).numpy()
+    classes = pd.Series(np.asarray(files.targets)[order])
+    by_rank = classes.groupby(classes).cumcount().argsort(kind="stable")
+    return torch.utils.data.Subset(files, order[by_rank][:count].tolist())
 
 
 def open_image(path: str) -> Image.Image:
